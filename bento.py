@@ -1,0 +1,1033 @@
+#!/usr/bin/env python3
+"""Bento's server: publishes the configuration of each NixOS host of a fleet, and shows what became of it.
+
+Files. In the fleet directory: hosts/NAME/ (one host's configuration, or a symlink to it), hosts/NAME.pub (its SSH
+public keys), fleet.nix (written from fleet.nix.in). In the chroot directory, for each host: current.json (the
+release to run; replacing it is the moment of publication), releases/ID/ and releases/ID.tar, config -> releases/ID,
+and logs/, which belongs to the host: nothing there is trusted.
+
+Exit codes: 0 done, 1 something failed (each failure on stderr) or a host needs a person, 2 usage.
+
+Sections: constants, types, hosts and keys, releases, states of hosts, publication, builds, commands, command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import fcntl
+import functools
+import grp
+import hashlib
+import json
+import os
+import pwd
+import shutil
+import stat
+import sys
+import tarfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import bento_client as client
+from bento_client import BentoError, Current, Phase, Report, Result, UsageError, format_time, one_line
+
+CHROOT_DIR = "/home/chroot"
+GCROOTS = Path("/nix/var/nix/gcroots/bento")
+KEEP_RELEASES = 3
+KEEP_LOGS = 200
+OFFLINE_AFTER_S = 2 * 3600
+MAX_LOG_BYTES = 4 << 20
+# Hosts staged before one sync of the disk publishes them together: a sync each would cost more than the copying.
+BATCH = 64
+SMALL_FILE = 64 << 10
+
+KEY_TYPES = {
+    "ssh-ed25519", "ssh-rsa", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521",
+    "sk-ssh-ed25519@openssh.com", "sk-ecdsa-sha2-nistp256@openssh.com",
+}  # fmt: skip
+
+
+# --- types ---
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Where the fleet's files lie. `chroot_dir` holds a chroot a host."""
+
+    directory: Path
+    chroot_dir: Path
+
+    def host(self, name: str) -> Path:
+        return self.directory / "hosts" / name
+
+    def chroot(self, name: str) -> Path:
+        return self.chroot_dir / name
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file or directory of a release: `name` as in the archive, `path` where it is read from."""
+
+    name: str
+    path: str
+    is_directory: bool
+    executable: bool = False
+    size: int = 0
+    stamp: tuple[int, int, int] = (0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of a host. `seen_s`: seconds since 1970 on the server's clock."""
+
+    host: str
+    state: str
+    offline: bool
+    needs_reboot: bool
+    drift: bool
+    current: Current | None
+    report: Report | None
+    seen_s: float | None
+    problem: str
+
+    @property
+    def needs_a_person(self) -> bool:
+        return self.state in ("failing", "rolled-back") or self.offline or self.drift or bool(self.problem)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The ids that a host's chroot is given to. None of it when we are not root."""
+
+    uid: int
+    gid: int
+
+
+# --- hosts and keys ---
+
+
+def find_hosts(fleet: Fleet, wanted: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The hosts to work on, and an error for each name in hosts/ that no host can have."""
+    directory = fleet.directory / "hosts"
+    try:
+        entries = sorted(os.listdir(directory))
+    except OSError as error:
+        raise BentoError(f"{directory}: {error.strerror}: --fleet names the directory that has hosts/ in it") from None
+    hosts, errors = [], []
+    for entry in entries:
+        path = directory / entry
+        if entry.startswith(".") or entry.endswith(".pub") or (path.is_file() and not path.is_symlink()):
+            continue
+        if client.HOST_NAME.fullmatch(entry):
+            hosts.append(entry)
+        else:
+            errors.append(
+                f"hosts/{one_line(entry)}: no host name: letters, digits, _ and -, at most 26, a letter or digit first"
+            )
+    for name in wanted:
+        if name not in hosts:
+            raise UsageError(
+                f"{one_line(name)}: no such host: there is no {directory / name}; 'bento.py add' makes one"
+            )
+    return ([name for name in hosts if name in wanted] if wanted else hosts), ([] if wanted else errors)
+
+
+def parse_key(line: str, where: str) -> tuple[str, str, str]:
+    """Type, base64 and comment of a public key line. BentoError for what sshd would not take as just a key."""
+    parts = line.split(None, 2)
+    if "PRIVATE KEY" in line:
+        raise BentoError(f"{where}: this is a private key: delete it, make a new one, and give only the .pub here")
+    if len(parts) < 2 or parts[0] not in KEY_TYPES:
+        raise BentoError(
+            f"{where}: no SSH public key ('ssh-ed25519 AAAA… comment', without options): {one_line(line, 40)}"
+        )
+    try:
+        blob = base64.b64decode(parts[1], validate=True)
+    except (binascii.Error, ValueError):
+        raise BentoError(f"{where}: malformed SSH public key: its second word is no base64") from None
+    fields = []
+    while blob:
+        size = int.from_bytes(blob[:4], "big")
+        if len(blob) < 4 + size:
+            raise BentoError(f"{where}: malformed SSH public key: it is cut short")
+        fields.append(blob[4 : 4 + size])
+        blob = blob[4 + size :]
+    if (
+        len(fields) < 2
+        or fields[0] != parts[0].encode()
+        or (parts[0] == "ssh-ed25519" and list(map(len, fields)) != [11, 32])
+    ):
+        raise BentoError(f"{where}: malformed SSH public key: it is no {parts[0]} key")
+    return parts[0], parts[1], parts[2] if len(parts) > 2 else ""
+
+
+def read_keys(fleet: Fleet, name: str) -> list[tuple[str, str, str]]:
+    path = fleet.directory / "hosts" / f"{name}.pub"
+    where = f"hosts/{name}.pub"
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise BentoError(f"{where}: cannot be read: {one_line(str(error))}") from None
+    keys = []
+    for number, line in enumerate(lines, 1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            keys.append(parse_key(line.strip(), f"{where}:{number}"))
+    if not keys:
+        raise BentoError(f"{where}: no key in it: put the output of 'bento-client key' there")
+    return keys
+
+
+def check_keys(fleet: Fleet) -> tuple[dict[str, list[tuple[str, str, str]]], dict[str, str]]:
+    """The keys of every hosts/NAME.pub, and why a host's cannot be used.
+
+    A key that stands for two hosts stands for neither: whoever holds it could read the other's files.
+    """
+    keys: dict[str, list[tuple[str, str, str]]] = {}
+    errors: dict[str, str] = {}
+    owners: dict[str, str] = {}
+    for path in sorted((fleet.directory / "hosts").glob("*.pub")):
+        name = path.name.removesuffix(".pub")
+        try:
+            if not client.HOST_NAME.fullmatch(name):
+                raise BentoError(f"hosts/{one_line(path.name)}: {one_line(name)!r} is no host name")
+            keys[name] = read_keys(fleet, name)
+        except BentoError as error:
+            errors[name] = str(error)
+    for name, own in keys.items():
+        for _, blob, _ in own:
+            other = owners.setdefault(blob, name)
+            if other != name:
+                text = f"hosts/{other}.pub and hosts/{name}.pub have the same key: each host needs its own"
+                errors |= {other: text, name: text}
+    return keys, errors
+
+
+def nix_string(text: str) -> str:
+    """A Nix string literal; control characters are dropped."""
+    text = "".join(c for c in text if c.isprintable())
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${") + '"'
+
+
+def format_fleet(template: str, keys: dict[str, list[tuple[str, str, str]]], chroot_dir: str) -> str:
+    """fleet.nix: the template with the hosts' keys in it. The same input gives the same bytes."""
+    lines = []
+    for line in template.splitlines():
+        if line.strip() == "@HOSTS@":
+            indent = line[: len(line) - len(line.lstrip())]
+            for name, own in sorted(keys.items()):
+                lines += [f"{indent}{nix_string(name)} = ["]
+                lines += [f"{indent}  {nix_string(' '.join(part for part in key if part))}" for key in own]
+                lines += [f"{indent}];"]
+        elif line.strip() in ("@GENERATED@", "# @GENERATED@"):
+            lines.append("# Written by 'bento.py fleet' from fleet.nix.in and hosts/*.pub: edit those, not this file.")
+        else:
+            # Within quotes already, hence without those of the literal.
+            lines.append(line.replace("@CHROOT_DIR@", nix_string(chroot_dir)[1:-1]))
+    return "\n".join(lines) + "\n"
+
+
+# --- releases ---
+
+
+def list_members(fleet: Fleet, name: str) -> list[Member]:
+    """Everything below hosts/NAME, symlinks followed, sorted bytewise. BentoError names what cannot be in a release."""
+    top = fleet.host(name)
+    if not top.is_dir():
+        reason = "dangling link" if top.is_symlink() else "not a directory"
+        raise BentoError(f"hosts/{name}: {reason}")
+    if not any((top / file).is_file() for file in ("flake.nix", "configuration.nix")):
+        raise BentoError(f"hosts/{name}: neither flake.nix nor configuration.nix in it")
+    home = os.path.realpath(fleet.directory)
+    bounds = (home + os.sep, os.path.realpath(top) + os.sep)
+    members: list[Member] = []
+    walk(f"hosts/{name}", os.path.realpath(top), "", bounds, (os.path.realpath(top),), members)
+    members.sort(key=lambda member: member.name.encode())
+    return members
+
+
+def walk(
+    shown: str, directory: str, prefix: str, bounds: tuple[str, str], above: tuple[str, ...], members: list[Member]
+) -> None:
+    """Collects what lies in `directory`. `shown` is its name for a person, `above` the real directories it is in."""
+    for entry in os.scandir(directory):
+        if entry.name == ".git":
+            continue
+        where = f"{shown}/{entry.name}"
+        try:
+            entry.name.encode()
+        except UnicodeEncodeError:
+            raise BentoError(f"{one_line(repr(where))}: the name is not UTF-8: rename it") from None
+        real = entry.path
+        if entry.is_symlink():
+            real = os.path.realpath(entry.path)
+            if real.startswith("/nix/store/"):
+                continue
+            followed = follow(where, entry.path)
+            if not (real + os.sep).startswith(bounds):
+                raise BentoError(f"{one_line(where)}: link out of the fleet directory, to {one_line(real)}")
+        else:
+            followed = entry.stat(follow_symlinks=False)
+        member = f"{prefix}{entry.name}"
+        if stat.S_ISDIR(followed.st_mode):
+            if real in above:
+                raise BentoError(f"{one_line(where)}: link loop: it leads to a directory that it is in")
+            members.append(Member(member, real, True))
+            walk(where, real, f"{member}/", bounds, (*above, real), members)
+        elif stat.S_ISREG(followed.st_mode):
+            stamp = (followed.st_dev, followed.st_ino, followed.st_mtime_ns)
+            members.append(Member(member, real, False, bool(followed.st_mode & 0o100), followed.st_size, stamp))
+        else:
+            raise BentoError(f"{one_line(where)}: neither a file nor a directory (a socket, FIFO or device)")
+
+
+def follow(where: str, path: str) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        raise BentoError(f"{one_line(where)}: dangling link to {one_line(os.readlink(path))}") from None
+    except OSError as error:
+        raise BentoError(f"{one_line(where)}: link loop ({error.strerror})") from None
+
+
+@functools.lru_cache(maxsize=4096)
+def header(name: str, size: int, is_directory: bool, executable: bool) -> bytes:
+    """The tar header of a member. Hosts share most of their files through utils/, hence the cache."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mtime, info.uid, info.gid, info.uname, info.gname = size, 1, 0, 0, "", ""
+    info.type = tarfile.DIRTYPE if is_directory else tarfile.REGTYPE
+    info.mode = 0o755 if is_directory or executable else 0o644
+    return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict")
+
+
+@functools.lru_cache(maxsize=256)
+def read_small(path: str, stamp: tuple[int, int, int], size: int) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(size + 1)
+
+
+def tar_chunks(members: Iterable[Member]) -> Iterator[bytes]:
+    """The bytes of the release. Always the same for the same content: this is what the release is named by."""
+    total = 0
+    for member in members:
+        yield header(member.name, member.size, member.is_directory, member.executable)
+        total += len(header(member.name, member.size, member.is_directory, member.executable))
+        read = 0
+        if not member.is_directory:
+            for chunk in file_chunks(member):
+                read += len(chunk)
+                yield chunk
+            if read != member.size:
+                raise BentoError(f"{one_line(member.path)}: changed while it was read: run this again")
+            padding = -read % tarfile.BLOCKSIZE
+            yield bytes(padding)
+            total += read + padding
+    total += 2 * tarfile.BLOCKSIZE
+    yield bytes(2 * tarfile.BLOCKSIZE + -total % tarfile.RECORDSIZE)
+
+
+def file_chunks(member: Member) -> Iterator[bytes]:
+    try:
+        if member.size <= SMALL_FILE:
+            yield read_small(member.path, member.stamp, member.size)
+            return
+        with open(member.path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                yield chunk
+    except OSError as error:
+        raise BentoError(f"{one_line(member.path)}: cannot be read: {error.strerror}") from None
+
+
+def write_release(members: Sequence[Member], file: BinaryIO | None) -> tuple[str, int]:
+    """The release's id and its size in bytes; its bytes go to `file` if there is one."""
+    digest, size = hashlib.sha256(), 0
+    for chunk in tar_chunks(members):
+        digest.update(chunk)
+        size += len(chunk)
+        if size > client.MAX_RELEASE_BYTES:
+            raise BentoError(
+                f"the release would be larger than {client.MAX_RELEASE_BYTES} bytes: leave large files out"
+            )
+        if file is not None:
+            file.write(chunk)
+    return digest.hexdigest(), size
+
+
+# --- states of hosts ---
+
+
+def judge(
+    current: Current | None, report: Report | None, seen_s: float | None, now_s: float, offline_after_s: float
+) -> tuple[str, bool, bool, bool]:
+    """A host's state, and the flags offline, needs_reboot and drift. Every combination has exactly one state."""
+    offline = seen_s is not None and now_s - seen_s > offline_after_s
+    if report is None or current is None:
+        return "new" if report is None else "pending", offline, report is not None and report.needs_reboot, False
+    last = report.last
+    drift = False
+    if report.phase in (Phase.BUILDING, Phase.ACTIVATING):
+        state = "building"
+    elif last is None or last.release not in (current.release, None):
+        state = "pending"
+    elif last.release is None:
+        state = "failing"
+    elif last.result == Result.OK:
+        state = "up-to-date"
+        expected = current.system or last.system
+        drift = expected is not None and report.system != expected and not report.needs_reboot
+    else:
+        state = "rolled-back" if last.result == Result.ROLLED_BACK else "failing"
+    return state, offline, report.needs_reboot, drift
+
+
+def read_untrusted(directory: Path, name: str, limit: int) -> tuple[bytes, os.stat_result]:
+    """A regular file that a host wrote, at most `limit` bytes of it. BentoError for anything else; never blocks."""
+    try:
+        folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            descriptor = os.open(name, flags, dir_fd=folder)
+        finally:
+            os.close(folder)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise BentoError(f"logs/{name}: not a regular file ({error.strerror})") from None
+    with open(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise BentoError(f"logs/{name}: not a regular file")
+        return file.read(limit + 1), found
+
+
+def read_report(chroot: Path, name: str) -> tuple[Report | None, float | None, str]:
+    """The host's report, when it came, and what is wrong with it if it cannot be used."""
+    try:
+        raw, found = read_untrusted(chroot / "logs", "status.json", client.MAX_JSON_BYTES)
+    except FileNotFoundError:
+        return None, None, ""
+    except BentoError as error:
+        return None, None, str(error)
+    # A host can set the first of them into the future, never the second.
+    seen_s = min(found.st_mtime, found.st_ctime)
+    try:
+        report = client.parse_report(raw, "logs/status.json")
+        if report.host != name:
+            raise BentoError(f"logs/status.json: it speaks for host {report.host!r}")
+        return report, seen_s, ""
+    except BentoError as error:
+        return None, seen_s, one_line(str(error))
+
+
+def read_published(chroot: Path, name: str) -> Current | None:
+    try:
+        return client.parse_current((chroot / "current.json").read_bytes(), f"{chroot}/current.json", name)
+    except FileNotFoundError:
+        return None
+
+
+def make_row(fleet: Fleet, name: str, now_s: float, offline_after_s: float) -> Row:
+    chroot, problem = fleet.chroot(name), ""
+    current: Current | None = None
+    try:
+        current = read_published(chroot, name)
+    except (BentoError, OSError) as error:
+        problem = one_line(str(error))
+    report, seen_s, trouble = read_report(chroot, name)
+    state, offline, reboot, drift = judge(current, report, seen_s, now_s, offline_after_s)
+    return Row(name, state, offline, reboot, drift, current, report, seen_s, problem or trouble)
+
+
+URGENCY = {"failing": 0, "rolled-back": 1, "pending": 3, "building": 4, "new": 5, "up-to-date": 6}
+
+
+def sort_rows(rows: Iterable[Row]) -> list[Row]:
+    """What needs a person first."""
+    return sorted(rows, key=lambda row: (not row.needs_a_person, URGENCY.get(row.state, 2), row.host))
+
+
+def format_table(rows: Sequence[Row], now_s: float, width: int) -> str:
+    """The status table, for a terminal of `width` columns, and a summary line."""
+    lines = [f"{'HOST':<26} {'STATE':<11} {'RUNS':<8} {'SEEN':>5}  NOTES"]
+    for row in rows:
+        runs = (row.report.release or "-")[:7] if row.report else "-"
+        seen = client.duration(now_s - row.seen_s) if row.seen_s is not None else "never"
+        line = f"{row.host:<26} {row.state:<11} {runs:<8} {seen:>5}  {'; '.join(notes(row, now_s))}".rstrip()
+        lines.append(line if len(line) <= width else line[: width - 1] + "…")
+    counts: dict[str, int] = {}
+    for row in rows:
+        marks = [mark for mark in ("offline", "needs_reboot", "drift") if getattr(row, mark)]
+        for word in (row.state, *marks):
+            counts[word] = counts.get(word, 0) + 1
+    words = [f"{count} {word.replace('_', ' ')}" for word, count in sorted(counts.items())]
+    return "\n".join([*lines, f"{len(rows)} hosts: {', '.join(words)}" if rows else "no hosts"])
+
+
+def notes(row: Row, now_s: float) -> list[str]:
+    """What a person should know of a host, most important first."""
+    found = [f"! {row.problem}"] if row.problem else []
+    found += [mark.replace("_", " ") for mark in ("offline", "drift", "needs_reboot") if getattr(row, mark)]
+    last = row.report.last if row.report else None
+    if row.state in ("failing", "rolled-back") and last is not None:
+        found.append(f"{one_line(last.result)}: {one_line(last.reason)}")
+    if row.state in ("pending", "building", "new") and row.current is not None:
+        age = client.duration(now_s - client.parse_time(row.current.published))
+        found.append(f"{row.current.release[:7]} published {age} ago")
+    elif row.current is None and not row.problem:
+        found.append("nothing published")
+    elif row.state == "up-to-date" and last is not None and last.reason and last.reason != "nothing to activate":
+        found.append(one_line(last.reason))
+    return found
+
+
+def row_json(row: Row) -> dict[str, object]:
+    """A host in `status --json`. Every string that a host wrote is one line of printable characters."""
+    last = row.report.last if row.report else None
+    return {
+        "host": row.host,
+        "state": row.state,
+        "offline": row.offline,
+        "needs_reboot": row.needs_reboot,
+        "drift": row.drift,
+        "published": asdict(row.current) if row.current else None,
+        "release": row.report.release if row.report else None,
+        "system": row.report.system if row.report else None,
+        "client": row.report.client if row.report else None,
+        "phase": row.report.phase if row.report else None,
+        "last": None if last is None else asdict(last) | {"reason": one_line(last.reason)},
+        "seen": None if row.seen_s is None else format_time(row.seen_s),
+        "problem": row.problem or None,
+    }
+
+
+# --- publication ---
+
+
+@contextmanager
+def populate_lock(fleet: Fleet) -> Iterator[None]:
+    fleet.chroot_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with open(fleet.chroot_dir / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BentoError(f"another populate is at work in {fleet.chroot_dir}: wait for its end") from None
+        yield
+
+
+def find_owner(name: str) -> Owner | None:
+    """Whom the host's chroot belongs to; None when we are not root. BentoError when the account is missing."""
+    if os.geteuid() != 0:
+        return None
+    try:
+        return Owner(pwd.getpwnam(f"bento-{name}").pw_uid, grp.getgrnam("bento").gr_gid)
+    except KeyError as error:
+        raise BentoError(
+            f"{error.args[0].split(':')[-1].strip()} does not exist here: run 'bento.py fleet', include fleet.nix in this"
+            " server's configuration and switch to it"
+        ) from None
+
+
+def prepare_chroot(chroot: Path, owner: Owner | None) -> None:
+    """The directories of a host, with the owners and modes that sshd and the host need; and what a kill left is removed."""
+    for path, mode in ((chroot, 0o750), (chroot / "releases", 0o755), (chroot / "logs", 0o750)):
+        with suppress(FileExistsError):
+            path.mkdir(mode=mode)
+        if path.is_symlink() or not path.is_dir():
+            raise BentoError(f"{path}: not a directory: remove it")
+        found = path.stat()
+        uid, gid = (owner.uid if path.name == "logs" else 0, owner.gid) if owner else (found.st_uid, found.st_gid)
+        if path.name == "releases" and owner:
+            uid, gid = 0, 0
+        if (found.st_uid, found.st_gid) != (uid, gid):
+            os.chown(path, uid, gid)
+        if stat.S_IMODE(found.st_mode) != mode:
+            path.chmod(mode)
+    for left in (*(chroot / "releases").glob(".*"), *chroot.glob(".*.new")):
+        client.remove(left)
+
+
+def is_whole(chroot: Path, release: str, size: int) -> bool:
+    tar = chroot / "releases" / f"{release}.tar"
+    return tar.is_file() and tar.stat().st_size == size and (chroot / "releases" / release).is_dir()
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A release that lies beside the published ones, complete but not yet named: `tree` is what will be built."""
+
+    name: str
+    release: str
+    size: int
+    tar: Path
+    tree: Path
+
+
+def stage(chroot: Path, name: str, members: Sequence[Member]) -> Staged:
+    """Writes the release's tar and unpacks it as a client would. Not synced: `publish` needs that done before."""
+    directory = chroot / "releases" / ".new"
+    client.remove(directory)
+    directory.mkdir(mode=0o755)
+    tar = directory / "release.tar"
+    with open(tar, "wb") as file:
+        release, size = write_release(members, file)
+    tar.chmod(0o644)
+    # The name matters: a channel configuration that says ./. gets it into a store path, and the client's is config/.
+    client.unpack(tar, directory / "config")
+    return Staged(name, release, size, tar, directory / "config")
+
+
+def publish(chroot: Path, staged: Staged, system: str | None, before: Current | None, now_s: float) -> None:
+    """Gives a synced release its name and makes it the one to run. A host sees the old release or the new one, whole."""
+    releases = chroot / "releases"
+    tar, tree = releases / f"{staged.release}.tar", releases / staged.release
+    client.remove(tar)
+    client.remove(tree)
+    os.rename(staged.tree, tree)
+    os.rename(staged.tar, tar)
+    os.utime(tar, (now_s, now_s))
+    client.sync_directory(releases)
+    # Never earlier than the one before, even if the clock was set back: hosts with several servers compare them.
+    published = format_time(now_s)
+    if before is not None and before.published >= published:
+        published = format_time(client.parse_time(before.published) + 1)
+    announce(chroot, Current(staged.name, staged.release, staged.size, published, system))
+    client.remove(releases / ".new")
+    prune_releases(releases, staged.release)
+
+
+def announce(chroot: Path, current: Current) -> None:
+    client.write_atomic(chroot / "current.json", client.encode(current), 0o644)
+    link = chroot / ".config.new"
+    client.remove(link)
+    link.symlink_to(f"releases/{current.release}")
+    if (chroot / "config").is_dir() and not (chroot / "config").is_symlink():
+        client.remove(chroot / "config")
+    os.rename(link, chroot / "config")
+
+
+def prune_releases(releases: Path, current: str) -> None:
+    """Keeps the current release and the ones published just before it: a host may be fetching one of them."""
+    tars = sorted(releases.glob("*.tar"), key=lambda tar: tar.stat().st_mtime_ns, reverse=True)
+    keep = {current, *[tar.stem for tar in tars if tar.stem != current][: KEEP_RELEASES - 1]}
+    for path in releases.iterdir():
+        if path.name.removesuffix(".tar") not in keep:
+            client.remove(path)
+
+
+def prune_logs(chroot: Path) -> None:
+    """Removes the oldest of what a host left beyond a generous number of logs."""
+    with suppress(OSError):
+        names = sorted(entry.name for entry in os.scandir(chroot / "logs") if client.LOG_NAME.fullmatch(entry.name))
+        for name in names[:-KEEP_LOGS]:
+            (chroot / "logs" / name).unlink()
+
+
+def prune_chroots(fleet: Fleet, hosts: Sequence[str], dry_run: bool) -> None:
+    """Removes the chroots of hosts that are in hosts/ no more."""
+    if not hosts:
+        raise BentoError(
+            f"{fleet.directory / 'hosts'}: no hosts in it: pruning would remove every chroot, so nothing was done"
+        )
+    for path in sorted(fleet.chroot_dir.iterdir()):
+        ours = client.HOST_NAME.fullmatch(path.name) and not path.is_symlink() and (path / "releases").is_dir()
+        if ours and path.name not in hosts:
+            print(f"{path.name}: {'would remove' if dry_run else 'removed'} {path}")
+            if not dry_run:
+                # Unpublish first, so that a kill in the middle never leaves a release announced and gone.
+                client.remove(path / "current.json")
+                client.remove(path)
+
+
+# --- builds ---
+
+
+def rebuild_argv(action: str, tree: Path, name: str) -> list[str]:
+    if (tree / "flake.nix").exists():
+        return ["nixos-rebuild", action, "--flake", f"path:{tree}#{name}"]
+    return ["nixos-rebuild", action, "--no-flake", "-I", f"nixos-config={tree}/configuration.nix"]
+
+
+def rebuild(action: str, tree: Path, name: str) -> str | None:
+    """Builds (or evaluates) a release as the host will. The system's store path after a build."""
+    work = tree.parent
+    log = work / "build.log"
+    with open(log, "wb") as out:
+        done = client.run(rebuild_argv(action, tree, name), check=False, output=out, cwd=work)
+    if done.code != 0:
+        said = log.read_text(errors="replace").splitlines()[-15:]
+        raise BentoError("\n  ".join([f"nixos-rebuild {action}: exit {done.code}", *said]))
+    return os.path.realpath(work / "result") if action == "build" else None
+
+
+def keep_from_collection(name: str, system: str) -> None:
+    """A garbage collection root, so that this server can serve the build. Only root can make one there."""
+    if os.geteuid() == 0:
+        GCROOTS.mkdir(parents=True, exist_ok=True)
+        link = GCROOTS / f".{name}.new"
+        client.remove(link)
+        link.symlink_to(system)
+        os.rename(link, GCROOTS / name)
+
+
+# --- commands ---
+
+
+def complain(errors: Iterable[str]) -> int:
+    """Prints each failure once; the exit code that they make."""
+    code = 0
+    for error in errors:
+        print(f"bento: error: {error}", file=sys.stderr)
+        code = 1
+    return code
+
+
+def command_add(fleet: Fleet, name: str, key: str | None, flake: bool) -> int:
+    if not client.HOST_NAME.fullmatch(name):
+        raise UsageError(
+            f"{one_line(name)}: no host name: letters, digits, _ and -, at most 26, a letter or digit first"
+        )
+    lines: list[str] = []
+    if key is not None:
+        text = sys.stdin.read() if key == "-" else Path(key).read_text()
+        lines = [" ".join(parse_key(line.strip(), key)).strip() for line in text.splitlines() if line.strip()]
+    host, public = fleet.host(name), fleet.directory / "hosts" / f"{name}.pub"
+    if not host.exists():
+        aside = host.with_name(f".{name}.new")
+        client.remove(aside)
+        aside.mkdir(parents=True)
+        (aside / "utils").symlink_to("../../utils")
+        (aside / "configuration.nix").write_text(CONFIGURATION.replace("@HOST@", name))
+        if flake:
+            (aside / "flake.nix").write_text(FLAKE.replace("@HOST@", name))
+        os.rename(aside, host)
+        print(f"hosts/{name}/: made; put the machine's own configuration there and set the server's name")
+    elif not lines:
+        raise BentoError(f"hosts/{name} is there already")
+    if lines:
+        client.write_atomic(public, ("\n".join(lines) + "\n").encode(), 0o644)
+        print(f"hosts/{name}.pub: {len(lines)} key{'s' if len(lines) > 1 else ''}")
+        print("next: 'bento.py fleet', switch this server to it, 'bento.py populate'")
+    else:
+        print(f"next: 'bento-client key' on the machine, and its output into hosts/{name}.pub")
+    return 0
+
+
+CONFIGURATION = """\
+{ ... }:
+{
+  imports = [
+    ./utils/bento.nix
+    # ./hardware-configuration.nix
+  ];
+
+  networking.hostName = "@HOST@";
+
+  services.bento = {
+    enable = true;
+    server = "bento.example.org";
+  };
+}
+"""
+
+FLAKE = """\
+{
+  inputs.nixpkgs.url = "github:NixOS/nixpkgs/nixos-25.11";
+
+  outputs =
+    { nixpkgs, ... }:
+    {
+      nixosConfigurations."@HOST@" = nixpkgs.lib.nixosSystem {
+        system = "x86_64-linux";
+        modules = [ ./configuration.nix ];
+      };
+    };
+}
+"""
+
+
+def command_fleet(fleet: Fleet) -> int:
+    """Writes fleet.nix. With one bad key it writes nothing: a host that were left out would be locked out."""
+    keys, errors = check_keys(fleet)
+    if errors:
+        return complain([*dict.fromkeys(errors.values()), "fleet.nix is left as it was"])
+    template = fleet.directory / "fleet.nix.in"
+    if not template.exists():
+        template = Path(__file__).resolve().parent / "fleet.nix.in"
+    text = format_fleet(template.read_text(), keys, str(fleet.chroot_dir)).encode()
+    target = fleet.directory / "fleet.nix"
+    if target.exists() and target.read_bytes() == text:
+        print(f"fleet.nix: unchanged, {len(keys)} hosts")
+    else:
+        client.write_atomic(target, text, 0o644)
+        print(f"fleet.nix: written, {len(keys)} hosts; include it in this server's configuration and switch")
+    return 0
+
+
+def command_rebuild(fleet: Fleet, wanted: Sequence[str], action: str, jobs: int) -> int:
+    """`check` and `build`: what the host will do with the release, done here."""
+    import tempfile
+    from concurrent.futures import ThreadPoolExecutor
+
+    hosts, errors = find_hosts(fleet, wanted)
+
+    def one(name: str, work: Path) -> str | BentoError:
+        try:
+            (work / "releases").mkdir(parents=True)
+            staged = stage(work, name, list_members(fleet, name))
+            started = time.monotonic()
+            system = rebuild(action, staged.tree, name)
+            if system is not None:
+                keep_from_collection(name, system)
+                note_system(fleet, name, staged.release, system)
+        except BentoError as error:
+            return BentoError(f"{name}: {error}")
+        took = client.duration(time.monotonic() - started)
+        return f"{name}: {staged.release[:12]} {'builds' if system is None else system} ({took})"
+
+    with tempfile.TemporaryDirectory(prefix="bento-") as work, ThreadPoolExecutor(max_workers=jobs) as pool:
+        failures = list(errors)
+        for result in pool.map(lambda name: one(name, Path(work, name)), hosts):
+            if isinstance(result, BentoError):
+                failures.append(str(result))
+            else:
+                print(result)
+    return complain(failures)
+
+
+def note_system(fleet: Fleet, name: str, release: str, system: str) -> None:
+    """Adds what was built to `current.json`, if it was built from the release that is published."""
+    with suppress(OSError, BentoError):
+        current = read_published(fleet.chroot(name), name)
+        if current is not None and current.release == release and current.system != system:
+            announce(fleet.chroot(name), replace(current, system=system))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `populate` was asked to do with each host."""
+
+    action: str | None  # nixos-rebuild's, that a host has to pass
+    dry_run: bool
+    verbose: bool
+
+
+def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: bool) -> int:
+    if prune and wanted:
+        raise UsageError("--prune goes with the whole fleet, not with single hosts")
+    hosts, failures = find_hosts(fleet, wanted)
+    _, bad_keys = check_keys(fleet)
+    failures += dict.fromkeys(text for name, text in bad_keys.items() if name in hosts or not wanted)
+    counts = {"published": 0, "unchanged": 0}
+    if os.geteuid() != 0:
+        print("not root: files keep their owner; sshd serves them only when root publishes", file=sys.stderr)
+    os.umask(0o022)
+    with populate_lock(fleet):
+        if prune:
+            prune_chroots(fleet, hosts, plan.dry_run)
+        good = [name for name in hosts if name not in bad_keys]
+        for first in range(0, len(good), BATCH):
+            waiting: list[tuple[Staged, str | None, Current | None]] = []
+            for name in good[first : first + BATCH]:
+                try:
+                    staged = prepare(fleet, name, plan)
+                except (BentoError, OSError) as error:
+                    failures.append(f"{name}: {error}")
+                    continue
+                if staged is None:
+                    counts["unchanged"] += 1
+                else:
+                    counts["published"] += 1
+                    if not plan.dry_run:
+                        waiting.append(staged)
+            if waiting:
+                os.sync()
+            for release, system, before in waiting:
+                publish(fleet.chroot(release.name), release, system, before, time.time())
+                print(f"{release.name}: published {release.release[:12]} ({release.size} bytes)")
+    would = "would be " if plan.dry_run else ""
+    print(
+        f"{len(hosts)} hosts: {counts['published']} {would}published, {counts['unchanged']} unchanged, {len(failures)} failed"
+    )
+    return complain(failures)
+
+
+def prepare(fleet: Fleet, name: str, plan: Plan) -> tuple[Staged, str | None, Current | None] | None:
+    """Stages what is new of a host, after it passed its check. None: nothing is."""
+    owner = find_owner(name)
+    chroot = fleet.chroot(name)
+    members = list_members(fleet, name)
+    release, size = write_release(members, None)
+    try:
+        before = read_published(chroot, name)
+    except BentoError as error:
+        print(f"{name}: {error}: published anew", file=sys.stderr)
+        before = None
+    unchanged = before is not None and before.release == release and is_whole(chroot, release, size)
+    if unchanged and (plan.action != "build" or (before is not None and before.system is not None)):
+        if not plan.dry_run:
+            prepare_chroot(chroot, owner)
+            prune_logs(chroot)
+        if plan.verbose:
+            print(f"{name}: unchanged, {release[:12]}")
+        return None
+    if plan.dry_run:
+        print(f"{name}: would publish {release[:12]} ({size} bytes)")
+        return Staged(name, release, size, chroot, chroot), None, before
+    prepare_chroot(chroot, owner)
+    staged = stage(chroot, name, members)
+    system = None
+    if plan.action is not None:
+        system = rebuild(plan.action, staged.tree, name)
+        for left in ("result", "build.log"):
+            client.remove(staged.tree.parent / left)
+        if system is not None:
+            keep_from_collection(name, system)
+    if unchanged and before is not None and staged.release == before.release:
+        announce(chroot, replace(before, system=system))
+        client.remove(staged.tree.parent)
+        return None
+    return staged, system, before
+
+
+def command_status(fleet: Fleet, wanted: Sequence[str], offline_after_s: float, as_json: bool) -> int:
+    hosts, errors = find_hosts(fleet, wanted)
+    now_s = time.time()
+    rows = sort_rows(make_row(fleet, name, now_s, offline_after_s) for name in hosts)
+    if as_json:
+        print(json.dumps({"format": 1, "time": format_time(now_s), "hosts": [row_json(row) for row in rows]}, indent=1))
+    else:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 200
+        print(format_table(rows, now_s, width))
+    return max(complain(errors), int(any(row.needs_a_person for row in rows)))
+
+
+def command_log(fleet: Fleet, name: str, show_list: bool, release: str | None) -> int:
+    """What the host uploaded, made harmless for a terminal. The newest log unless asked for another."""
+    find_hosts(fleet, [name])
+    logs = fleet.chroot(name) / "logs"
+    try:
+        names = sorted((e.name for e in os.scandir(logs) if client.LOG_NAME.fullmatch(e.name)), reverse=True)
+    except OSError:
+        names = []
+    names = [log for log in names if release is None or log.split("_")[1].startswith(release[:12])]
+    if not names:
+        raise BentoError(
+            f"{name}: no log{' of that release' if release else ''} in {logs}: it has not reported one yet"
+        )
+    if show_list:
+        for log in names:
+            when, short, result = log.removesuffix(".log").split("_")
+            print(f"{when}  {short}  {result}")
+        return 0
+    raw, _ = read_untrusted(logs, names[0], MAX_LOG_BYTES)
+    for line in raw[:MAX_LOG_BYTES].decode(errors="replace").splitlines():
+        print("".join(c if c.isprintable() or c == "\t" else "?" for c in line))
+    return 0
+
+
+# --- command line ---
+
+
+def add_hosts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("hosts", nargs="*", metavar="NAME", help="hosts (default: all)")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bento.py", description="Publish the configurations of a fleet of NixOS machines."
+    )
+    parser.add_argument(
+        "--fleet", metavar="DIR", help="the directory with hosts/ (default: $BENTO_DIR, else where bento.py lies)"
+    )
+    parser.add_argument(
+        "--chroot-dir", metavar="DIR", help=f"where to publish (default: $BENTO_CHROOT_DIR, else {CHROOT_DIR})"
+    )
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="show the programs that are run, and unchanged hosts"
+    )
+    parser.add_argument("--version", action="version", version=client.VERSION)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text)
+
+    add = command("add", "make the directory of a new host")
+    add.add_argument("name", metavar="NAME")
+    add.add_argument("--key", metavar="FILE", help="the host's public key ('-': standard input)")
+    add.add_argument("--flake", action="store_true", help="a flake instead of a channel configuration")
+    command("fleet", "write fleet.nix, the server's users and chroots, from hosts/*.pub")
+    for name, text in (("check", "evaluate each host's configuration"), ("build", "build each host's configuration")):
+        parser_ = command(name, text)
+        parser_.add_argument("-j", "--jobs", type=int, default=2, metavar="N", help="so many at once (default 2)")
+        add_hosts(parser_)
+    populate = command("populate", "publish what has changed")
+    group = populate.add_mutually_exclusive_group()
+    group.add_argument("--check", action="store_true", help="only hosts whose configuration evaluates")
+    group.add_argument("--build", action="store_true", help="only hosts whose configuration builds")
+    populate.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    populate.add_argument(
+        "--prune", action="store_true", help="also remove the chroots of hosts that are gone from hosts/"
+    )
+    add_hosts(populate)
+    status = command("status", "the state of the fleet; exit code 1 when a host needs a person")
+    status.add_argument("--json", action="store_true", help="for programs")
+    status.add_argument(
+        "--offline-after", type=float, default=OFFLINE_AFTER_S / 3600, metavar="HOURS", help="default: 2"
+    )
+    add_hosts(status)
+    log = command("log", "what a host uploaded last")
+    log.add_argument("name", metavar="NAME")
+    log.add_argument("--list", action="store_true", help="list its logs: when, release, result")
+    log.add_argument("--release", metavar="ID", help="the newest log of that release")
+    return parser
+
+
+def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:
+    command: str = options.command
+    if command == "add":
+        return command_add(fleet, options.name, options.key, options.flake)
+    if command == "fleet":
+        return command_fleet(fleet)
+    if command in ("check", "build"):
+        action = "dry-build" if command == "check" else "build"
+        return command_rebuild(fleet, options.hosts, action, max(1, options.jobs))
+    if command == "populate":
+        action_wanted = "dry-build" if options.check else "build" if options.build else None
+        return command_populate(
+            fleet, options.hosts, Plan(action_wanted, options.dry_run, options.verbose), options.prune
+        )
+    if command == "status":
+        return command_status(fleet, options.hosts, options.offline_after * 3600, options.json)
+    return command_log(fleet, options.name, options.list, options.release)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = make_parser().parse_args(argv)
+    client.verbose = options.verbose
+    directory = options.fleet or os.environ.get("BENTO_DIR") or Path(__file__).resolve().parent
+    chroot_dir = options.chroot_dir or os.environ.get("BENTO_CHROOT_DIR") or CHROOT_DIR
+    try:
+        return dispatch(options, Fleet(Path(directory).absolute(), Path(chroot_dir).absolute()))
+    except BentoError as error:
+        print(f"bento: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except OSError as error:
+        print(f"bento: error: {error.filename or 'system'}: {error.strerror}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("bento: error: interrupted; nothing partial is published", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
