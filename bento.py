@@ -476,7 +476,7 @@ def notes(row: Row, now_s: float) -> list[str]:
     found += [mark.replace("_", " ") for mark in ("offline", "drift", "needs_reboot") if getattr(row, mark)]
     last = row.report.last if row.report else None
     if row.state in ("failing", "rolled-back") and last is not None:
-        found.append(f"{one_line(last.result)}: {one_line(last.reason)}")
+        found.append(one_line(last.reason if last.result == row.state else f"{last.result}: {last.reason}"))
     if row.state in ("pending", "building", "new") and row.current is not None:
         age = client.duration(now_s - client.parse_time(row.current.published))
         found.append(f"{row.current.release[:7]} published {age} ago")
@@ -903,7 +903,7 @@ def command_status(fleet: Fleet, wanted: Sequence[str], offline_after_s: float, 
     if as_json:
         print(json.dumps({"format": 1, "time": format_time(now_s), "hosts": [row_json(row) for row in rows]}, indent=1))
     else:
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 200
+        width = shutil.get_terminal_size(fallback=(200, 24)).columns
         print(format_table(rows, now_s, width))
     return max(complain(errors), int(any(row.needs_a_person for row in rows)))
 
@@ -944,7 +944,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="bento.py", description="Publish the configurations of a fleet of NixOS machines."
     )
     parser.add_argument(
-        "--fleet", metavar="DIR", help="the directory with hosts/ (default: $BENTO_DIR, else where bento.py lies)"
+        "--fleet", metavar="DIR", help="the directory with hosts/ (default: $BENTO_DIR, else that of bento.py)"
     )
     parser.add_argument(
         "--chroot-dir", metavar="DIR", help=f"where to publish (default: $BENTO_CHROOT_DIR, else {CHROOT_DIR})"

@@ -532,8 +532,8 @@ def explain_ssh(output: str) -> tuple[str, bool]:
     for pattern, passing, meaning in SSH_FAILURES:
         for line in said:
             if re.search(pattern, line):
-                return f"{meaning} (ssh: {line})", passing
-    return (f"ssh: {said[-1]}" if said else "sftp ended without a word"), True
+                return f"{meaning} ({line.removeprefix('ssh: ')})", passing
+    return (said[-1] if said else "sftp ended without a word"), True
 
 
 def failed_units(output: str) -> list[str]:
@@ -847,7 +847,7 @@ class Sftp:
         if code == 1 and "the connection was lost" not in meaning:
             said = [one_line(line) for line in output.splitlines() if line and not line.startswith("sftp> ")]
             return Refused(f"{self.server}: {said[-1] if said else 'sftp failed without a word'}")
-        return Unreachable(f"cannot reach the server {self.server}: {meaning}", passing=passing)
+        return Unreachable(f"cannot reach {self.server}: {meaning}", passing=passing)
 
     def get(self, remote: str, local: str, ceiling: int, *, resume: bool = False) -> Path:
         path = self.directory / local
@@ -1126,7 +1126,9 @@ def record(
     attempt: int,
 ) -> State:
     """Writes down how an attempt ended: its log into the outbox, the rest into state.json."""
-    log.say(f"{outcome.result}" + (f": {outcome.reason}" if outcome.reason else ""))
+    log.say(
+        ("" if outcome.result == Result.OK else "error: ") + ": ".join(filter(None, (outcome.result, outcome.reason)))
+    )
     now_s = time.time()
     name = log_name(now_s, release, outcome.result)
     last = Last(
@@ -1404,7 +1406,7 @@ def prove(settings: Settings, log: Log, system: str) -> str | None:
     give_up = time.monotonic() + settings.confirm_timeout
     log.say(f"proof: {system}/sw/bin/bento-client probe, for at most {settings.confirm_timeout} s")
     if (failure := wait_for_probe(settings, log, system)) is not None:
-        return f"the new system cannot reach its server: {failure}"
+        return f"new system: {failure}"
     while True:
         failure = check_health(settings, log, system, max(give_up - time.monotonic(), 1.0))
         if failure is None or time.monotonic() + 1 > give_up:
@@ -1469,7 +1471,7 @@ def roll_back(settings: Settings, log: Log, pending: Pending, outcome: Outcome) 
     if outcome.result == Result.ROLLED_BACK:
         failure = wait_for_probe(settings, log, pending.old)
         if failure is not None:
-            reason = f"{outcome.reason}; nor can the old system ({failure}): not the release's fault, tried again later"
+            reason = f"{outcome.reason}; nor can the old one: not the release's fault, tried again later"
             return Outcome(Result.POSTPONED, reason, unreachable=True)
     return outcome
 
@@ -1678,8 +1680,6 @@ def update(settings: Settings, log: Log, state: State, directory: str, *, force:
     else:
         state = record(settings, log, state, outcome, current.release, current.published, started, number)
         report(settings, log, state, directory)
-    if outcome.result != Result.OK:
-        print(f"bento: error: {outcome.result}: {outcome.reason}", file=sys.stderr)
     return outcome.exit_code
 
 

@@ -64,7 +64,7 @@ let
   // lib.optionalAttrs (cfg.knownHosts != null) { known_hosts = cfg.knownHosts; };
 
   servers = lib.toList cfg.server;
-  isServer = name: builtins.match "[]A-Za-z0-9:[][]A-Za-z0-9._:%[-]*" name != null && !isHostAndPort name;
+  isServer = name: builtins.match "[A-Za-z0-9:[][]A-Za-z0-9._:%[-]*" name != null && !isHostAndPort name;
   isHostAndPort = name: builtins.match "[^:]*:[^:]*" name != null;
   isPublicKey = key: builtins.match "(ssh|ecdsa|sk)-[^ ]+ AAAA[A-Za-z0-9+/=]+( .*)?" key != null;
 
@@ -356,8 +356,6 @@ in
 
     systemd.services.bento = {
       description = "Follow the releases of the Bento server";
-      documentation = [ "man:nixos-rebuild(8)" ];
-
       after = [ "network-online.target" ];
       wants = [ "network-online.target" ];
 
@@ -367,7 +365,7 @@ in
       unitConfig.X-StopOnRemoval = false;
 
       # Someone who asks for update after update should not keep the timer from starting the next.
-      startLimitIntervalSec = 0;
+      unitConfig.StartLimitIntervalSec = 0;
 
       environment =
         config.nix.envVars
@@ -401,31 +399,31 @@ in
         # /etc, and what is mounted over /etc in here would still show the old one. Of what goes with them, the
         # capabilities and system calls, the lists below take the same.
         #
-        # Devices stay, for health checks (`zpool status`). CAP_SYS_ADMIN and CAP_SYS_BOOT stay: systemd looks for them
-        # in whoever asks it to start units and to reboot.
+        # Devices, networking and raw access to disks stay, for health checks (`zpool status`, `wg show`, `smartctl`).
+        # CAP_SYS_ADMIN and CAP_SYS_BOOT stay: systemd looks for them in whoever asks it to start units or to reboot.
         NoNewPrivileges = true;
-        CapabilityBoundingSet = [
-          "~CAP_AUDIT_CONTROL"
-          "CAP_BLOCK_SUSPEND"
-          "CAP_BPF"
-          "CAP_IPC_LOCK"
-          "CAP_LEASE"
-          "CAP_LINUX_IMMUTABLE"
-          "CAP_MAC_ADMIN"
-          "CAP_MAC_OVERRIDE"
-          "CAP_MKNOD"
-          "CAP_NET_ADMIN"
-          "CAP_PERFMON"
-          "CAP_SYSLOG"
-          "CAP_SYS_CHROOT"
-          "CAP_SYS_MODULE"
-          "CAP_SYS_PACCT"
-          "CAP_SYS_PTRACE"
-          "CAP_SYS_RAWIO"
-          "CAP_SYS_TIME"
-          "CAP_SYS_TTY_CONFIG"
-          "CAP_WAKE_ALARM"
-        ];
+        CapabilityBoundingSet = "~${
+          toString [
+            "CAP_AUDIT_CONTROL"
+            "CAP_BLOCK_SUSPEND"
+            "CAP_BPF"
+            "CAP_IPC_LOCK"
+            "CAP_LEASE"
+            "CAP_LINUX_IMMUTABLE"
+            "CAP_MAC_ADMIN"
+            "CAP_MAC_OVERRIDE"
+            "CAP_MKNOD"
+            "CAP_PERFMON"
+            "CAP_SYSLOG"
+            "CAP_SYS_CHROOT"
+            "CAP_SYS_MODULE"
+            "CAP_SYS_PACCT"
+            "CAP_SYS_PTRACE"
+            "CAP_SYS_TIME"
+            "CAP_SYS_TTY_CONFIG"
+            "CAP_WAKE_ALARM"
+          ]
+        }";
         KeyringMode = "private";
         LockPersonality = true;
         ProtectHostname = true;
@@ -440,17 +438,19 @@ in
         RestrictSUIDSGID = true;
         SystemCallArchitectures = "native";
         SystemCallErrorNumber = "EPERM";
-        SystemCallFilter = [
-          "~@clock"
-          "@cpu-emulation"
-          "@debug"
-          "@module"
-          "@mount"
-          "@obsolete"
-          "@raw-io"
-          "@reboot"
-          "@swap"
-        ];
+        SystemCallFilter = "~${
+          toString [
+            "@clock"
+            "@cpu-emulation"
+            "@debug"
+            "@module"
+            "@mount"
+            "@obsolete"
+            "@raw-io"
+            "@reboot"
+            "@swap"
+          ]
+        }";
       };
     };
 
@@ -483,8 +483,9 @@ in
       socketConfig = {
         ListenStream = "127.0.0.1:${toString cfg.trigger.port}";
         Accept = true;
-        # One at a time. The next are turned away.
+        # One at a time. The next are turned away, however many.
         MaxConnections = 1;
+        TriggerLimitIntervalSec = 0;
         IPAddressAllow = "localhost";
         IPAddressDeny = "any";
       };
@@ -493,9 +494,10 @@ in
     systemd.services."bento-trigger@" = lib.mkIf cfg.trigger.enable {
       description = "Start an update and show its log";
 
-      # It shows the log of a switch, until the end.
+      # It shows the log of a switch, to the end.
       restartIfChanged = false;
       unitConfig.X-StopOnRemoval = false;
+      unitConfig.CollectMode = "inactive-or-failed";
 
       # `since`, because journalctl may be slower to start than the update.
       script = ''
@@ -509,7 +511,7 @@ in
         # For the last lines to arrive.
         sleep 1
         kill $! 2>/dev/null || true
-        echo "$outcome"
+        echo "$outcome" || true
       '';
 
       serviceConfig = {
@@ -545,8 +547,7 @@ in
         SystemCallErrorNumber = "EPERM";
         SystemCallFilter = [
           "@system-service"
-          "~@privileged"
-          "@resources"
+          "~@privileged @resources"
         ];
       };
     };

@@ -1,0 +1,179 @@
+# Evaluates Bento's modules on a NixOS that has just the options they touch, and reports what they make of it.
+{
+  # Nixpkgs' lib, or our own.
+  lib ? import ./evalmodules.nix,
+}:
+
+let
+  inherit (lib) mkOption types;
+
+  package = name: {
+    type = "derivation";
+    inherit name;
+    outPath = "/nix/store/eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee-${name}";
+  };
+
+  pkgs =
+    builtins.listToAttrs (
+      map
+        (name: {
+          inherit name;
+          value = package name;
+        })
+        [
+          "bash"
+          "coreutils"
+          "curl"
+          "firefox"
+          "gitMinimal"
+          "gnutar"
+          "gzip"
+          "iputils"
+          "libreoffice"
+          "nix"
+          "nixos-rebuild"
+          "openssh"
+          "python3"
+          "python3Minimal"
+          "systemd"
+          "xz"
+        ]
+    )
+    // {
+      writeText = name: text: package name // { inherit text; };
+      writeShellScriptBin = name: text: package name // { inherit text; };
+    };
+
+  option =
+    type: default:
+    mkOption {
+      inherit type default;
+    };
+  attrs = option (types.attrsOf types.anything) { };
+
+  nixos = {
+    options = {
+      assertions = option (types.listOf types.anything) [ ];
+      boot.loader.systemd-boot.enable = option types.bool false;
+      environment = {
+        etc = attrs;
+        sessionVariables = attrs;
+        systemPackages = option (types.listOf types.package) [ ];
+      };
+      networking = {
+        hostName = option types.str "nixos";
+        proxy.envVars = attrs;
+      };
+      nix = {
+        channel.enable = option types.bool true;
+        enable = option types.bool true;
+        envVars = attrs;
+        package = option types.package pkgs.nix;
+      };
+      programs.ssh.package = option types.package pkgs.openssh;
+      services.openssh = {
+        enable = option types.bool false;
+        extraConfig = option types.lines "";
+        settings = attrs;
+      };
+      system = {
+        autoUpgrade.enable = option types.bool false;
+        nixos.release = option types.str "25.11";
+      };
+      systemd = {
+        package = option types.package pkgs.systemd;
+        services = attrs;
+        sockets = attrs;
+        timers = attrs;
+        tmpfiles.rules = option (types.listOf types.str) [ ];
+      };
+      users = {
+        groups = attrs;
+        users = attrs;
+      };
+    };
+    config = {
+      environment.sessionVariables.NIX_PATH = "nixpkgs=/channels/nixos:nixos-config=/etc/nixos/configuration.nix";
+      system.build.nixos-rebuild = pkgs.nixos-rebuild;
+    };
+  };
+
+  # What a real NixOS has options for, and these tests do not look at. Our own lib takes it without asking.
+  rest = if lib ? strings then [ { freeformType = types.attrsOf types.anything; } ] else [ ];
+
+  eval =
+    modules:
+    lib.evalModules {
+      modules = [ nixos ] ++ rest ++ modules;
+      specialArgs = {
+        inherit pkgs;
+      };
+    };
+
+  failed = config: map (a: a.message) (builtins.filter (a: !a.assertion) config.assertions);
+
+  document =
+    prefix: node:
+    if lib.isOption node then
+      {
+        ${prefix} = {
+          description = node.description;
+        }
+        // (
+          if node ? defaultText then
+            { default = node.defaultText.text; }
+          else if node ? default then
+            { default = builtins.toJSON node.default; }
+          else
+            { }
+        )
+        // (
+          if node ? example then
+            { example = node.example.text or (builtins.toJSON node.example); }
+          else
+            { }
+        );
+      }
+    else
+      builtins.foldl' (all: name: all // document "${prefix}.${name}" node.${name}) { } (
+        builtins.attrNames node
+      );
+in
+{
+  inherit eval;
+
+  # A host, from its modules.
+  host =
+    modules:
+    let
+      inherit (eval modules) config;
+      commands = builtins.filter (p: p.name == "bento-client") config.environment.systemPackages;
+      settings = builtins.fromJSON config.environment.etc."bento/client.json".text;
+    in
+    if failed config != [ ] then
+      { failed = failed config; }
+    else
+      {
+        inherit settings;
+        commands = map (c: c.text) commands;
+        inherit (config.systemd) services sockets timers;
+      };
+
+  # The text of the file that `knownHosts` gets from `serverKeys`, which is otherwise seen as a path only.
+  knownHosts = keys: builtins.concatStringsSep "" (map (key: "* ${key}\n") keys);
+
+  # A server, from its modules.
+  server =
+    modules:
+    let
+      inherit (eval modules) config;
+    in
+    {
+      inherit (config.users) users groups;
+      tmpfiles = config.systemd.tmpfiles.rules;
+      inherit (config.services.openssh) enable settings extraConfig;
+    };
+
+  # Every option of the host's module.
+  options = module: document "services.bento" (eval [ module ]).options.services.bento;
+}

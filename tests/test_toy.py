@@ -1,0 +1,545 @@
+"""The toy NixOS does what the tests that use it rely on."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toynixos import CHANNELS, ToyMachine, need, need_nix, write_config
+
+# Says what it was started with; the real one has tests of its own.
+FAKE_CLIENT = "import sys\nprint('client', *sys.argv[1:])\n"
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Path:
+    path = tmp_path / "client.py"
+    path.write_text(FAKE_CLIENT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(params=["simulated", "nix"])
+def machine(request: pytest.FixtureRequest, tmp_path: Path, client: Path) -> ToyMachine:
+    if request.param == "nix":
+        need_nix()
+    return ToyMachine.create(tmp_path / "root", "toy", mode=request.param, client=client)
+
+
+@pytest.fixture
+def simulated(tmp_path: Path, client: Path) -> ToyMachine:
+    return ToyMachine.create(tmp_path / "root", "toy", client=client)
+
+
+def config(machine: ToyMachine, *, flake: bool = True, **behaviour: Any) -> Path:
+    client = machine.root.parent / "client.py"
+    return write_config(machine.root.parent / "config", flake=flake, host="toy", client=client, **behaviour)
+
+
+def build(machine: ToyMachine, **behaviour: Any) -> Path:
+    done = machine.rebuild("build", config(machine, **behaviour))
+    assert done.returncode == 0, done.stdout
+    return (machine.root / "result").resolve()
+
+
+def switch(machine: ToyMachine, system: Path, action: str, **env: str) -> tuple[int, str]:
+    done = machine.run(system / "bin/switch-to-configuration", action, env=env)
+    return done.returncode, done.stdout
+
+
+def set_profile(machine: ToyMachine, system: Path, **env: str) -> int:
+    return machine.run("nix-env", "-p", machine.profile, "--set", system, env=env).returncode
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.01)
+
+
+# --- building ---
+
+
+def test_a_new_machine_has_one_generation(machine: ToyMachine) -> None:
+    assert machine.labels() == ("v0", "v0", "v0")
+    assert machine.booted_label() == "v0"
+    assert os.readlink(machine.profile) == "system-1-link"
+    assert machine.network() == "up"
+
+
+@pytest.mark.parametrize("flake", [True, False])
+def test_a_toplevel(machine: ToyMachine, flake: bool) -> None:
+    units = {"bento.timer": "[Timer]\n", "bento.service": "[Service]\n"}
+    settings = {"server": "a b", "port": 22}
+    top = build(machine, flake=flake, client_json=settings, units=units, inhibitors="dbus\n", kernel="6.6")
+    assert re.fullmatch("[0-9a-z]{32}-nixos-system-toy-v1", top.name)
+    assert (top / "nixos-version").read_text() == "v1\n"
+    assert (top / "switch-inhibitors").read_text() == "dbus\n"
+    assert (top / "etc/systemd/system/bento.timer").read_text() == "[Timer]\n"
+    assert json.loads((top / "etc/bento/client.json").read_text()) == settings
+    assert json.loads((top / "toy.json").read_text())["kernel"] == "6.6"
+    assert (top / "init-interface-version").exists()
+    for name in ("kernel", "initrd", "kernel-modules"):
+        assert os.readlink(top / name).startswith(str(top.parent))
+        assert os.readlink(top / name).endswith("-6.6")
+        assert (top / name).is_file()
+    done = machine.run(top / "sw/bin/bento-client", "probe", "a b")
+    assert done.stdout == f"client --config {top}/etc/bento/client.json probe a b\n"
+
+
+def test_the_same_configuration_is_the_same_system(machine: ToyMachine) -> None:
+    first = build(machine)
+    again = build(machine)
+    assert first == again
+    directory = config(machine)
+    seen = {first}
+    (directory / "more").write_text("1")
+    seen.add(build(machine))
+    (directory / "more").chmod(0o755)
+    seen.add(build(machine))
+    (directory / "more").rename(directory / "other")
+    seen.add(build(machine))
+    seen.add(build(machine, label="v2"))
+    assert len(seen) == 5
+    (directory / "other").unlink()
+    assert build(machine) == first
+
+
+def test_the_same_configuration_elsewhere_is_the_same_system(machine: ToyMachine) -> None:
+    for flake in (True, False):
+        first = build(machine, flake=flake)
+        moved = machine.root.parent / f"moved-{flake}"
+        shutil.copytree(config(machine, flake=flake), moved)
+        assert machine.rebuild("build", moved).returncode == 0
+        assert (machine.root / "result").resolve() == first
+
+
+def test_pure_needs_only_the_behaviour(machine: ToyMachine) -> None:
+    first = build(machine, pure=True)
+    (config(machine) / "more").write_text("1")
+    assert build(machine, pure=True) == first
+    assert build(machine, pure=True, label="v2") != first
+
+
+def test_only_the_kernel_changes_the_kernel(machine: ToyMachine) -> None:
+    first, second, third = build(machine), build(machine, label="v2"), build(machine, kernel="6.13")
+    assert os.readlink(first / "kernel") == os.readlink(second / "kernel")
+    assert os.readlink(first / "kernel") != os.readlink(third / "kernel")
+
+
+def test_several_hosts_of_a_flake(machine: ToyMachine) -> None:
+    hosts = {"toy": {}, "other": {"label": "o1"}, "bad": {"build": "eval-error"}}
+    directory = write_config(machine.root.parent / "many", flake=True, host=hosts)
+    assert machine.rebuild("build", directory).returncode == 0
+    assert (machine.root / "result").resolve().name.endswith("-nixos-system-toy-v1")
+    assert machine.run("nixos-rebuild", "build", "--flake", f"path:{directory}#other").returncode == 0
+    assert (machine.root / "result").resolve().name.endswith("-nixos-system-other-o1")
+    done = machine.run("nixos-rebuild", "build", "--flake", f"path:{directory}#nobody")
+    assert done.returncode == 1
+    assert "does not provide attribute" in done.stdout
+
+
+def test_a_build_that_fails(machine: ToyMachine) -> None:
+    directory = config(machine, build="fail", build_output_bytes=5000)
+    assert machine.rebuild("dry-build", directory).returncode == 0
+    done = machine.rebuild("build", directory, "-L")
+    assert done.returncode == 1
+    assert "expected ';'" in done.stdout
+    assert len(done.stdout) > 4500
+    assert not (machine.root / "result").is_symlink()
+
+
+def test_an_evaluation_that_fails(machine: ToyMachine) -> None:
+    for flake in (True, False):
+        directory = config(machine, flake=flake, build="eval-error")
+        for action in ("dry-build", "build"):
+            done = machine.rebuild(action, directory)
+            assert done.returncode == 1
+            assert "does not exist" in done.stdout
+
+
+def test_dry_build_builds_nothing(machine: ToyMachine) -> None:
+    done = machine.rebuild("dry-build", config(machine, label=f"dry{time.time_ns()}"))
+    assert done.returncode == 0
+    assert "will be built" in done.stdout
+    assert not (machine.root / "result").is_symlink()
+
+
+def test_a_build_waits_to_be_watched(machine: ToyMachine, tmp_path: Path) -> None:
+    begun, go_on = tmp_path / "begun", tmp_path / "go-on"
+    directory = config(machine, build_touch=str(begun), build_wait=str(go_on))
+    argv = ["nixos-rebuild", "build", "--flake", f"path:{directory}#toy"]
+    with subprocess.Popen(argv, cwd=machine.root, env=machine.env(), stderr=subprocess.DEVNULL) as process:
+        wait_for(begun)
+        assert process.poll() is None
+        assert not (machine.root / "result").is_symlink()
+        go_on.touch()
+        assert process.wait(timeout=20) == 0
+    assert (machine.root / "result").exists()
+
+
+def test_a_build_that_hangs(simulated: ToyMachine, tmp_path: Path) -> None:
+    directory = config(simulated, build="hang", build_touch=str(tmp_path / "begun"))
+    argv = ["nixos-rebuild", "build", "--flake", f"path:{directory}#toy"]
+    with subprocess.Popen(
+        argv, cwd=simulated.root, env=simulated.env(), stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        wait_for(tmp_path / "begun")
+        time.sleep(0.2)
+        assert process.poll() is None
+        os.killpg(process.pid, 9)
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "says"),
+    [
+        (["build", "--flake", "path:{}#toy", "--no-such-flag"], 2, "unrecognized arguments: --no-such-flag"),
+        (["explode"], 2, "invalid choice"),
+        (["build", "--flake", "{}#toy"], 1, "only --flake path:DIR#HOST"),
+        (["build", "--flake", "path:/nowhere#toy"], 1, "does not exist"),
+        (["build", "--no-flake"], 1, "-I nixos-config=FILE"),
+        (["build", "--no-flake", "-I", "nixos-config=/nowhere/configuration.nix"], 1, "was not found"),
+        (
+            ["build", "--flake", "path:{}#toy", "--option", "a", "b", "--show-trace", "-L", "-j", "2"],
+            0,
+            "building",
+        ),
+    ],
+)
+def test_command_lines(simulated: ToyMachine, argv: list[str], code: int, says: str) -> None:
+    directory = config(simulated)
+    done = simulated.run("nixos-rebuild", *(word.format(directory) for word in argv))
+    assert (done.returncode, says in done.stdout) == (code, True), done.stdout
+
+
+def test_upgrade_of_channels(machine: ToyMachine) -> None:
+    done = machine.rebuild("build", config(machine, flake=False), "--upgrade")
+    assert done.returncode == 0
+    assert "unpacking 1 channels..." in done.stdout
+
+
+def test_switch_does_everything(machine: ToyMachine) -> None:
+    assert machine.rebuild("switch", config(machine)).returncode == 0
+    assert machine.labels() == ("v1", "v1", "v1")
+    assert machine.rebuild("test", config(machine, label="v2")).returncode == 0
+    assert machine.labels() == ("v2", "v1", "v1")
+    assert machine.rebuild("boot", config(machine, label="v3")).returncode == 0
+    assert machine.labels() == ("v2", "v3", "v3")
+
+
+def test_two_machines_may_share_a_store(tmp_path: Path, client: Path) -> None:
+    store = tmp_path / "store"
+    a, b = (ToyMachine.create(tmp_path / name / "root", store=store, client=client) for name in "ab")
+    directory = write_config(tmp_path / "config", flake=False, host="toy", client=client)
+    for one in (a, b):
+        one.rebuild("build", directory).check_returncode()
+    assert (a.root / "result").resolve() == (b.root / "result").resolve()
+    assert (a.root / "result").resolve().parent == store
+
+
+def test_the_fleets_utils_link_is_kept_and_its_client_used(simulated: ToyMachine, tmp_path: Path) -> None:
+    (tmp_path / "utils").mkdir()
+    (tmp_path / "utils/bento_client.py").write_text("print('of the fleet')\n")
+    directory = tmp_path / "hosts/toy"
+    directory.mkdir(parents=True)
+    (directory / "utils").symlink_to("../../utils")
+    write_config(directory, flake=True, host="toy")
+    assert simulated.rebuild("build", directory).returncode == 0
+    assert simulated.run(simulated.root / "result/sw/bin/bento-client").stdout == "of the fleet\n"
+
+
+def test_a_behaviour_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no behaviour lable"):
+        write_config(tmp_path, flake=True, host="a", lable="v1")
+
+
+def test_flake_and_channels_replace_each_other(tmp_path: Path) -> None:
+    write_config(tmp_path, flake=True, host="a")
+    write_config(tmp_path, flake=False, host="a")
+    assert not (tmp_path / "flake.nix").exists()
+    assert (tmp_path / "configuration.nix").read_text() == CHANNELS
+
+
+# --- the profile ---
+
+
+def test_generations(machine: ToyMachine) -> None:
+    first, second = build(machine), build(machine, label="v2")
+    for system in (first, first, second):
+        assert set_profile(machine, system) == 0
+    assert os.readlink(machine.profile) == "system-3-link"
+    assert machine.profile.resolve() == second
+    assert set_profile(machine, Path("/nowhere")) == 1
+    assert machine.profile_label() == "v2"
+
+
+def test_a_profile_that_cannot_be_set(simulated: ToyMachine, tmp_path: Path) -> None:
+    switch_file = tmp_path / "full"
+    switch_file.touch()
+    assert set_profile(simulated, build(simulated), TOY_NIX_ENV_FAIL=str(switch_file)) == 1
+    assert simulated.profile_label() == "v0"
+    switch_file.write_text("hang")
+    with pytest.raises(subprocess.TimeoutExpired):
+        argv: list[str | Path] = ["nix-env", "-p", simulated.profile, "--set", build(simulated)]
+        subprocess.run(argv, env=simulated.env(TOY_NIX_ENV_FAIL=str(switch_file)), timeout=0.5)
+
+
+# --- activating ---
+
+
+def test_test_activates_and_nothing_else(machine: ToyMachine) -> None:
+    code, said = switch(machine, build(machine, client_json={"port": 2}), "test")
+    assert (code, "activating the configuration..." in said) == (0, True)
+    assert machine.labels() == ("v1", "v0", "v0")
+    assert json.loads((machine.root / "etc/bento/client.json").read_text()) == {"port": 2}
+    assert (machine.root / "etc/toy").read_text() == "v1\n"
+    machine.power_cycle()
+    assert machine.labels() == ("v0", "v0", "v0")
+
+
+def test_boot_needs_the_profile(machine: ToyMachine) -> None:
+    top = build(machine)
+    code, said = switch(machine, top, "boot")
+    assert (code, "lists the generations of the profile" in said) == (1, True)
+    assert machine.boot_label() == "v0"
+    assert set_profile(machine, top) == 0
+    assert switch(machine, top, "boot")[0] == 0
+    assert machine.labels() == ("v0", "v1", "v1")
+    before = (machine.root / "proc/sys/kernel/random/boot_id").read_text()
+    machine.power_cycle()
+    assert machine.labels() == ("v1", "v1", "v1")
+    assert machine.booted_label() == "v1"
+    assert (machine.root / "proc/sys/kernel/random/boot_id").read_text() != before
+
+
+@pytest.mark.parametrize(
+    ("asked", "label"),
+    [(0, "v1"), (1, "v0"), (2, "v1"), (3, "v1"), (4, "v1"), (100, "v0"), (101, "v0")],
+)
+def test_exit_codes(simulated: ToyMachine, asked: int, label: str) -> None:
+    code, said = switch(simulated, build(simulated, switch_exit=asked, failed_units=["a.service"]), "test")
+    assert (code, simulated.current_label()) == (asked, label)
+    assert ("warning: the following units failed: a.service" in said) == (asked == 4)
+
+
+def test_other_actions(simulated: ToyMachine) -> None:
+    top = build(simulated)
+    assert switch(simulated, top, "dry-activate") == (0, "would activate the configuration...\n")
+    assert switch(simulated, top, "dance")[0] == 1
+    assert simulated.labels() == ("v0", "v0", "v0")
+
+
+def test_a_switch_waits_holds_the_lock_and_may_hang(simulated: ToyMachine, tmp_path: Path) -> None:
+    begun, go_on = tmp_path / "begun", tmp_path / "go-on"
+    top = build(simulated, switch_touch=str(begun), switch_wait=str(go_on), switch_hang="after")
+    program = top / "bin/switch-to-configuration"
+    with subprocess.Popen([program, "test"], env=simulated.env(), stderr=subprocess.DEVNULL) as process:
+        wait_for(begun)
+        assert switch(simulated, build(simulated, label="v2"), "test") == (1, "Could not acquire lock\n")
+        assert simulated.current_label() == "v0"
+        go_on.touch()
+        deadline = time.monotonic() + 20
+        while simulated.current_label() != "v1" and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert process.poll() is None
+        process.kill()
+    assert simulated.current_label() == "v1"
+    assert switch(simulated, build(simulated, label="v2"), "test")[0] == 0
+
+
+def test_hanging_before_the_activation(simulated: ToyMachine, tmp_path: Path) -> None:
+    top = build(simulated, switch_hang="before", switch_touch=str(tmp_path / "begun"))
+    program = top / "bin/switch-to-configuration"
+    with subprocess.Popen([program, "test"], env=simulated.env()) as process:
+        wait_for(tmp_path / "begun")
+        time.sleep(0.2)
+        assert (process.poll(), simulated.current_label()) == (None, "v0")
+        process.kill()
+
+
+def test_a_way_back_that_is_closed(simulated: ToyMachine, tmp_path: Path, client: Path) -> None:
+    root = tmp_path / "other/root"
+    machine = ToyMachine.create(root, client=client, fails_from="v1", fails_from_times=2)
+    old = (root / "run/current-system").resolve()
+    assert switch(machine, build(machine), "test")[0] == 0
+    assert [switch(machine, old, "test")[0] for _ in range(3)] == [1, 1, 0]
+    assert machine.current_label() == "v0"
+
+
+def test_inhibitors(machine: ToyMachine, tmp_path: Path, client: Path) -> None:
+    first, second = build(machine, inhibitors="a"), build(machine, label="v2", inhibitors="b")
+    assert switch(machine, second, "test")[0] == 0  # the booted system names none
+    assert set_profile(machine, first) == 0
+    assert switch(machine, first, "boot")[0] == 0
+    machine.power_cycle()
+    code, said = switch(machine, second, "test")
+    assert (code, "switchInhibitors" in said, machine.current_label()) == (1, True, "v1")
+    assert set_profile(machine, second) == 0
+    assert switch(machine, second, "boot")[0] == 0
+    assert switch(machine, second, "test", NIXOS_NO_CHECK="1")[0] == 0
+
+
+def test_a_boot_loader_that_cannot_be_written(simulated: ToyMachine) -> None:
+    top = build(simulated, boot_exit=1)
+    assert set_profile(simulated, top) == 0
+    assert switch(simulated, top, "boot")[0] == 1
+    assert simulated.labels() == ("v0", "v1", "v0")
+    simulated.power_cycle()
+    assert simulated.current_label() == "v0"
+
+
+def test_a_full_boot(simulated: ToyMachine) -> None:
+    need("unshare")
+    if os.geteuid() != 0:
+        pytest.skip("needs root for a mount")
+    top = build(simulated, kernel="7.0")
+    assert set_profile(simulated, top) == 0
+    script = """
+        mount -t tmpfs -o size=16k toy "$1/boot" || exit 32
+        echo old >"$1/boot/default"
+        cat /dev/zero >"$1/boot/big" 2>/dev/null
+        "$2" boot
+        code=$?
+        ls -A "$1/boot"
+        cat "$1/boot/default"
+        exit $code
+    """
+    program = top / "bin/switch-to-configuration"
+    done = simulated.run("unshare", "-m", "sh", "-c", script, "sh", simulated.root, program)
+    assert done.returncode == 1, done.stdout
+    assert "No space left on device" in done.stdout
+    assert done.stdout.endswith("big\ndefault\nold\n")
+
+
+# --- network, kernel, Bento ---
+
+
+def test_a_system_without_network(machine: ToyMachine) -> None:
+    seen = machine.root.parent / "seen"
+    command = f'echo "$TOY_NETWORK" >>{seen}'
+    cut = build(machine, cut_network=True, activation_command=command)
+    good = build(machine, label="v2", activation_command=command)
+    assert switch(machine, cut, "test")[0] == 0
+    assert machine.network() == "down"
+    assert switch(machine, good, "test")[0] == 0
+    assert machine.network() == "up"
+    assert seen.read_text() == "down\nup\n"
+    assert switch(machine, build(machine, activation_command="false"), "test")[0] == 2
+
+
+def test_a_broken_kernel_is_good_until_it_boots(machine: ToyMachine) -> None:
+    old = (machine.root / "run/current-system").resolve()
+    assert machine.rebuild("switch", config(machine, kernel="broken")).returncode == 0
+    assert machine.network() == "up"
+    machine.power_cycle()
+    assert machine.network() == "down"
+    assert switch(machine, old, "test")[0] == 0
+    assert machine.network() == "down"  # the kernel still runs
+    assert set_profile(machine, old) == 0
+    assert switch(machine, old, "boot")[0] == 0
+    machine.power_cycle()
+    assert (machine.network(), machine.labels()) == ("up", ("v0", "v0", "v0"))
+
+
+def test_systems_without_bento(machine: ToyMachine) -> None:
+    top = build(machine, no_bento=True)
+    assert not (top / "sw/bin/bento-client").exists()
+    assert not (top / "etc/bento").exists()
+    assert switch(machine, top, "test")[0] == 0
+    assert not (machine.root / "etc/bento/client.json").is_symlink()
+    assert machine.run(build(machine, broken_client=True) / "sw/bin/bento-client", "probe").returncode == 1
+
+
+# --- systemd ---
+
+
+def test_units(simulated: ToyMachine, tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    fake = tmp_path / "bin/systemctl"
+    fake.parent.mkdir()
+    fake.write_text(f'#!/bin/sh\necho "$@" >>{calls}\n')
+    fake.chmod(0o755)
+    path = f"{fake.parent}:{simulated.env()['PATH']}"
+    (simulated.root / "run/systemd/system").mkdir(parents=True)
+    foreign = simulated.root / "etc/systemd/system/ssh.service"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("[Service]\n")
+
+    def calls_of(**behaviour: Any) -> list[str]:
+        calls.write_text("")
+        assert switch(simulated, build(simulated, **behaviour), "test", PATH=path)[0] == 0
+        return calls.read_text().splitlines()
+
+    keep = "[Service]\n# X-RestartIfChanged=false\n"
+    units = {"bento.timer": "1", "bento-boot.timer": "1", "bento.service": keep + "1"}
+    assert calls_of(units=units) == ["daemon-reload", "start bento-boot.timer bento.timer"]
+    installed = simulated.root / "etc/systemd/system/bento.timer"
+    assert installed.read_text() == "1"
+    assert os.readlink(installed) == str(simulated.root / "etc/static/systemd/system/bento.timer")
+    changed = units | {"bento.timer": "2", "bento.service": keep + "2"}
+    assert calls_of(units=changed)[1] == "try-restart bento.timer"
+    assert installed.read_text() == "2"
+    assert calls_of(units=units, no_timer=True) == ["stop bento-boot.timer bento.timer", "daemon-reload"]
+    assert not installed.is_symlink()
+    assert calls_of()[0] == "stop bento.service"
+    assert foreign.exists()
+
+
+# --- sftp ---
+
+
+@pytest.fixture
+def served(simulated: ToyMachine, tmp_path: Path) -> ToyMachine:
+    need("sftp")
+    chroot = tmp_path / "chroot"
+    chroot.mkdir()
+    (chroot / "current.json").write_text("{}")
+    return ToyMachine(simulated.root, "toy", chroot=chroot)
+
+
+def sftp(machine: ToyMachine, **env: str) -> tuple[int, str]:
+    batch = machine.root.parent / "batch"
+    batch.write_text("get current.json\nlpwd\n")
+    target = machine.root.parent / "got"
+    target.mkdir(exist_ok=True)
+    argv = ("sftp", "-b", batch, "-C", "-P", "2222", "-F", "/dev/null", "bento-toy@server")
+    done = machine.run(*argv, cwd=target, env=env)
+    return done.returncode, done.stdout
+
+
+def test_sftp_serves_a_directory(served: ToyMachine) -> None:
+    code, said = sftp(served)
+    assert code == 0, said
+    assert (served.root.parent / "got/current.json").read_text() == "{}"
+
+
+def test_sftp_fails_as_ssh_does(served: ToyMachine, tmp_path: Path) -> None:
+    down = tmp_path / "down"
+    assert sftp(served, TOY_SERVER_DOWN=str(down), TOY_SERVER="server")[0] == 0
+    code, said = sftp(served, TOY_SERVER="another")
+    assert (code, "Could not resolve hostname server: Name or service not known" in said) == (255, True)
+    down.touch()
+    code, said = sftp(served, TOY_SERVER_DOWN=str(down))
+    assert (code, "connect to host server port 2222: Connection refused" in said) == (255, True)
+    assert switch(served, build(served, cut_network=True), "test")[0] == 0
+    code, said = sftp(served)
+    assert (code, "Network is unreachable" in said) == (255, True)
+    assert said.endswith("Connection closed\n")
+
+
+# --- the tools for tests ---
+
+
+def test_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert need("sh").endswith("/sh")
+    monkeypatch.delenv("BENTO_TESTS", raising=False)
+    with pytest.raises(pytest.skip.Exception):
+        need("no-such-program")
+    monkeypatch.setenv("BENTO_TESTS", "all")
+    with pytest.raises(pytest.fail.Exception):
+        need("no-such-program")

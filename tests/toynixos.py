@@ -1,0 +1,244 @@
+"""Toy NixOS: configurations and machines for tests, the demo and the lab. The programs are in tests/toy/.
+
+A configuration is a directory with flake.nix or configuration.nix, toy.nix, toy_system.py, toy.json (the behaviour)
+and utils/bento_client.py. `TOY_MODE=simulated` builds it without Nix, `TOY_MODE=nix` with Nix.
+
+Environment of the programs:
+
+TOY_MODE          simulated (default) or nix
+TOY_ROOT          prefix of the machine's system paths (default /)
+TOY_STORE         the store, simulated (default TOY_ROOT/nix/store)
+TOY_CLIENT        the client of a system whose configuration has none, simulated (default: the repository's)
+TOY_PYTHON        the interpreter written into a system, simulated (default: the one that runs nixos-rebuild)
+TOY_NIX_ENV_FAIL  while this file exists, `nix-env --set` fails; if it holds "hang", it hangs
+TOY_CHROOT        what `sftp` serves
+TOY_SERVER        the only name that `sftp` resolves (default: any)
+TOY_SERVER_DOWN   while this file exists, `sftp` is refused
+TOY_SFTP_SERVER   path of sftp-server (default: the usual places)
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parent
+TOY = TESTS / "toy"
+CLIENT = TESTS.parent / "bento_client.py"
+
+# What toy.json may hold, all optional. `hosts` (made by write_config) maps each host to what is special about it.
+BEHAVIOURS = {
+    "label": 'nixos-version of the system (default "v1")',
+    "pure": "the system depends on toy.json and the client only: another file's change makes no new system",
+    "platform": 'Nix\' system (default "x86_64-linux")',
+    "python": "interpreter written into the system",
+    "client": "path of the client, where the configuration has no utils/bento_client.py",
+    "client_json": "the object in etc/bento/client.json",
+    "units": "systemd units of the system: name -> text; every timer among them is started",
+    "kernel": 'version of kernel, initrd and modules (default "6.12"); "broken": no network when booted from it',
+    "inhibitors": "text of switch-inhibitors; differs from the booted system's: test and switch exit 1",
+    # building
+    "build": '"ok", "fail", "hang", "eval-error"',
+    "build_output_bytes": "noise on stderr",
+    "build_touch": "file made when the build begins",
+    "build_wait": "file that the build then waits for, at most 60 s",
+    # activating: test, switch
+    "switch_exit": "2, 3, 4: activates, then exits so; any other but 0: does not activate, and exits so",
+    "failed_units": "list, named in the warning of switch_exit 4",
+    "switch_hang": '"before" or "after" the activation',
+    "switch_touch": "as build_touch, before the activation",
+    "switch_wait": "as build_wait",
+    "fails_from": "label of a system from which this one cannot be activated: exit 1",
+    "fails_from_times": "... the first N times since boot (default: always)",
+    "cut_network": "no network while this system is active",
+    "activation_command": "shell command of the activation, with TOY_NETWORK=up or down; if it fails, exit 2",
+    # the boot default: boot, switch
+    "boot_exit": "exit code, the boot default stays",
+    "boot_touch": "as build_touch, before the boot default is written",
+    "boot_wait": "as build_wait",
+    # Bento
+    "no_bento": "neither sw/bin/bento-client nor etc/bento",
+    "broken_client": "sw/bin/bento-client exits 1",
+    "no_timer": "without the timers among the units",
+}
+
+FLAKE = """\
+{
+  description = "a toy configuration";
+  outputs = _: { nixosConfigurations = import ./toy.nix; };
+}
+"""
+CHANNELS = "builtins.head (builtins.attrValues (import ./toy.nix))\n"
+
+
+def need(program: str) -> str:
+    """The path of a program, or the test is skipped; under BENTO_TESTS=all it fails instead."""
+    path = shutil.which(program)
+    return path if path is not None else _missing(f"needs {program}")
+
+
+def need_nix() -> None:
+    """Nix that can build: as root, without a daemon."""
+    need("nix")
+    if os.geteuid() != 0:
+        _missing("needs root to build with Nix")
+
+
+def _missing(what: str) -> Any:
+    import pytest  # here: the demo runs without it
+
+    if os.environ.get("BENTO_TESTS") == "all":
+        pytest.fail(what)
+    pytest.skip(what)
+
+
+def write_config(
+    directory: Path,
+    *,
+    flake: bool,
+    host: str | Mapping[str, Mapping[str, Any]],
+    client: Path | None = CLIENT,
+    **behaviour: Any,
+) -> Path:
+    """Writes a configuration, over an older one if there is one; other files and a `utils` link are left alone.
+
+    host: one name, or several with what differs from the behaviour of all: {"a": {}, "b": {"label": "b2"}}.
+    client: copied to utils/bento_client.py, if it exists and `utils` is no link.
+    """
+    hosts = {host: {}} if isinstance(host, str) else {name: dict(special) for name, special in host.items()}
+    unknown = {name for some in (behaviour, *hosts.values()) for name in some} - BEHAVIOURS.keys()
+    if unknown:
+        raise ValueError(f"the toy has no behaviour {', '.join(sorted(unknown))}")
+    if not flake and len(hosts) != 1:
+        raise ValueError("several hosts need a flake")
+    if platform.machine() != "x86_64":
+        behaviour.setdefault("platform", f"{platform.machine()}-linux")
+
+    directory.mkdir(parents=True, exist_ok=True)
+    wanted, other = ("flake.nix", "configuration.nix") if flake else ("configuration.nix", "flake.nix")
+    (directory / other).unlink(missing_ok=True)
+    (directory / wanted).write_text(FLAKE if flake else CHANNELS, encoding="utf-8")
+    for name in ("toy.nix", "toy_system.py"):
+        shutil.copyfile(TOY / name, directory / name)
+    text = json.dumps({"hosts": hosts} | behaviour, indent=2, sort_keys=True) + "\n"
+    (directory / "toy.json").write_text(text, encoding="utf-8")
+    utils = directory / "utils"
+    if client is not None and client.is_file() and not utils.is_symlink():
+        utils.mkdir(exist_ok=True)
+        shutil.copyfile(client, utils / "bento_client.py")
+    return directory
+
+
+@dataclass(frozen=True)
+class ToyMachine:
+    """A machine below a directory. Made by ToyMachine.create()."""
+
+    root: Path
+    host: str
+    mode: str = "simulated"  # or "nix"
+    store: Path | None = None  # TOY_STORE; shared with the server where both build the same system
+    chroot: Path | None = None  # TOY_CHROOT
+
+    @classmethod
+    def create(
+        cls,
+        root: Path,
+        host: str = "toy",
+        *,
+        mode: str = "simulated",
+        store: Path | None = None,
+        chroot: Path | None = None,
+        client: Path | None = CLIENT,
+        **behaviour: Any,
+    ) -> "ToyMachine":
+        """A machine that has booted its first generation: label "v0", unless the behaviour says otherwise."""
+        machine = cls(root.resolve(), host, mode, store, chroot)
+        for name in ("boot", "etc", "run", "nix/var/nix/profiles", "var/lib", "proc/sys/kernel/random"):
+            (machine.root / name).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            config = write_config(
+                Path(scratch, "v0"), flake=True, host=host, client=client, **{"label": "v0"} | behaviour
+            )
+            machine.rebuild("boot", config).check_returncode()
+        machine.power_cycle()
+        return machine
+
+    def env(self, **more: str) -> dict[str, str]:
+        """The environment of everything that runs on this machine: the toy's programs first on PATH."""
+        path = f"{TOY}:{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
+        mine = {"PATH": path, "TOY_ROOT": str(self.root), "TOY_MODE": self.mode}
+        if self.store is not None:
+            mine["TOY_STORE"] = str(self.store)
+        if self.chroot is not None:
+            mine["TOY_CHROOT"] = str(self.chroot)
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("TOY_", "NIX_"))}
+        return inherited | mine | more
+
+    def run(
+        self,
+        *argv: str | Path,
+        cwd: Path | None = None,
+        timeout_s: float = 60,
+        env: Mapping[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs a program of this machine; stdout and stderr together in `.stdout`."""
+        return subprocess.run(
+            argv, cwd=cwd or self.root, env=self.env(**(env or {})), timeout=timeout_s,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    def rebuild(
+        self, action: str, config: Path, *flags: str, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """nixos-rebuild ACTION of a configuration, flake or channels; ./result in the machine's root."""
+        if (config / "flake.nix").exists():
+            source = ["--flake", f"path:{config}#{self.host}"]
+        else:
+            source = ["--no-flake", "-I", f"nixos-config={config}/configuration.nix"]
+        return self.run("nixos-rebuild", action, *source, *flags, env=env)
+
+    def power_cycle(self) -> None:
+        """What a power cut and a boot do: /run is empty, and the boot default is booted. Ends no process."""
+        if self.root == Path("/"):
+            raise ValueError("this is no toy")
+        run = self.root / "run"
+        shutil.rmtree(run)
+        run.mkdir()
+        (self.root / "proc/sys/kernel/random/boot_id").write_text(f"{uuid.uuid4()}\n", encoding="utf-8")
+        self.run("boot").check_returncode()
+
+    @property
+    def profile(self) -> Path:
+        return self.root / "nix/var/nix/profiles/system"
+
+    def current_label(self) -> str:
+        return _label(self.root / "run/current-system")
+
+    def booted_label(self) -> str:
+        return _label(self.root / "run/booted-system")
+
+    def profile_label(self) -> str:
+        return _label(self.profile)
+
+    def boot_label(self) -> str:
+        return _label(Path((self.root / "boot/default").read_text(encoding="utf-8").strip()))
+
+    def labels(self) -> tuple[str, str, str]:
+        """Of the current system, the profile and the boot default: they should agree."""
+        return self.current_label(), self.profile_label(), self.boot_label()
+
+    def network(self) -> str:
+        """ "up" or "down"."""
+        return (self.root / "run/toy-network").read_text(encoding="utf-8").strip()
+
+
+def _label(system: Path) -> str:
+    return (system / "nixos-version").read_text(encoding="utf-8").strip()
