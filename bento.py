@@ -455,11 +455,12 @@ def sort_rows(rows: Iterable[Row]) -> list[Row]:
 
 def format_table(rows: Sequence[Row], now_s: float, width: int) -> str:
     """The status table, for a terminal of `width` columns, and a summary line."""
-    lines = [f"{'HOST':<26} {'STATE':<11} {'RUNS':<8} {'SEEN':>5}  NOTES"]
+    name_width = max(4, *(len(row.host) for row in rows), 4)
+    lines = [f"{'HOST':<{name_width}} {'STATE':<11} {'RUNS':<8} {'SEEN':>5}  NOTES"]
     for row in rows:
         runs = (row.report.release or "-")[:7] if row.report else "-"
         seen = client.duration(now_s - row.seen_s) if row.seen_s is not None else "never"
-        line = f"{row.host:<26} {row.state:<11} {runs:<8} {seen:>5}  {'; '.join(notes(row, now_s))}".rstrip()
+        line = f"{row.host:<{name_width}} {row.state:<11} {runs:<8} {seen:>5}  {'; '.join(notes(row, now_s))}".rstrip()
         lines.append(line if len(line) <= width else line[: width - 1] + "…")
     counts: dict[str, int] = {}
     for row in rows:

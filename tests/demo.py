@@ -14,10 +14,11 @@ import sys
 import tempfile
 import textwrap
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from toynixos import ToyMachine, write_config  # noqa: E402
+from toynixos import ToyMachine, write_config
 
 REPO = Path(__file__).resolve().parent.parent
 HOST = "t470"
@@ -74,8 +75,8 @@ class Demo:
             print(f"  (exit code {code})", flush=True)
 
     def server(self, *arguments: str) -> None:
-        command = [sys.executable, "-c", AS_ANYBODY, "--fleet", self.fleet, "--chroot-dir", self.chroots, *arguments]
-        environment = os.environ | {"PYTHONPATH": str(REPO), "COLUMNS": "78"}
+        command: list[str | Path] = [sys.executable, "-c", AS_ANYBODY, "--fleet", self.fleet, "--chroot-dir", self.chroots, *arguments]
+        environment = os.environ | {"PYTHONPATH": str(REPO), "COLUMNS": "76"}
         done = subprocess.run(
             command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
         )
@@ -90,7 +91,7 @@ class Demo:
         self.show(f"bento-client {command}", done.stdout, done.returncode)
         return done.returncode
 
-    def edit(self, label: str, **behaviour: object) -> None:
+    def edit(self, label: str, **behaviour: Any) -> None:
         write_config(
             self.fleet / "hosts" / HOST, flake=True, host=HOST, label=label, client_json=self.settings, **behaviour
         )

@@ -2,6 +2,8 @@
 {
   # Nixpkgs' lib, or our own.
   lib ? import ./evalmodules.nix,
+  # Show the text of the file of known hosts where the module names the file.
+  inline ? false,
 }:
 
 let
@@ -40,7 +42,9 @@ let
         ]
     )
     // {
-      writeText = name: text: package name // { inherit text; };
+      writeText =
+        name: text:
+        package name // (if inline && name == "bento-known-hosts" then { outPath = text; } else { });
       writeShellScriptBin = name: text: package name // { inherit text; };
     };
 
@@ -71,6 +75,7 @@ let
         package = option types.package pkgs.nix;
       };
       programs.ssh.package = option types.package pkgs.openssh;
+      security.pam.loginLimits = option (types.listOf types.anything) [ ];
       services.openssh = {
         enable = option types.bool false;
         extraConfig = option types.lines "";
@@ -159,9 +164,6 @@ in
         inherit (config.systemd) services sockets timers;
       };
 
-  # The text of the file that `knownHosts` gets from `serverKeys`, which is otherwise seen as a path only.
-  knownHosts = keys: builtins.concatStringsSep "" (map (key: "* ${key}\n") keys);
-
   # A server, from its modules.
   server =
     modules:
@@ -171,6 +173,7 @@ in
     {
       inherit (config.users) users groups;
       tmpfiles = config.systemd.tmpfiles.rules;
+      limits = config.security.pam.loginLimits;
       inherit (config.services.openssh) enable settings extraConfig;
     };
 
