@@ -20,9 +20,11 @@ import fcntl
 import functools
 import grp
 import hashlib
+import html
 import json
 import os
 import pwd
+import re
 import shutil
 import stat
 import sys
@@ -42,6 +44,10 @@ GCROOTS = Path("/nix/var/nix/gcroots/bento")
 KEEP_RELEASES = 3
 KEEP_LOGS = 200
 OFFLINE_AFTER_S = 2 * 3600
+WATCH_PAUSE_S = 2.0
+BUILD_LIMIT_S = 12 * 3600.0
+# A host that keeps more files than this in logs/ is named in `status`.
+MAX_LOG_FILES = 1000
 MAX_LOG_BYTES = 4 << 20
 # Hosts staged before one sync of the disk publishes them together: a sync each would cost more than the copying.
 BATCH = 64
@@ -426,6 +432,21 @@ def read_report(chroot: Path, name: str) -> tuple[Report | None, float | None, s
         return None, seen_s, one_line(str(error))
 
 
+def weigh_logs(chroot: Path) -> str:
+    """What to say of a host that fills its logs/. The directory's own size tells, without reading a million entries."""
+    try:
+        size = os.lstat(chroot / "logs").st_size
+    except OSError:
+        return ""
+    if size < MAX_LOG_FILES * 16:
+        return ""
+    count = 0
+    for count, _ in enumerate(os.scandir(chroot / "logs"), 1):
+        if count > MAX_LOG_FILES:
+            return f"logs/ has more than {MAX_LOG_FILES} files: the host fills it"
+    return ""
+
+
 def read_published(chroot: Path, name: str) -> Current | None:
     try:
         return client.parse_current((chroot / "current.json").read_bytes(), f"{chroot}/current.json", name)
@@ -441,6 +462,7 @@ def make_row(fleet: Fleet, name: str, now_s: float, offline_after_s: float) -> R
     except (BentoError, OSError) as error:
         problem = one_line(str(error))
     report, seen_s, trouble = read_report(chroot, name)
+    trouble = trouble or weigh_logs(chroot)
     state, offline, reboot, drift = judge(current, report, seen_s, now_s, offline_after_s)
     return Row(name, state, offline, reboot, drift, current, report, seen_s, problem or trouble)
 
@@ -453,28 +475,66 @@ def sort_rows(rows: Iterable[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: (not row.needs_a_person, URGENCY.get(row.state, 2), row.host))
 
 
-def format_table(rows: Sequence[Row], now_s: float, width: int) -> str:
-    """The status table, for a terminal of `width` columns, and a summary line."""
-    name_width = max(4, *(len(row.host) for row in rows), 4)
-    lines = [f"{'HOST':<{name_width}} {'STATE':<11} {'RUNS':<8} {'SEEN':>5}  NOTES"]
+MARKS = ("offline", "drift", "needs_reboot")
+SYMBOLS = {"failing": "✗", "rolled-back": "↶", "pending": "…", "building": "⚙", "new": "·", "up-to-date": "✓"}
+COLOURS = {"failing": "31", "rolled-back": "31", "pending": "33", "building": "36", "new": "2", "up-to-date": "32"}
+
+
+def format_table(rows: Sequence[Row], now_s: float, width: int, *, decorated: bool = False) -> str:
+    """The status table for `width` columns, and a summary line. `decorated`: symbols and colours, for a terminal."""
+    name_width = max([4, *(len(row.host) for row in rows)])
+    columns = [("HOST", name_width), ("STATE", 11), ("RUNS", 7), ("SINCE", 5), ("SEEN", 5)]
+    if width >= name_width + 80:
+        columns.insert(3, ("SYSTEM", 8))
+    gutter = "  " if decorated else ""
+    lines = [(gutter + " ".join(f"{title:<{size}}" for title, size in columns) + "  NOTES").rstrip()]
     for row in rows:
-        runs = (row.report.release or "-")[:7] if row.report else "-"
-        seen = client.duration(now_s - row.seen_s) if row.seen_s is not None else "never"
-        line = f"{row.host:<{name_width}} {row.state:<11} {runs:<8} {seen:>5}  {'; '.join(notes(row, now_s))}".rstrip()
-        lines.append(line if len(line) <= width else line[: width - 1] + "…")
-    counts: dict[str, int] = {}
+        cells = row_cells(row, now_s)
+        text = " ".join(f"{cells[title]:<{size}}" for title, size in columns)
+        line = f"{text}  {'; '.join(notes(row, now_s))}".rstrip()
+        room = width - len(gutter)
+        line = line if len(line) <= room else line[: room - 1] + "…"
+        if decorated:
+            colour = "31" if row.needs_a_person else COLOURS.get(row.state, "0")
+            line = f"\x1b[{colour}m{SYMBOLS.get(row.state, '?')}\x1b[0m {line}"
+        lines.append(line)
+    return "\n".join([*lines, format_summary(rows)])
+
+
+def row_cells(row: Row, now_s: float) -> dict[str, str]:
+    """The short texts of a row. SINCE is how long ago, by the host's clock, the running release was reported done."""
+    report = row.report
+    last = report.last if report else None
+    done = last is not None and last.result == Result.OK and report is not None and last.release == report.release
+    return {
+        "HOST": row.host,
+        "STATE": row.state,
+        "RUNS": (report.release or "-")[:7] if report else "-",
+        "SYSTEM": one_line(report.system.removeprefix("/nix/store/")[:8]) if report else "-",
+        "SINCE": client.duration(now_s - client.parse_time(last.finished)) if last is not None and done else "-",
+        "SEEN": client.duration(now_s - row.seen_s) if row.seen_s is not None else "never",
+    }
+
+
+def format_summary(rows: Sequence[Row]) -> str:
+    counts = count_words(rows)
+    words = [f"{count} {word.replace('_', ' ')}" for word, count in sorted(counts.items()) if count]
+    return f"{len(rows)} {'host' if len(rows) == 1 else 'hosts'}: {', '.join(words)}" if rows else "no hosts"
+
+
+def count_words(rows: Sequence[Row]) -> dict[str, int]:
+    """How many hosts are in each state, and have each mark."""
+    counts = dict.fromkeys((*URGENCY, *MARKS), 0)
     for row in rows:
-        marks = [mark for mark in ("offline", "needs_reboot", "drift") if getattr(row, mark)]
-        for word in (row.state, *marks):
+        for word in (row.state, *(mark for mark in MARKS if getattr(row, mark))):
             counts[word] = counts.get(word, 0) + 1
-    words = [f"{count} {word.replace('_', ' ')}" for word, count in sorted(counts.items())]
-    return "\n".join([*lines, f"{len(rows)} hosts: {', '.join(words)}" if rows else "no hosts"])
+    return counts
 
 
 def notes(row: Row, now_s: float) -> list[str]:
     """What a person should know of a host, most important first."""
-    found = [f"! {row.problem}"] if row.problem else []
-    found += [mark.replace("_", " ") for mark in ("offline", "drift", "needs_reboot") if getattr(row, mark)]
+    found = [row.problem] if row.problem else []
+    found += [mark.replace("_", " ") for mark in MARKS if getattr(row, mark)]
     last = row.report.last if row.report else None
     if row.state in ("failing", "rolled-back") and last is not None:
         found.append(one_line(last.reason if last.result == row.state else f"{last.result}: {last.reason}"))
@@ -483,9 +543,120 @@ def notes(row: Row, now_s: float) -> list[str]:
         found.append(f"{row.current.release[:7]} published {age} ago")
     elif row.current is None and not row.problem:
         found.append("nothing published")
-    elif row.state == "up-to-date" and last is not None and last.reason and last.reason != "nothing to activate":
+    elif row.state == "up-to-date" and last is not None and last.reason:
         found.append(one_line(last.reason))
+    if row.report is not None and row.report.client != client.VERSION:
+        found.append(f"client {row.report.client}")
     return found
+
+
+def format_prometheus(rows: Sequence[Row]) -> str:
+    """For node_exporter's textfile collector. A host's name is the only text in it, and has no character to escape."""
+    gauges: list[tuple[str, str, list[tuple[str, float]]]] = [
+        ("bento_hosts", "Hosts in each state.", []),
+        ("bento_host_state", "1 for the state that a host is in.", []),
+        ("bento_host_offline", "Whether a host has not been seen for too long.", []),
+        ("bento_host_drift", "Whether a host runs another system than its release's.", []),
+        ("bento_host_needs_reboot", "Whether a host needs a reboot.", []),
+        ("bento_host_needs_attention", "Whether a host needs a person.", []),
+        ("bento_host_last_seen_timestamp_seconds", "When a host reported last, on the server's clock.", []),
+        ("bento_host_published_timestamp_seconds", "When a host's current release was published.", []),
+    ]
+    samples = {name: found for name, _, found in gauges}
+    counts = count_words(rows)
+    samples["bento_hosts"] += [(f'state="{state}"', counts[state]) for state in URGENCY]
+    for row in rows:
+        host = f'host="{row.host}"'
+        samples["bento_host_state"] += [(f'{host},state="{state}"', row.state == state) for state in URGENCY]
+        for name in ("offline", "drift", "needs_reboot"):
+            samples[f"bento_host_{name}"].append((host, getattr(row, name)))
+        samples["bento_host_needs_attention"].append((host, row.needs_a_person))
+        if row.seen_s is not None:
+            samples["bento_host_last_seen_timestamp_seconds"].append((host, row.seen_s))
+        if row.current is not None:
+            published_s = client.parse_time(row.current.published)
+            samples["bento_host_published_timestamp_seconds"].append((host, published_s))
+    lines = []
+    for name, text, found in gauges:
+        lines += [f"# HELP {name} {text}", f"# TYPE {name} gauge"]
+        lines += [f"{name}{{{labels}}} {value if isinstance(value, float) else int(value)}" for labels, value in found]
+    return "\n".join(lines) + "\n"
+
+
+PAGE = """\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta http-equiv="refresh" content="60">
+<title>Bento: {title}</title>
+<style>
+:root {{ color-scheme: light dark; --line: #8884; --bad: #c22; --wait: #a60; --good: #282; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --bad: #f77; --wait: #fb5; --good: #7d7; }} }}
+body {{ font: 15px/1.4 system-ui, sans-serif; margin: 1rem auto; max-width: 75rem; padding: 0 .8rem; }}
+h1 {{ font-size: 1.2rem; }}
+label {{ display: inline-block; margin: .15rem .3rem .15rem 0; padding: .1rem .6rem; border: 1px solid var(--line);
+  border-radius: 1rem; cursor: pointer; }}
+input[name=show] {{ position: absolute; opacity: 0; }}
+input:checked + label {{ background: #8883; font-weight: 600; }}
+input:focus-visible + label {{ outline: 2px solid; }}
+table {{ border-collapse: collapse; width: 100%; margin-top: .8rem; }}
+th, td {{ text-align: left; vertical-align: top; padding: .25rem .6rem .25rem 0; border-top: 1px solid var(--line); }}
+td.notes {{ overflow-wrap: anywhere; }}
+code {{ font-size: .9em; }}
+.failing b, .rolled-back b, .mark {{ color: var(--bad); }}
+.pending b, .building b, .new b {{ color: var(--wait); }}
+.up-to-date b {{ color: var(--good); }}
+@media (max-width: 40rem) {{
+  thead {{ display: none; }} tr {{ display: block; border-top: 1px solid var(--line); padding: .4rem 0; }}
+  td {{ display: inline-block; border: 0; padding: 0 .6rem 0 0; }} td.notes {{ display: block; }}
+}}
+{filters}
+</style>
+<h1>{title}</h1>
+<p>As of {time} on the server.</p>
+{buttons}
+<table>
+<thead><tr><th>Host<th>State<th>Runs<th>Since<th>Seen<th>Notes<th>Logs</thead>
+<tbody>
+{rows}
+</tbody>
+</table>
+</html>
+"""
+
+
+def format_html(rows: Sequence[Row], now_s: float, logs_url: str) -> str:
+    """One page without scripts; the filter is a row of radio buttons. Every text in it is escaped."""
+    counts = count_words(rows)
+    kinds = [("all", "all", len(rows)), ("person", "needs a person", sum(row.needs_a_person for row in rows))]
+    kinds += [(word, word.replace("_", " "), count) for word, count in counts.items() if count]
+    buttons, filters = [], []
+    for word, text, count in kinds:
+        checked = " checked" if word == "all" else ""
+        buttons.append(
+            f'<input type="radio" name="show" id="show-{word}"{checked}><label for="show-{word}">{text} {count}</label>'
+        )
+        if word != "all":
+            filters.append(f"#show-{word}:checked ~ table tbody tr:not(.{word}) {{ display: none; }}")
+    return PAGE.format(
+        title=html.escape(format_summary(rows)),
+        time=format_time(now_s),
+        filters="\n".join(filters),
+        buttons="\n".join(buttons),
+        rows="\n".join(html_row(row, now_s, logs_url) for row in rows),
+    )
+
+
+def html_row(row: Row, now_s: float, logs_url: str) -> str:
+    cells = {title: html.escape(text) for title, text in row_cells(row, now_s).items()}
+    classes = [row.state, *(mark for mark in MARKS if getattr(row, mark)), *(["person"] if row.needs_a_person else [])]
+    url = html.escape(f"{logs_url}/{row.host}/logs/")
+    return (
+        f'<tr class="{" ".join(classes)}"><td>{cells["HOST"]}<td><b>{SYMBOLS.get(row.state, "?")} {cells["STATE"]}</b>'
+        f"<td><code>{cells['RUNS']}</code><td>{cells['SINCE']}<td>{cells['SEEN']}"
+        f'<td class="notes">{html.escape("; ".join(notes(row, now_s)))}<td><a href="{url}">logs</a></tr>'
+    )
 
 
 def row_json(row: Row) -> dict[str, object]:
@@ -655,16 +826,31 @@ def rebuild_argv(action: str, tree: Path, name: str) -> list[str]:
     return ["nixos-rebuild", action, "--no-flake", "-I", f"nixos-config={tree}/configuration.nix"]
 
 
-def rebuild(action: str, tree: Path, name: str) -> str | None:
-    """Builds (or evaluates) a release as the host will. The system's store path after a build."""
-    work = tree.parent
-    log = work / "build.log"
-    with open(log, "wb") as out:
-        done = client.run(rebuild_argv(action, tree, name), check=False, output=out, cwd=work)
+def log_directory() -> Path:
+    """Where the full log of each host's last check or build is kept."""
+    if os.geteuid() == 0:
+        return Path("/var/log/bento")
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "bento"
+
+
+def rebuild(action: str, tree: Path, name: str, limit_s: float) -> str | None:
+    """Builds (or evaluates) a release as the host will. The system's store path after a build.
+
+    BentoError with the end of the log when that fails or takes longer than `limit_s` seconds.
+    """
+    log_directory().mkdir(parents=True, exist_ok=True)
+    log = client.Log(log_directory() / f"{name}.log")
+    client.remove(log.path)
+    link = tree.parent / "result"
+    with log.output() as out:
+        done = client.run(rebuild_argv(action, tree, name), check=False, output=out, cwd=tree.parent, timeout=limit_s)
     if done.code != 0:
-        said = log.read_text(errors="replace").splitlines()[-15:]
-        raise BentoError("\n  ".join([f"nixos-rebuild {action}: exit {done.code}", *said]))
-    return os.path.realpath(work / "result") if action == "build" else None
+        said = [one_line(line, 400) for line in log.tail(16 << 10).splitlines()[-15:]]
+        how = f"did not end within {limit_s:.0f} s" if done.code is None else f"exit {done.code}"
+        raise BentoError(
+            "\n  ".join([f"nixos-rebuild {action}: {how}; all of it is in {log.path}, which ends:", *said])
+        )
+    return os.path.realpath(link) if action == "build" else None
 
 
 def keep_from_collection(name: str, system: str) -> None:
@@ -771,35 +957,177 @@ def command_fleet(fleet: Fleet) -> int:
     return 0
 
 
-def command_rebuild(fleet: Fleet, wanted: Sequence[str], action: str, jobs: int) -> int:
-    """`check` and `build`: what the host will do with the release, done here."""
+class Progress:
+    """Says on stderr what the hosts are at: on a terminal in lines that are drawn over, elsewhere one a change."""
+
+    def __init__(self) -> None:
+        self.live = sys.stderr.isatty()
+        self.running: dict[str, tuple[str, float]] = {}
+        self.drawn = 0
+
+    def set(self, name: str, phase: str) -> None:
+        self.running[name] = (phase, time.monotonic())
+        if not self.live:
+            print(f"{name}: {phase}", file=sys.stderr)
+
+    def end(self, name: str) -> None:
+        self.running.pop(name, None)
+
+    def draw(self) -> None:
+        """Also clears what was drawn before, so that a result can be printed in between."""
+        if not self.live:
+            return
+        width = shutil.get_terminal_size().columns
+        lines = [
+            f"{n}: {phase}, {client.duration(time.monotonic() - t)}" for n, (phase, t) in list(self.running.items())
+        ]
+        sys.stderr.write("\x1b[F" * self.drawn + "\x1b[J" + "".join(f"{line[: width - 1]}\n" for line in lines))
+        sys.stderr.flush()
+        self.drawn = len(lines)
+
+    def clear(self) -> None:
+        self.running.clear()
+        self.draw()
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How a build on the server goes: nixos-rebuild's action, how many at once, and for how long (seconds)."""
+
+    action: str
+    jobs: int
+    limit_s: float
+
+
+def command_rebuild(fleet: Fleet, wanted: Sequence[str], attempt: Attempt) -> int:
+    """`check` and `build`: what the hosts will do with their releases, done here."""
     import tempfile
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
-    hosts, errors = find_hosts(fleet, wanted)
-
-    def one(name: str, work: Path) -> str | BentoError:
+    hosts, failures = find_hosts(fleet, wanted)
+    progress = Progress()
+    with tempfile.TemporaryDirectory(prefix="bento-") as work, ThreadPoolExecutor(max_workers=attempt.jobs) as pool:
+        jobs = {pool.submit(rebuild_one, fleet, name, attempt, Path(work, name), progress): name for name in hosts}
+        waiting = set(jobs)
         try:
-            (work / "releases").mkdir(parents=True)
-            staged = stage(work, name, list_members(fleet, name))
-            started = time.monotonic()
-            system = rebuild(action, staged.tree, name)
-            if system is not None:
-                keep_from_collection(name, system)
-                note_system(fleet, name, staged.release, system)
-        except BentoError as error:
-            return BentoError(f"{name}: {error}")
-        took = client.duration(time.monotonic() - started)
-        return f"{name}: {staged.release[:12]} {'builds' if system is None else system} ({took})"
-
-    with tempfile.TemporaryDirectory(prefix="bento-") as work, ThreadPoolExecutor(max_workers=jobs) as pool:
-        failures = list(errors)
-        for result in pool.map(lambda name: one(name, Path(work, name)), hosts):
-            if isinstance(result, BentoError):
-                failures.append(str(result))
-            else:
-                print(result)
+            while waiting:
+                done, waiting = wait(waiting, timeout=1 if progress.live else None, return_when=FIRST_COMPLETED)
+                for job in done:
+                    progress.end(jobs[job])
+                progress.draw()
+                for result in (job.result() for job in done):
+                    if isinstance(result, BentoError):
+                        failures.append(str(result))
+                    else:
+                        print(result, flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(client.children):
+                client.end_group(process)
+            raise
+        finally:
+            progress.clear()
     return complain(failures)
+
+
+def rebuild_one(fleet: Fleet, name: str, attempt: Attempt, work: Path, progress: Progress) -> str | BentoError:
+    """One host's check or build, from the very bytes that `populate` publishes."""
+    started = time.monotonic()
+    try:
+        progress.set(name, "reading")
+        (work / "releases").mkdir(parents=True)
+        staged = stage(work, name, list_members(fleet, name))
+        progress.set(name, "building" if attempt.action == "build" else "checking")
+        system = rebuild(attempt.action, staged.tree, name, attempt.limit_s)
+        if system is not None:
+            keep_from_collection(name, system)
+            note_system(fleet, name, staged.release, system)
+    except (BentoError, OSError) as error:
+        return BentoError(f"{name}: {error}")
+    took = client.duration(time.monotonic() - started)
+    return f"{name}: {staged.release[:12]} {'evaluates' if system is None else system} ({took})"
+
+
+def command_diff(fleet: Fleet, wanted: Sequence[str]) -> int:
+    """What would change on each host between the system it reports and the one built here from its release."""
+    hosts, failures = find_hosts(fleet, wanted)
+    for name in hosts:
+        try:
+            print(f"{name}: {diff_host(fleet, name)}", flush=True)
+        except (BentoError, OSError) as error:
+            failures.append(f"{name}: {error}")
+    return complain(failures)
+
+
+def diff_host(fleet: Fleet, name: str) -> str:
+    current = read_published(fleet.chroot(name), name)
+    report, _, problem = read_report(fleet.chroot(name), name)
+    if current is None or current.system is None:
+        raise BentoError("its release was not built here: run 'bento.py build', or 'populate --build'")
+    if report is None:
+        raise BentoError(problem or "it has not reported a system yet")
+    if report.system == current.system:
+        return f"no difference, it runs {current.system}"
+    for system in (report.system, current.system):
+        # The first comes from the host: nothing but a store path reaches a command line.
+        if not re.fullmatch(r"/nix/store/[a-z0-9]{32}-[A-Za-z0-9+._?=-]+", system) or not os.path.exists(system):
+            raise BentoError(f"{one_line(system)} is not in this server's store: nothing to compare with")
+    tool = ["nvd", "diff"] if shutil.which("nvd") else [*NIX, "store", "diff-closures"]
+    changes = client.run([*tool, report.system, current.system], timeout=600).output
+    return f"{report.system} -> {current.system}\n{changes.rstrip()}"
+
+
+NIX = ["nix", "--extra-experimental-features", "nix-command flakes"]
+
+
+def command_update(fleet: Fleet, name: str | None) -> int:
+    """Updates the lock files of the hosts' flakes, each flake once, and says what moved. `name`: of one input."""
+    hosts, failures = find_hosts(fleet, [])
+    flakes: dict[str, str] = {}
+    for host in hosts:
+        if (fleet.host(host) / "flake.nix").exists():
+            flakes.setdefault(os.path.realpath(fleet.host(host)), f"hosts/{host}")
+    for directory, shown in flakes.items():
+        before = read_lock(directory)
+        if name is not None and name not in before and before:
+            print(f"{shown}: has no input {name}")
+            continue
+        try:
+            update_lock(directory, name)
+        except BentoError as error:
+            failures.append(f"{shown}: {error}")
+            continue
+        after = read_lock(directory)
+        moved = [f"{i} {before.get(i, 'new')} -> {after[i]}" for i in sorted(after) if before.get(i) != after[i]]
+        print(f"{shown}: {'; '.join(moved) or 'nothing moved'}")
+    return complain(failures)
+
+
+def update_lock(directory: str, name: str | None) -> None:
+    """Nix 2.19 changed how the flake and the input to update are given."""
+    found = re.search(r"(\d+)\.(\d+)", client.run(["nix", "--version"], timeout=60).output)
+    url = f"path:{directory}"
+    if found is not None and (int(found[1]), int(found[2])) >= (2, 19):
+        argv = ["flake", "update", *([name] if name else []), "--flake", url]
+    else:
+        argv = ["flake", "lock", url, "--update-input", name] if name else ["flake", "update", url]
+    client.run([*NIX, *argv], timeout=1800)
+
+
+def read_lock(directory: str) -> dict[str, str]:
+    """What a flake's direct inputs are locked to, in a few letters a person can compare."""
+    try:
+        nodes = json.loads(Path(directory, "flake.lock").read_bytes())["nodes"]
+        inputs = nodes["root"].get("inputs", {})
+        locked = {i: nodes[node]["locked"] for i, node in inputs.items() if isinstance(node, str)}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BentoError(f"{directory}/flake.lock: cannot be read: {one_line(str(error))}") from None
+    return {
+        i: f"{format_time(lock.get('lastModified', 0))[:10]} {(lock.get('rev') or lock.get('narHash') or '?')[:14]}"
+        for i, lock in locked.items()
+    }
 
 
 def note_system(fleet: Fleet, name: str, release: str, system: str) -> None:
@@ -885,9 +1213,8 @@ def prepare(fleet: Fleet, name: str, plan: Plan) -> tuple[Staged, str | None, Cu
     staged = stage(chroot, name, members)
     system = None
     if plan.action is not None:
-        system = rebuild(plan.action, staged.tree, name)
-        for left in ("result", "build.log"):
-            client.remove(staged.tree.parent / left)
+        system = rebuild(plan.action, staged.tree, name, BUILD_LIMIT_S)
+        client.remove(staged.tree.parent / "result")
         if system is not None:
             keep_from_collection(name, system)
     if unchanged and before is not None and staged.release == before.release:
@@ -897,16 +1224,58 @@ def prepare(fleet: Fleet, name: str, plan: Plan) -> tuple[Staged, str | None, Cu
     return staged, system, before
 
 
-def command_status(fleet: Fleet, wanted: Sequence[str], offline_after_s: float, as_json: bool) -> int:
+def gather(fleet: Fleet, wanted: Sequence[str], offline_after_s: float, now_s: float) -> tuple[list[Row], list[str]]:
     hosts, errors = find_hosts(fleet, wanted)
+    return sort_rows(make_row(fleet, name, now_s, offline_after_s) for name in hosts), errors
+
+
+def command_status(
+    fleet: Fleet, wanted: Sequence[str], offline_after_s: float, form: str, output: str | None, logs_url: str | None
+) -> int:
     now_s = time.time()
-    rows = sort_rows(make_row(fleet, name, now_s, offline_after_s) for name in hosts)
-    if as_json:
-        print(json.dumps({"format": 1, "time": format_time(now_s), "hosts": [row_json(row) for row in rows]}, indent=1))
+    rows, errors = gather(fleet, wanted, offline_after_s, now_s)
+    width = shutil.get_terminal_size(fallback=(200, 24)).columns
+    terminal = sys.stdout.isatty() and output is None
+    if form == "json":
+        text = (
+            json.dumps({"format": 1, "time": format_time(now_s), "hosts": [row_json(row) for row in rows]}, indent=1)
+            + "\n"
+        )
+    elif form == "prometheus":
+        text = format_prometheus(rows)
+    elif form == "html":
+        text = format_html(rows, now_s, logs_url or fleet.chroot_dir.as_uri())
     else:
-        width = shutil.get_terminal_size(fallback=(200, 24)).columns
-        print(format_table(rows, now_s, width))
+        text = format_table(rows, now_s, width, decorated=terminal and "NO_COLOR" not in os.environ) + "\n"
+    if output is None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    else:
+        client.write_atomic(Path(output), text.encode(), 0o644)
+    if not terminal:  # cron mails what is on stderr
+        errors += [f"{row.host}: {row.state}: {'; '.join(notes(row, now_s))}" for row in rows if row.needs_a_person]
     return max(complain(errors), int(any(row.needs_a_person for row in rows)))
+
+
+def command_watch(fleet: Fleet, wanted: Sequence[str], offline_after_s: float) -> int:
+    """Shows the table and draws it again, over itself, when something has changed. Ends at Ctrl-C."""
+    shown = ""
+    try:
+        while True:
+            now_s = time.time()
+            rows, _ = gather(fleet, wanted, offline_after_s, now_s)
+            size = shutil.get_terminal_size()
+            lines = format_table(rows, now_s, size.columns, decorated="NO_COLOR" not in os.environ).splitlines()
+            if len(lines) > size.lines - 1:  # the hosts that need a person are on top, the summary stays in sight
+                lines = [*lines[: size.lines - 2], lines[-1]]
+            text = "\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J"
+            if text != shown:
+                sys.stdout.write(("" if shown else "\x1b[2J") + text)
+                sys.stdout.flush()
+                shown = text
+            time.sleep(WATCH_PAUSE_S)
+    except KeyboardInterrupt:
+        return 0
 
 
 def command_log(fleet: Fleet, name: str, show_list: bool, release: str | None) -> int:
@@ -967,6 +1336,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name, text in (("check", "evaluate each host's configuration"), ("build", "build each host's configuration")):
         parser_ = command(name, text)
         parser_.add_argument("-j", "--jobs", type=int, default=2, metavar="N", help="so many at once (default 2)")
+        parser_.add_argument("--timeout", type=float, default=BUILD_LIMIT_S, metavar="SECONDS", help="for each host")
         add_hosts(parser_)
     populate = command("populate", "publish what has changed")
     group = populate.add_mutually_exclusive_group()
@@ -978,11 +1348,20 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_hosts(populate)
     status = command("status", "the state of the fleet; exit code 1 when a host needs a person")
-    status.add_argument("--json", action="store_true", help="for programs")
+    forms = status.add_mutually_exclusive_group()
+    forms.add_argument("--json", dest="form", action="store_const", const="json", help="for programs")
+    forms.add_argument("--prometheus", dest="form", action="store_const", const="prometheus", help="for node_exporter")
+    forms.add_argument("--html", dest="form", action="store_const", const="html", help="one page, without scripts")
+    forms.add_argument("--watch", dest="form", action="store_const", const="watch", help="stay, and show what changes")
+    status.add_argument("--output", metavar="FILE", help="replace FILE instead of printing")
+    status.add_argument("--logs-url", metavar="URL", help="where the page's links find the chroots (default: as files)")
     status.add_argument(
         "--offline-after", type=float, default=OFFLINE_AFTER_S / 3600, metavar="HOURS", help="default: 2"
     )
     add_hosts(status)
+    add_hosts(command("diff", "what would change between the running and the built system"))
+    update = command("update", "update the flakes' lock files, and say what moved")
+    update.add_argument("input", nargs="?", metavar="INPUT", help="only this input")
     log = command("log", "what a host uploaded last")
     log.add_argument("name", metavar="NAME")
     log.add_argument("--list", action="store_true", help="list its logs: when, release, result")
@@ -998,14 +1377,21 @@ def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:
         return command_fleet(fleet)
     if command in ("check", "build"):
         action = "dry-build" if command == "check" else "build"
-        return command_rebuild(fleet, options.hosts, action, max(1, options.jobs))
+        return command_rebuild(fleet, options.hosts, Attempt(action, max(1, options.jobs), options.timeout))
+    if command == "diff":
+        return command_diff(fleet, options.hosts)
+    if command == "update":
+        return command_update(fleet, options.input)
     if command == "populate":
         action_wanted = "dry-build" if options.check else "build" if options.build else None
         return command_populate(
             fleet, options.hosts, Plan(action_wanted, options.dry_run, options.verbose), options.prune
         )
     if command == "status":
-        return command_status(fleet, options.hosts, options.offline_after * 3600, options.json)
+        after_s = options.offline_after * 3600
+        if options.form == "watch":
+            return command_watch(fleet, options.hosts, after_s)
+        return command_status(fleet, options.hosts, after_s, options.form or "table", options.output, options.logs_url)
     return command_log(fleet, options.name, options.list, options.release)
 
 

@@ -618,6 +618,8 @@ def lock(settings: Settings) -> Iterator[bool]:
 # --- processes ---
 
 verbose = False
+# What `run` has started and not ended: to be ended with us, also when it was started in a thread.
+children: set[subprocess.Popen[bytes]] = set()
 
 
 @dataclass(frozen=True)
@@ -657,6 +659,7 @@ def run(
         if check:
             raise BentoError(f"cannot run {argv[0]}: {error.strerror}; is it on PATH?") from None
         return Done(127, f"{argv[0]}: {error.strerror}")
+    children.add(process)
     code: int | None
     try:
         raw, _ = process.communicate(timeout=timeout)
@@ -667,6 +670,8 @@ def run(
     except BaseException:
         end_group(process)
         raise
+    finally:
+        children.discard(process)
     text = (raw or b"").decode(errors="replace")
     if check and code != 0:
         how = f"did not end within {timeout:.0f} s" if code is None else f"exit {code}"

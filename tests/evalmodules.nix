@@ -30,6 +30,7 @@ let
     substring
     tail
     toJSON
+    typeOf
     ;
 
   # --- properties of definitions ---
@@ -105,7 +106,7 @@ let
     else if all type.check values then
       type.merge where values
     else
-      throw "A definition for option `${where}' is not of type `${type.name}': ${toJSON values}";
+      throw "A definition for option `${where}' is not of type `${type.name}', but a ${typeOf (head values)}";
 
   types = rec {
     anything = {

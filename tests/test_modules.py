@@ -1,0 +1,693 @@
+"""The NixOS modules: what they evaluate to, and what the real programs make of that.
+
+tests/evalmodules.nix stands in for Nixpkgs' lib. With BENTO_NIXPKGS_LIB (a directory of Nixpkgs' `lib/`) everything is
+evaluated with the real one too, and must come out the same. BENTO_GOLDEN=write rewrites the golden files.
+"""
+
+import base64
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toynixos import need
+
+import bento_client
+
+TESTS = Path(__file__).resolve().parent
+REPO = TESTS.parent
+GOLDEN = TESTS / "golden"
+HOST_MODULE = REPO / "utils" / "bento.nix"
+HOSTS = ("nas", "router", "t470")
+
+# Substituters would be asked for each store path, and there is no network.
+NIX = {"NIX_CONFIG": "substitute = false\nexperimental-features = nix-command flakes\n"}
+
+FULL = """{
+  networking.hostName = "t470";
+  networking.proxy.envVars.https_proxy = "http://proxy.example.org:3128";
+  nix.envVars.SSL_CERT_FILE = "/etc/ssl/certs/ca-certificates.crt";
+  services.bento = {
+    server = [ "bento.example.org" "2001:db8::1" ];
+    port = 2222;
+    host = "laptop_1";
+    user = "someone";
+    identity = "/etc/ssh/ssh_host_ed25519_key";
+    serverKeys = [ "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIEJFTlRPIEVYQU1QTEUgS0VZIERPIE5PVCBVU0UhISEh a comment" ];
+    sshOptions = [ "ProxyCommand=nc -X 5 -x 127.0.0.1:9050 %h %p" ];
+    interval = "hourly";
+    randomizedDelay = "1h";
+    connectTimeout = 60;
+    buildTimeout = 3600;
+    activationTimeout = 300;
+    confirmTimeout = 30;
+    healthChecks = [ "systemctl is-active nginx.service" "echo \\"it's $HOME\\"" ];
+    upgradeChannels = true;
+    reboot = "23:00-05:30";
+    stateDir = "/var/lib/fleet/bento";
+    trigger = { enable = true; port = 4444; };
+  };
+}"""
+MINIMAL = '{ services.bento.server = "bento.example.org"; }'
+
+
+# --- Nix ---
+
+
+def evaluate(expression: str) -> Any:
+    """The value of an expression in which `m` is tests/modules.nix."""
+    need("nix-instantiate")
+    libraries = [""]
+    if real := os.environ.get("BENTO_NIXPKGS_LIB"):
+        libraries.append(f"lib = import {real};")
+    values = []
+    for library in libraries:
+        argv = ["nix-instantiate", "--eval", "--strict", "--json", "--expr"]
+        expression_ = f"let m = import {TESTS}/modules.nix; lib' = {{ {library} }}; in ({expression}) (args: m (lib' // args))"
+        done = subprocess.run([*argv, expression_], env=os.environ | NIX, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        values.append(json.loads(done.stdout))
+    assert all(value == values[0] for value in values), "our own lib and Nixpkgs' disagree"
+    return values[0]
+
+
+def evaluate_host(*modules: str | Path, inline: bool = False) -> Any:
+    arguments = "{ inline = true; }" if inline else "{ }"
+    return evaluate(f"m: (m {arguments}).host [ {' '.join(f'({module})' for module in modules)} ]")
+
+
+def golden(name: str, text: str) -> None:
+    path = GOLDEN / name
+    if os.environ.get("BENTO_GOLDEN") == "write":
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8"), f"{path} differs; BENTO_GOLDEN=write rewrites it"
+
+
+def pretty(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+# --- units ---
+
+
+def render_section(name: str, settings: Mapping[str, Any]) -> list[str]:
+    lines = [f"[{name}]"]
+    for key, value in settings.items():
+        for item in value if isinstance(value, list) else [value]:
+            lines.append(f"{key}={str(item).lower() if isinstance(item, bool) else item}")
+    return [*lines, ""]
+
+
+def render_unit(kind: str, unit: Mapping[str, Any]) -> str:
+    """A unit's file, much as NixOS writes it."""
+    known = {
+        "description", "after", "wants", "wantedBy", "unitConfig", "environment", "restartIfChanged", "script",
+        "serviceConfig", "timerConfig", "socketConfig",
+    }  # fmt: skip
+    assert set(unit) <= known, f"render_unit does not know {set(unit) - known}"
+    head = {"Description": unit["description"]}
+    head |= {key.title(): unit[key] for key in ("after", "wants") if key in unit}
+    body = dict(unit.get(f"{kind}Config", {}))
+    if "script" in unit:
+        body = {"ExecStart": "/nix/store/eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee-script", **body}
+    if unit.get("restartIfChanged") is False:
+        body = {"X-RestartIfChanged": False, **body}
+    if "environment" in unit:
+        body = {"Environment": [f'"{key}={value}"' for key, value in unit["environment"].items()], **body}
+    lines = render_section("Unit", head | unit.get("unitConfig", {})) + render_section(kind.title(), body)
+    if "wantedBy" in unit:
+        lines += render_section("Install", {"WantedBy": unit["wantedBy"]})
+    return "\n".join(lines)
+
+
+def render_units(host: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        f"{name}.{kind}": render_unit(kind, unit)
+        for kind in ("service", "socket", "timer")
+        for name, unit in sorted(host[f"{kind}s"].items())
+    }
+
+
+def write_units(directory: Path, host: Mapping[str, Any]) -> list[Path]:
+    """The units for systemd-analyze: with programs that exist, and an instance of each template."""
+    paths = []
+    for name, text in render_units(host).items():
+        path = directory / name.replace("@", "@1")
+        path.write_text(re.sub(r"(?m)^ExecStart=.*", "ExecStart=/bin/true", text), encoding="utf-8")
+        paths.append(path)
+        if "@" in name:
+            (directory / name).write_text(path.read_text())
+    return paths
+
+
+def analyze(*argv: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [need("systemd-analyze"), *map(str, argv)],
+        env=os.environ | {"SYSTEMD_COLORS": "0", "SYSTEMD_LOG_COLOR": "0"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+# --- every file ---
+
+
+def nix_files() -> list[Path]:
+    return sorted(p for d in ("utils", "hosts", "tests") for p in (REPO / d).rglob("*.nix") if not p.is_symlink())
+
+
+@pytest.mark.parametrize("path", nix_files(), ids=lambda p: str(p.relative_to(REPO)))
+def test_nix_file_parses(path: Path) -> None:
+    done = subprocess.run([need("nix-instantiate"), "--parse", path], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+# --- the host's module ---
+
+
+def test_options() -> None:
+    golden("host-options.json", pretty(evaluate(f"m: (m {{ }}).options {HOST_MODULE}")))
+
+
+@pytest.mark.parametrize(("name", "module"), [("minimal", MINIMAL), ("full", FULL)])
+def test_host(name: str, module: str) -> None:
+    host = evaluate_host(HOST_MODULE, module)
+    golden(f"host-{name}-settings.json", pretty(host["settings"]))
+    golden(f"host-{name}-command.sh", "".join(host["commands"]))
+    units = render_units(host)
+    for unit in host["services"].values():
+        if "script" in unit:
+            units["bento-trigger"] = unit["script"]
+    golden(f"host-{name}-units.txt", "\n".join(f"### {name}\n{text}" for name, text in units.items()))
+
+
+def test_disabled() -> None:
+    host = evaluate(f"m: builtins.removeAttrs ((m {{ }}).eval [ {HOST_MODULE} {{ services.bento.enable = false; }} ]).config.systemd [ \"package\" ]")
+    assert host == {"services": {}, "sockets": {}, "timers": {}, "tmpfiles": {"rules": []}}
+
+
+def test_the_client_takes_every_setting() -> None:
+    settings = evaluate_host(HOST_MODULE, FULL)["settings"]
+    # `root` is for tests; a running NixOS has its root in one place.
+    assert set(settings) == {field.name for field in fields(bento_client.Settings)} - {"root"}
+    made = bento_client.make_settings(settings, "client.json")
+    assert made.host == "laptop_1" and made.reboot == "23:00-05:30" and made.server == ("bento.example.org", "2001:db8::1")
+
+
+def test_the_defaults_are_the_clients() -> None:
+    settings = evaluate_host(HOST_MODULE, MINIMAL)["settings"]
+    ours = bento_client.make_settings(settings, "client.json")
+    theirs = bento_client.make_settings({"server": "bento.example.org", "host": "nixos"}, "defaults")
+    assert ours.identity_file == theirs.identity_file
+    names = {field.name for field in fields(bento_client.Settings)} - {"identity"}
+    assert {name: getattr(ours, name) for name in names} == {name: getattr(theirs, name) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("definitions", "python"),
+    [
+        ('system.nixos.release = "24.05";', "python3Minimal"),
+        ('system.nixos.release = "24.05"; boot.loader.systemd-boot.enable = true;', "python3"),
+        ('system.nixos.release = "25.05";', "python3Minimal"),
+        ('system.nixos.release = "25.05"; system.rebuild.enableNg = true;', "python3"),
+        ('system.nixos.release = "25.11";', "python3"),
+        # A removed option: reading it is an error.
+        ('system.nixos.release = "26.05"; system.rebuild.enableNg = throw "removed";', "python3"),
+    ],
+)
+def test_python(definitions: str, python: str) -> None:
+    [command] = evaluate_host(HOST_MODULE, MINIMAL, f"{{ {definitions} }}")["commands"]
+    assert f"-{python}/bin/python3 -I " in command
+
+
+@pytest.mark.parametrize(
+    ("definitions", "message"),
+    [
+        ("server = [ ];", "services.bento.server cannot be []"),
+        ('server = "";', 'services.bento.server cannot be ""'),
+        ('server = "bento.example.org:22";', "The port goes to services.bento.port"),
+        ('server = "root@bento.example.org";', "the user to services.bento.user"),
+        ('server = [ "a.example" "-oProxyCommand=x" ];', "services.bento.server cannot be"),
+        ('host = "";', 'services.bento.host cannot be ""'),
+        ('host = "a.b";', 'services.bento.host cannot be "a.b"'),
+        ('host = "abcdefghijklmnopqrstuvwxyz";', "1 to 25 of"),
+        ('identity = "/nix/store/eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee-id";', "everybody can read the Nix store"),
+        ('identity = "id";', "the absolute path"),
+        ('serverKeys = [ "bento.example.org ssh-ed25519 AAAA1234" ];', "Remove the host name"),
+        ('serverKeys = [ "SHA256:abc" ];', "a key is"),
+        ('serverKeys = [ "ssh-ed25519 AAAA1234" ]; knownHosts = "/x";', "exclude each other"),
+        ('stateDir = "/srv/bento";', "in /var/lib\nonly"),
+        ('stateDir = "/var/lib/";', 'services.bento.stateDir cannot be "/var/lib/"'),
+        ("}; nix.enable = false; x = {", "remove `nix.enable = false`"),
+        ("}; system.switch.enable = false; x = {", "remove `system.switch.enable = false`"),
+        ("}; system.autoUpgrade.enable = true; x = {", "remove `system.autoUpgrade.enable = true`"),
+        ("upgradeChannels = true; }; nix.channel.enable = false; x = {", "upgradeChannels needs channels"),
+    ],
+)
+def test_assertion(definitions: str, message: str) -> None:
+    server = "" if re.search(r"\bserver =", definitions) else 'server = "bento.example.org";'
+    host = evaluate_host(HOST_MODULE, f"{{ services.bento = {{ {server} {definitions} }}; }}")
+    assert len(host["failed"]) == 1, host["failed"]
+    assert message in host["failed"][0]
+
+
+@pytest.mark.parametrize(
+    "definitions",
+    [
+        "port = 70000;",
+        "port = 22.5;",
+        "server = 1;",
+        'reboot = "always";',
+        'reboot = "25:00-03:00";',
+        "connectTimeout = 0;",
+        "identity = ./key;",
+        'serverKeys = [ "ssh-ed25519 AAAA1234\\nssh-ed25519 AAAA5678" ];',
+        'healthChecks = "true";',
+    ],
+)
+def test_type(definitions: str) -> None:
+    server = "" if "server =" in definitions else 'server = "bento.example.org";'
+    with pytest.raises(AssertionError, match="is not of type"):
+        evaluate_host(HOST_MODULE, f"{{ services.bento = {{ {server} {definitions} }}; }}")
+
+
+def test_without_a_server_the_option_is_named() -> None:
+    with pytest.raises(AssertionError, match=r"services\.bento\.server"):
+        evaluate_host(HOST_MODULE)
+
+
+@pytest.mark.parametrize("name", ["bento.example.org", "[bento.example.org]:2222", "[2001:db8::1]:2222", "alias"])
+def test_known_hosts(name: str, tmp_path: Path) -> None:
+    """Whatever the server is called, ssh finds its keys in the file, and no others."""
+    text = evaluate_host(HOST_MODULE, FULL, inline=True)["settings"]["known_hosts"]
+    path = tmp_path / "known_hosts"
+    path.write_text(text)
+    done = subprocess.run([need("ssh-keygen"), "-F", name, "-f", path], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1:] == text.splitlines()
+
+
+def test_command(tmp_path: Path) -> None:
+    """The command hands its arguments on as they are, and runs the client that lies beside the module."""
+    [text] = evaluate_host(HOST_MODULE, MINIMAL)["commands"]
+    python = tmp_path / "bin" / "python3"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$PATH" "$@"\n')
+    python.chmod(0o755)
+    text = re.sub(r"exec \S+/bin/python3", f"exec {python}", text)
+    arguments = ["run", "", "a b", "*", "$HOME", "--force"]
+    done = subprocess.run(
+        [need("bash"), "-euc", text, "bento-client", *arguments], env={"PATH": "/mine"}, capture_output=True, text=True, timeout=60
+    )
+    path, isolated, client, *rest = done.stdout.splitlines()
+    assert path.startswith("/nix/store/") and path.endswith("/bin:/mine")
+    assert isolated == "-I" and client.endswith("-bento_client.py")
+    assert rest == ["--config", "/etc/bento/client.json", *arguments]
+    assert (HOST_MODULE.parent / "bento_client.py").samefile(REPO / "bento_client.py")
+
+
+# --- its units, for real programs ---
+
+
+@pytest.mark.parametrize("module", [MINIMAL, FULL], ids=["minimal", "full"])
+def test_units_verify(module: str, tmp_path: Path) -> None:
+    paths = write_units(tmp_path, evaluate_host(HOST_MODULE, module))
+    (tmp_path / "network-online.target").write_text("[Unit]\nDescription=Network\n")
+    done = analyze("verify", "--man=no", *paths)
+    # X-… is for NixOS' switch, which systemd knows to leave alone.
+    assert done.returncode == 0, done.stderr
+    assert not [line for line in done.stderr.splitlines() if str(tmp_path) in line or "bento" in line], done.stderr
+
+
+@pytest.mark.parametrize(("unit", "exposure"), [("bento.service", 6.2), ("bento-trigger@1.service", 2.2)])
+def test_units_security(unit: str, exposure: float, tmp_path: Path) -> None:
+    paths = write_units(tmp_path, evaluate_host(HOST_MODULE, FULL))
+    [path] = [p for p in paths if p.name == unit]
+    done = analyze("security", "--offline=true", "--no-pager", path)
+    found = re.search(r"Overall exposure level for .*: ([0-9.]+)", done.stdout)
+    assert found is not None, done.stdout + done.stderr
+    assert float(found[1]) <= exposure, done.stdout
+
+
+@pytest.mark.parametrize("module", [MINIMAL, FULL], ids=["minimal", "full"])
+def test_units_times(module: str) -> None:
+    timers = evaluate_host(HOST_MODULE, module)["timers"]
+    assert analyze("calendar", timers["bento"]["timerConfig"]["OnCalendar"]).returncode == 0
+    for span in (timers["bento"]["timerConfig"]["RandomizedDelaySec"], timers["bento-boot"]["timerConfig"]["OnBootSec"]):
+        assert analyze("timespan", span).returncode == 0
+
+
+def test_the_lists_of_the_sandbox_deny() -> None:
+    """One line each: of several, the second would allow what it names."""
+    config = evaluate_host(HOST_MODULE, MINIMAL)["services"]["bento"]["serviceConfig"]
+    for key in ("CapabilityBoundingSet", "SystemCallFilter"):
+        assert isinstance(config[key], str) and config[key].startswith("~") and "~" not in config[key][1:]
+    # systemd asks for these of whoever starts units, and reboots.
+    assert not {"CAP_SYS_ADMIN", "CAP_SYS_BOOT"} & set(config["CapabilityBoundingSet"][1:].split())
+
+
+# What makes systemd give a unit a mount namespace of its own (exec_needs_mount_namespace in systemd's sources).
+MOUNTING = {
+    "BindPaths", "BindReadOnlyPaths", "DynamicUser", "ExecPaths", "InaccessiblePaths", "LogNamespace", "MountFlags",
+    "NoExecPaths", "PrivateDevices", "PrivateIPC", "PrivateMounts", "PrivateTmp", "ProcSubset", "ProtectControlGroups",
+    "ProtectHome", "ProtectKernelLogs", "ProtectKernelModules", "ProtectKernelTunables", "ProtectProc",
+    "ProtectSystem", "ReadOnlyPaths", "ReadWritePaths", "RootDirectory", "RootImage", "TemporaryFileSystem",
+}  # fmt: skip
+
+
+def test_the_client_sees_the_machine_as_it_is() -> None:
+    config = evaluate_host(HOST_MODULE, FULL)["services"]["bento"]["serviceConfig"]
+    assert not MOUNTING & set(config)
+
+
+@pytest.mark.parametrize(("code", "last"), [(0, "bento: done"), (1, "bento: failed; bento-client status tells root why")])
+def test_trigger(code: int, last: str, tmp_path: Path) -> None:
+    """The requester sees the log as it goes, then the outcome; and the journal's reader ends."""
+    script = evaluate_host(HOST_MODULE, FULL)["services"]["bento-trigger@"]["script"]
+    programs = {
+        "journalctl": 'echo "$@"\nuntil [ -e started ]; do sleep 0.1; done\necho building\nexec sleep 60',
+        "systemctl": f'[ "$*" = "start bento.service" ] || exit 9\ntouch started\nsleep 1\nexit {code}',
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-ec", script], cwd=tmp_path, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert re.fullmatch(r"--follow --output=cat --since=@\d+ --unit=bento\.service", said[0])
+    assert said[1:] == ["building", last]
+
+
+# --- the examples ---
+
+
+def blob(key: str) -> bytes:
+    return base64.b64decode(key.split()[1])[-32:]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_example_key(host: str) -> None:
+    """A key that parses, says what it is, and whose private half was never made."""
+    path = REPO / "hosts" / f"{host}.pub"
+    done = subprocess.run([need("ssh-keygen"), "-l", "-f", path], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith("256 ") and done.stdout.endswith("(ED25519)\n")
+    assert "EXAMPLE" in path.read_text().split()[2]
+    assert blob(path.read_text()).decode().startswith(f"BENTO EXAMPLE KEY OF HOST {host}")
+
+
+def test_example_host_keys() -> None:
+    for path in (HOST_MODULE, REPO / "hosts" / "t470" / "configuration.nix"):
+        [key] = re.findall(r'"(ssh-ed25519 AAAAC3[^"]+)"', path.read_text())
+        assert blob(key).startswith(b"BENTO EXAMPLE KEY")
+
+
+def test_examples_link_the_module() -> None:
+    for host in HOSTS:
+        link = REPO / "hosts" / host / "utils"
+        assert link.is_symlink() and os.readlink(link) == "../../utils"
+
+
+def test_example_with_channels() -> None:
+    host = evaluate_host(REPO / "hosts" / "router" / "configuration.nix")
+    assert host["settings"]["host"] == "router" and host["settings"]["upgrade_channels"] is True
+
+
+@pytest.mark.parametrize("host", ["nas", "t470"])
+def test_example_flake(host: str, tmp_path: Path) -> None:
+    """The flake as a release holds it (links followed), with a Nixpkgs that has our lib only."""
+    release, nixpkgs = tmp_path / host, tmp_path / "nixpkgs"
+    shutil.copytree(REPO / "hosts" / host, release)
+    nixpkgs.mkdir()
+    for name in ("modules.nix", "evalmodules.nix"):
+        shutil.copy(TESTS / name, nixpkgs)
+    (nixpkgs / "flake.nix").write_text(
+        "{ outputs = _: { lib.nixosSystem = { modules }: (import ./modules.nix { }).host modules; }; }"
+    )
+    done = subprocess.run(
+        [need("nix"), "eval", "--json", "--no-write-lock-file", "--override-input", "nixpkgs", f"path:{nixpkgs}",
+         f"path:{release}#nixosConfigurations.{host}"],
+        env=os.environ | NIX | {"HOME": str(tmp_path)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["settings"]["host"] == host
+
+
+# --- the server's module ---
+
+# What a comment may hold; each has a way out of a Nix string, an authorized_keys line or a shell word to try.
+COMMENTS = ["plain@host", "''${x}'' ${builtins.abort \"x\"}", '"; in abort "x"', "\\\" \\", "$(id) `id` $$${y}", "ü @HOSTS@"]
+
+
+def write_fleet(directory: Path, keys: Mapping[str, Sequence[str]], chroot_dir: str = "/home/chroot") -> Path:
+    hosts = directory / "hosts"
+    hosts.mkdir(parents=True)
+    shutil.copy(REPO / "fleet.nix.in", directory)
+    for name, lines in keys.items():
+        (hosts / f"{name}.pub").write_text("".join(f"{line}\n" for line in lines))
+    argv: list[str | Path] = [sys.executable, REPO / "bento.py", "--fleet", directory, "--chroot-dir", chroot_dir, "fleet"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return directory / "fleet.nix"
+
+
+def example_keys() -> dict[str, list[str]]:
+    return {host: [(REPO / "hosts" / f"{host}.pub").read_text().strip()] for host in HOSTS}
+
+
+def make_key(seed: str) -> str:
+    parts = [b"ssh-ed25519", seed.ljust(32, ".").encode()]
+    return "ssh-ed25519 " + base64.b64encode(b"".join(len(p).to_bytes(4, "big") + p for p in parts)).decode()
+
+
+def evaluate_server(*modules: str | Path) -> Any:
+    return evaluate(f"m: (m {{ }}).server [ {' '.join(f'({module})' for module in modules)} ]")
+
+
+def sshd_block(text: str) -> str:
+    found = re.search(r"(?ms)^Match Group bento.*?^Match All$\n", text)
+    assert found is not None, text
+    return found[0]
+
+
+def test_fleet(tmp_path: Path) -> None:
+    path = write_fleet(tmp_path / "fleet", example_keys())
+    server = evaluate_server(path)
+    golden("fleet-sshd_config", server["extraConfig"])
+    golden("fleet.json", pretty({key: value for key, value in server.items() if key != "extraConfig"}))
+
+
+def test_fleet_without_hosts(tmp_path: Path) -> None:
+    server = evaluate_server(write_fleet(tmp_path / "fleet", {}))
+    assert server["users"] == {} and server["groups"] == {"bento": {}}
+    assert server["settings"]["MaxStartups"] == "10:30:100"
+
+
+def test_fleet_keys_stay_strings(tmp_path: Path) -> None:
+    keys = {f"h{n}": [f"{make_key(f'h{n}')} {comment}"] for n, comment in enumerate(COMMENTS)}
+    users = evaluate_server(write_fleet(tmp_path / "fleet", keys))["users"]
+    assert {name: user["openssh"]["authorizedKeys"]["keys"] for name, user in users.items()} == {
+        f"bento-{name}": [f"restrict {key}" for key in lines] for name, lines in keys.items()
+    }
+
+
+def test_fleet_room_for_every_host(tmp_path: Path) -> None:
+    keys = {f"h{n}": [make_key(f"h{n}")] for n in range(200)}
+    path = write_fleet(tmp_path / "fleet", keys)
+    assert evaluate_server(path)["settings"]["MaxStartups"] == "210:30:300"
+    mine = evaluate_server(path, '{ services.openssh.settings.MaxStartups = "5:30:50"; }')
+    assert mine["settings"]["MaxStartups"] == "5:30:50"
+
+
+@pytest.mark.parametrize("chroot", ["srv/chroot", 'srv/a "b" %n \\ $x ${y} c'], ids=["plain", "strange"])
+def test_fleet_tmpfiles(chroot: str, tmp_path: Path) -> None:
+    """systemd makes the directories that sshd demands, whatever they are called."""
+    tmpfiles = need("systemd-tmpfiles")
+    if os.geteuid() != 0:
+        pytest.skip("needs root to give files away")
+    root = tmp_path / "root"
+    (root / "etc").mkdir(parents=True)
+    (root / "etc/passwd").write_text("root:x:0:0::/:/bin/sh\nbento-t470:x:6001:6000::/:/bin/sh\n")
+    (root / "etc/group").write_text("root:x:0:\nbento:x:6000:\n")
+    keys = {"t470": example_keys()["t470"]}
+    rules = evaluate_server(write_fleet(tmp_path / "fleet", keys, f"/{chroot}"))["tmpfiles"]
+    (root / "bento.conf").write_text("".join(f"{rule}\n" for rule in rules))
+    done = subprocess.run([tmpfiles, "--create", f"--root={root}", root / "bento.conf"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    seen = {}
+    for path in (root / "srv").rglob("*"):
+        status = path.lstat()
+        seen[str(path.relative_to(root / chroot))] = (oct(status.st_mode & 0o7777), status.st_uid, status.st_gid)
+    assert seen == {".": ("0o755", 0, 0), "t470": ("0o750", 0, 6000), "t470/logs": ("0o750", 6001, 6000)}
+
+
+def test_fleet_sshd_lines_of_others(tmp_path: Path) -> None:
+    """No line of another module ends up in the block, and the block swallows none."""
+    others = """{ lib, ... }: {
+      services.openssh.extraConfig = lib.mkMerge [
+        "AcceptEnv PLAIN"
+        (lib.mkOrder 0 "AcceptEnv FIRST")
+        (lib.mkAfter "Match User alice\\n  AcceptEnv ALICE")
+        (lib.mkOrder 9999 "AcceptEnv LAST")
+      ];
+    }"""
+    text = evaluate_server(write_fleet(tmp_path / "fleet", example_keys()), others)["extraConfig"]
+    before, after = text.split(sshd_block(text))
+    assert re.findall(r"AcceptEnv (\w+)", before) == ["FIRST", "PLAIN", "ALICE"]
+    assert re.findall(r"AcceptEnv (\w+)", after) == ["LAST"]
+    # NixOS' sshd module has a shell write this text, in a here-document.
+    assert not set("$`\\") & set(sshd_block(text))
+
+
+# --- the server's module, with a real sshd ---
+
+
+class Server:
+    """A real sshd with accounts of its own: it runs in a mount namespace with another passwd, group and /run, and
+    talks to ssh over a pipe. Nothing of this machine is changed, and no port is opened."""
+
+    def __init__(self, directory: Path, extra_config: str) -> None:
+        self.directory = directory
+        self.sshd = need("sshd")
+        for program in ("unshare", "mount", "sftp", "ssh", "ssh-keygen"):
+            need(program)
+        if os.geteuid() != 0:
+            pytest.skip("needs root for accounts and chroots")
+        for name in ("host_key", "id"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", directory / name], check=True, timeout=60)
+        for name in ("passwd", "group"):
+            lines = [line for line in Path("/etc", name).read_text().splitlines() if not line.startswith("bento")]
+            lines += {
+                "passwd": ["bento-t470:x:6001:6000::/run/chroot/t470:/usr/sbin/nologin", "alice:x:6002:6002::/:/bin/sh"],
+                "group": ["bento:x:6000:", "alice:x:6002:"],
+            }[name]
+            (directory / name).write_text("\n".join(lines) + "\n")
+        (directory / "shadow").write_text("root:*:1::::::\nbento-t470:*:1::::::\nalice:*:1::::::\n")
+        settings = [
+            f"HostKey {directory}/host_key", "AuthorizedKeysFile /run/keys", "PidFile none", "UsePAM no",
+            "Subsystem sftp /usr/lib/openssh/sftp-server", "AllowUsers alice", "PasswordAuthentication yes",
+        ]  # fmt: skip
+        (directory / "sshd_config").write_text("\n".join(settings) + "\n" + extra_config)
+
+    def run(self, script: str) -> subprocess.CompletedProcess[str]:
+        """A shell script in the namespace, in the directory; $OPTIONS lead ssh and sftp to the sshd."""
+        setup = f"""
+            set -e
+            mount --make-rprivate /
+            for name in passwd group shadow; do mount --bind $name /etc/$name; done
+            mount -t tmpfs -o mode=755 tmpfs /run
+            mkdir -p /run/sshd /run/chroot/t470/logs /run/chroot/t470/config
+            echo "$(cat id.pub)" > /run/keys
+            echo '{{}}' > /run/chroot/t470/current.json
+            echo text > /run/chroot/t470/config/file
+            chown root:6000 /run/chroot/t470; chmod 750 /run/chroot/t470
+            chown 6001:6000 /run/chroot/t470/logs; chmod 750 /run/chroot/t470/logs
+            OPTIONS="-F /dev/null -i id -o UserKnownHostsFile=/dev/null -o StrictHostKeyChecking=no"
+            export SSHD="{self.sshd} -i -E sshd.log -f {self.directory}/sshd_config"
+            t() {{ program=$1; shift; timeout 20 $program $OPTIONS -o ProxyCommand="$SSHD" "$@"; }}
+            set +e
+        """
+        return subprocess.run(
+            ["unshare", "--mount", "bash", "-c", setup + script],
+            cwd=self.directory, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Server:
+    path = write_fleet(tmp_path / "fleet", {"t470": example_keys()["t470"]})
+    after = '{ lib, ... }: { services.openssh.extraConfig = lib.mkOrder 3000 "MaxSessions 7"; }'
+    return Server(tmp_path, evaluate_server(path, after)["extraConfig"])
+
+
+def test_sshd_takes_the_block(server: Server) -> None:
+    """As NixOS checks it too: `-T -C` with a port only."""
+    done = server.run(
+        f"{server.sshd} -t -f sshd_config && {server.sshd} -T -C lport=22 -f sshd_config && echo ====== && "
+        f"{server.sshd} -T -C user=bento-t470,host=h,addr=192.0.2.1 -f sshd_config && echo ====== && "
+        f"{server.sshd} -T -C user=alice,host=h,addr=192.0.2.1 -f sshd_config"
+    )
+    assert done.returncode == 0, done.stderr
+    everybody, host, alice = (set(part.splitlines()) for part in done.stdout.split("======\n"))
+    assert everybody == alice and {"maxsessions 7", "forcecommand none", "allowusers alice"} <= alice
+    assert {
+        "chrootdirectory %h", "disableforwarding yes", "allowtcpforwarding no", "allowstreamlocalforwarding no",
+        "allowagentforwarding no", "x11forwarding no", "permittunnel no", "permittty no", "permituserrc no",
+        "passwordauthentication no", "kbdinteractiveauthentication no", "authenticationmethods publickey",
+        "maxsessions 1", "allowusers bento-*", "allowgroups bento", "unusedconnectiontimeout 60",
+    } <= host  # fmt: skip
+    assert [line for line in host if line.startswith("forcecommand internal-sftp -d / -u 0137 -p ")]
+
+
+def test_sshd_allows_what_the_client_does(server: Server) -> None:
+    (server.directory / "log").write_text("log\n")
+    (server.directory / "log").chmod(0o777)
+    batch = """
+        get current.json got
+        reget current.json got
+        put log logs/.a
+        rename logs/.a logs/a
+        put log logs/.a
+        rename logs/.a logs/a
+        ls -1 logs
+        put log logs/b
+        rm logs/b
+        get -r config tree
+    """
+    (server.directory / "batch").write_text("\n".join(line.strip() for line in batch.splitlines() if line.strip()))
+    done = server.run('t sftp -b batch bento-t470@any && stat -c "%A %u %n" /run/chroot/t470/logs/*')
+    assert done.returncode == 0, done.stdout + done.stderr
+    # Not the mode of the file that was sent: no log is executable, or for everybody.
+    assert done.stdout.splitlines()[-1] == "-rw-r----- 6001 /run/chroot/t470/logs/a"
+    assert (server.directory / "tree" / "file").read_text() == "text\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "put log x", "put log current.json", "put log config/file", "put log ../x", "put log logs/../x", "rm current.json",
+        "rename logs lags", "rename current.json logs/x", "mkdir logs/d", "rmdir logs", "symlink / logs/l", "ln log logs/h",
+        "ln -s /etc/passwd logs/l", "chmod 777 logs", "chmod 4755 logs/.", "chown 0 logs", "chgrp 0 logs", "df",
+        "get /etc/passwd x", "get ../../../etc/passwd x", "get /run/keys x", "copy current.json logs/x",
+    ],
+)  # fmt: skip
+def test_sshd_denies(command: str, server: Server) -> None:
+    (server.directory / "log").write_text("log\n")
+    (server.directory / "batch").write_text(f"{command}\n")
+    done = server.run(
+        'find /run/chroot -printf "%p %u %g %m %s\\n" | sort > before; t sftp -b batch bento-t470@any; code=$?; '
+        'find /run/chroot -printf "%p %u %g %m %s\\n" | sort | diff before - && exit $code'
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"sftp> {command}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("ssh bento-t470@any id", "This service allows sftp connections only."),
+        ("ssh bento-t470@any /bin/sh -c id", "This service allows sftp connections only."),
+        ("ssh -tt bento-t470@any", "PTY allocation request failed"),
+        ("ssh -W 127.0.0.1:22 bento-t470@any", "administratively prohibited"),
+        ("ssh -N -o ExitOnForwardFailure=yes -R 0:127.0.0.1:22 bento-t470@any", "forwarding failed"),
+        ("ssh -N -o ExitOnForwardFailure=yes -R /tmp/s:/tmp/t bento-t470@any", "forwarding failed"),
+        ("ssh -o PreferredAuthentications=password -o BatchMode=yes bento-t470@any", "Permission denied (publickey)."),
+        # Only hosts have been let in again.
+        ("ssh root@any", "Permission denied"),
+    ],
+)
+def test_sshd_refuses(command: str, said: str, server: Server) -> None:
+    done = server.run(f"t {command}")
+    assert done.returncode not in (0, 124), done.stdout
+    assert said in done.stdout + done.stderr
+    assert "uid=" not in done.stdout
