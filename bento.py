@@ -30,7 +30,7 @@ import stat
 import sys
 import tarfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -49,8 +49,8 @@ BUILD_LIMIT_S = 12 * 3600.0
 # A host that keeps more files than this in logs/ is named in `status`.
 MAX_LOG_FILES = 1000
 MAX_LOG_BYTES = 4 << 20
-# Hosts staged before one sync of the disk publishes them together: a sync each would cost more than the copying.
-BATCH = 64
+# So many hosts are published with the same two syncs of the disk: syncs for each would cost more than the copying.
+BATCH = 256
 SMALL_FILE = 64 << 10
 
 KEY_TYPES = {
@@ -319,26 +319,6 @@ def read_small(path: str, stamp: tuple[int, int, int], size: int) -> bytes:
         return file.read(size + 1)
 
 
-def tar_chunks(members: Iterable[Member]) -> Iterator[bytes]:
-    """The bytes of the release. Always the same for the same content: this is what the release is named by."""
-    total = 0
-    for member in members:
-        yield header(member.name, member.size, member.is_directory, member.executable)
-        total += len(header(member.name, member.size, member.is_directory, member.executable))
-        read = 0
-        if not member.is_directory:
-            for chunk in file_chunks(member):
-                read += len(chunk)
-                yield chunk
-            if read != member.size:
-                raise BentoError(f"{one_line(member.path)}: changed while it was read: run this again")
-            padding = -read % tarfile.BLOCKSIZE
-            yield bytes(padding)
-            total += read + padding
-    total += 2 * tarfile.BLOCKSIZE
-    yield bytes(2 * tarfile.BLOCKSIZE + -total % tarfile.RECORDSIZE)
-
-
 def file_chunks(member: Member) -> Iterator[bytes]:
     try:
         if member.size <= SMALL_FILE:
@@ -351,19 +331,60 @@ def file_chunks(member: Member) -> Iterator[bytes]:
         raise BentoError(f"{one_line(member.path)}: cannot be read: {error.strerror}") from None
 
 
-def write_release(members: Sequence[Member], file: BinaryIO | None) -> tuple[str, int]:
-    """The release's id and its size in bytes; its bytes go to `file` if there is one."""
+def write_release(members: Sequence[Member], tar: BinaryIO | None = None, tree: Path | None = None) -> tuple[str, int]:
+    """Reads the members once: the release's id and its size in bytes. Always the same for the same content.
+
+    The archive's bytes go to `tar`, and the same content, as a client will unpack it, into the new directory `tree`.
+    """
     digest, size = hashlib.sha256(), 0
-    for chunk in tar_chunks(members):
-        digest.update(chunk)
+
+    def put(chunk: bytes) -> None:
+        nonlocal size
         size += len(chunk)
         if size > client.MAX_RELEASE_BYTES:
-            raise BentoError(
-                f"the release would be larger than {client.MAX_RELEASE_BYTES} bytes: leave large files out"
-            )
-        if file is not None:
-            file.write(chunk)
+            raise BentoError(f"the release would exceed {client.MAX_RELEASE_BYTES} bytes: leave large files out")
+        digest.update(chunk)
+        if tar is not None:
+            tar.write(chunk)
+
+    if tree is not None:
+        tree.mkdir(mode=0o755)
+    for member in members:
+        put(header(member.name, member.size, member.is_directory, member.executable))
+        target = None if tree is None else f"{tree}/{member.name}"
+        if member.is_directory:
+            if target is not None:
+                os.mkdir(target, 0o755)
+        else:
+            copy_member(member, put, target)
+    put(bytes(2 * tarfile.BLOCKSIZE + -(size + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE))
+    if tree is not None:
+        for directory in [*[f"{tree}/{m.name}" for m in reversed(members) if m.is_directory], str(tree)]:
+            os.utime(directory, (1, 1))
     return digest.hexdigest(), size
+
+
+def copy_member(member: Member, put: Callable[[bytes], None], target: str | None) -> None:
+    """Gives a file's content to `put`, padded as in the archive, and to the file `target`."""
+    read = 0
+    descriptor = -1
+    if target is not None:
+        mode = 0o755 if member.executable else 0o644
+        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        for chunk in file_chunks(member):
+            read += len(chunk)
+            put(chunk)
+            while descriptor >= 0 and chunk:
+                chunk = chunk[os.write(descriptor, chunk) :]
+        if descriptor >= 0:
+            os.utime(descriptor, (1, 1))
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+    if read != member.size:
+        raise BentoError(f"{one_line(member.path)}: changed while it was read: run this again")
+    put(bytes(-read % tarfile.BLOCKSIZE))
 
 
 # --- states of hosts ---
@@ -721,18 +742,24 @@ def prepare_chroot(chroot: Path, owner: Owner | None) -> None:
             os.chown(path, uid, gid)
         if stat.S_IMODE(found.st_mode) != mode:
             path.chmod(mode)
-    for left in (*(chroot / "releases").glob(".*"), *chroot.glob(".*.new")):
-        client.remove(left)
+    for directory in (chroot, chroot / "releases"):
+        for left in os.listdir(directory):
+            if left.startswith("."):
+                client.remove(directory / left)
 
 
 def is_whole(chroot: Path, release: str, size: int) -> bool:
-    tar = chroot / "releases" / f"{release}.tar"
-    return tar.is_file() and tar.stat().st_size == size and (chroot / "releases" / release).is_dir()
+    releases = f"{chroot}/releases/{release}"
+    try:
+        found = os.lstat(f"{releases}.tar")
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size == size and os.path.isdir(releases)
 
 
 @dataclass(frozen=True)
 class Staged:
-    """A release that lies beside the published ones, complete but not yet named: `tree` is what will be built."""
+    """A release that lies beside the published ones, whole but not synced, not yet named: `tree` is what is built."""
 
     name: str
     release: str
@@ -742,21 +769,23 @@ class Staged:
 
 
 def stage(chroot: Path, name: str, members: Sequence[Member]) -> Staged:
-    """Writes the release's tar and unpacks it as a client would. Not synced: `publish` needs that done before."""
+    """Writes the release's tar and its tree, under names that no host asks for."""
     directory = chroot / "releases" / ".new"
     client.remove(directory)
     directory.mkdir(mode=0o755)
-    tar = directory / "release.tar"
-    with open(tar, "wb") as file:
-        release, size = write_release(members, file)
-    tar.chmod(0o644)
-    # The name matters: a channel configuration that says ./. gets it into a store path, and the client's is config/.
-    client.unpack(tar, directory / "config")
-    return Staged(name, release, size, tar, directory / "config")
+    try:
+        with open(directory / "release.tar", "wb") as file:
+            os.fchmod(file.fileno(), 0o644)
+            # The tree's name matters: a channel configuration that says ./. gets it into a store path.
+            release, size = write_release(members, file, directory / "config")
+    except BaseException:
+        client.remove(directory)  # on a full disk, the first thing that is needed is room
+        raise
+    return Staged(name, release, size, directory / "release.tar", directory / "config")
 
 
-def publish(chroot: Path, staged: Staged, system: str | None, before: Current | None, now_s: float) -> None:
-    """Gives a synced release its name and makes it the one to run. A host sees the old release or the new one, whole."""
+def place(chroot: Path, staged: Staged, system: str | None, before: Current | None, now_s: float) -> Current:
+    """Gives the staged release its names, and writes current.json aside. No host is told yet."""
     releases = chroot / "releases"
     tar, tree = releases / f"{staged.release}.tar", releases / staged.release
     client.remove(tar)
@@ -764,24 +793,30 @@ def publish(chroot: Path, staged: Staged, system: str | None, before: Current | 
     os.rename(staged.tree, tree)
     os.rename(staged.tar, tar)
     os.utime(tar, (now_s, now_s))
-    client.sync_directory(releases)
+    client.remove(releases / ".new")
     # Never earlier than the one before, even if the clock was set back: hosts with several servers compare them.
     published = format_time(now_s)
     if before is not None and before.published >= published:
         published = format_time(client.parse_time(before.published) + 1)
-    announce(chroot, Current(staged.name, staged.release, staged.size, published, system))
-    client.remove(releases / ".new")
-    prune_releases(releases, staged.release)
+    current = Current(staged.name, staged.release, staged.size, published, system)
+    aside = chroot / ".current.json.new"
+    aside.write_bytes(client.encode(current))
+    aside.chmod(0o644)
+    return current
 
 
-def announce(chroot: Path, current: Current) -> None:
-    client.write_atomic(chroot / "current.json", client.encode(current), 0o644)
-    link = chroot / ".config.new"
-    client.remove(link)
-    link.symlink_to(f"releases/{current.release}")
-    if (chroot / "config").is_dir() and not (chroot / "config").is_symlink():
-        client.remove(chroot / "config")
-    os.rename(link, chroot / "config")
+def reveal(chroot: Path, release: str) -> None:
+    """The moment of publication. Everything that current.json names is on disk by now."""
+    os.rename(chroot / ".current.json.new", chroot / "current.json")
+    link, target = chroot / "config", f"releases/{release}"
+    if link.is_dir() and not link.is_symlink():
+        client.remove(link)
+    if not link.is_symlink() or os.readlink(link) != target:
+        aside = chroot / ".config.new"
+        client.remove(aside)
+        aside.symlink_to(target)
+        os.rename(aside, link)
+    prune_releases(chroot / "releases", release)
 
 
 def prune_releases(releases: Path, current: str) -> None:
@@ -796,7 +831,10 @@ def prune_releases(releases: Path, current: str) -> None:
 def prune_logs(chroot: Path) -> None:
     """Removes the oldest of what a host left beyond a generous number of logs."""
     with suppress(OSError):
-        names = sorted(entry.name for entry in os.scandir(chroot / "logs") if client.LOG_NAME.fullmatch(entry.name))
+        names = os.listdir(chroot / "logs")
+        if len(names) <= KEEP_LOGS:
+            return
+        names = sorted(name for name in names if client.LOG_NAME.fullmatch(name))
         for name in names[:-KEEP_LOGS]:
             (chroot / "logs" / name).unlink()
 
@@ -1135,7 +1173,9 @@ def note_system(fleet: Fleet, name: str, release: str, system: str) -> None:
     with suppress(OSError, BentoError):
         current = read_published(fleet.chroot(name), name)
         if current is not None and current.release == release and current.system != system:
-            announce(fleet.chroot(name), replace(current, system=system))
+            client.write_atomic(
+                fleet.chroot(name) / "current.json", client.encode(replace(current, system=system)), 0o644
+            )
 
 
 @dataclass(frozen=True)
@@ -1161,30 +1201,47 @@ def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: boo
         if prune:
             prune_chroots(fleet, hosts, plan.dry_run)
         good = [name for name in hosts if name not in bad_keys]
+        progress, began = Progress(), time.monotonic()
         for first in range(0, len(good), BATCH):
-            waiting: list[tuple[Staged, str | None, Current | None]] = []
-            for name in good[first : first + BATCH]:
-                try:
-                    staged = prepare(fleet, name, plan)
-                except (BentoError, OSError) as error:
-                    failures.append(f"{name}: {error}")
-                    continue
-                if staged is None:
-                    counts["unchanged"] += 1
-                else:
-                    counts["published"] += 1
-                    if not plan.dry_run:
-                        waiting.append(staged)
-            if waiting:
-                os.sync()
-            for release, system, before in waiting:
-                publish(fleet.chroot(release.name), release, system, before, time.time())
-                print(f"{release.name}: published {release.release[:12]} ({release.size} bytes)")
+            if progress.live and time.monotonic() - began > 1:
+                progress.set(f"{first} of {len(good)} hosts", "publishing")
+                progress.draw()
+                progress.running.clear()
+            publish(fleet, good[first : first + BATCH], plan, counts, failures)
+        progress.clear()
     would = "would be " if plan.dry_run else ""
     print(
         f"{len(hosts)} hosts: {counts['published']} {would}published, {counts['unchanged']} unchanged, {len(failures)} failed"
     )
     return complain(failures)
+
+
+def publish(fleet: Fleet, names: Sequence[str], plan: Plan, counts: dict[str, int], failures: list[str]) -> None:
+    """Publishes what is new of some hosts, with two syncs for them all. One host's failure stops no other."""
+    placed: list[Current] = []
+    for name in names:
+        try:
+            found = prepare(fleet, name, plan)
+            if found is None:
+                counts["unchanged"] += 1
+            elif plan.dry_run:
+                counts["published"] += 1
+            else:
+                placed.append(place(fleet.chroot(name), *found, time.time()))
+        except (BentoError, OSError) as error:
+            failures.append(f"{name}: {error}")
+    if placed:
+        os.sync()
+    for current in placed:
+        try:
+            reveal(fleet.chroot(current.host), current.release)
+        except OSError as error:
+            failures.append(f"{current.host}: {error}")
+        else:
+            counts["published"] += 1
+            print(f"{current.host}: published {current.release[:12]} ({current.size} bytes)", flush=True)
+    if placed:
+        os.sync()
 
 
 def prepare(fleet: Fleet, name: str, plan: Plan) -> tuple[Staged, str | None, Current | None] | None:
@@ -1218,7 +1275,7 @@ def prepare(fleet: Fleet, name: str, plan: Plan) -> tuple[Staged, str | None, Cu
         if system is not None:
             keep_from_collection(name, system)
     if unchanged and before is not None and staged.release == before.release:
-        announce(chroot, replace(before, system=system))
+        client.write_atomic(chroot / "current.json", client.encode(replace(before, system=system)), 0o644)
         client.remove(staged.tree.parent)
         return None
     return staged, system, before

@@ -587,7 +587,7 @@ class Server:
             for name in passwd group shadow; do mount --bind $name /etc/$name; done
             mount -t tmpfs -o mode=755 tmpfs /run
             mkdir -p /run/sshd /run/chroot/t470/logs /run/chroot/t470/config
-            echo "$(cat id.pub)" > /run/keys
+            echo 'restrict '"$(cat id.pub)" > /run/keys
             echo '{{}}' > /run/chroot/t470/current.json
             echo text > /run/chroot/t470/config/file
             chown root:6000 /run/chroot/t470; chmod 750 /run/chroot/t470
@@ -666,7 +666,7 @@ def test_sshd_denies(command: str, server: Server) -> None:
     (server.directory / "batch").write_text(f"{command}\n")
     done = server.run(
         'find /run/chroot -printf "%p %u %g %m %s\\n" | sort > before; t sftp -b batch bento-t470@any; code=$?; '
-        'find /run/chroot -printf "%p %u %g %m %s\\n" | sort | diff before - && exit $code'
+        'find /run/chroot -printf "%p %u %g %m %s\\n" | sort | diff before - || exit 9; exit $code'
     )
     assert done.returncode == 1, done.stdout + done.stderr
     assert f"sftp> {command}" in done.stdout
@@ -680,7 +680,6 @@ def test_sshd_denies(command: str, server: Server) -> None:
         ("ssh -tt bento-t470@any", "PTY allocation request failed"),
         ("ssh -W 127.0.0.1:22 bento-t470@any", "administratively prohibited"),
         ("ssh -N -o ExitOnForwardFailure=yes -R 0:127.0.0.1:22 bento-t470@any", "forwarding failed"),
-        ("ssh -N -o ExitOnForwardFailure=yes -R /tmp/s:/tmp/t bento-t470@any", "forwarding failed"),
         ("ssh -o PreferredAuthentications=password -o BatchMode=yes bento-t470@any", "Permission denied (publickey)."),
         # Only hosts have been let in again.
         ("ssh root@any", "Permission denied"),
