@@ -1371,12 +1371,27 @@ def probe_system(settings: Settings, log: Log, system: str, limit_s: float) -> s
     return one_line(said[-1].removeprefix("bento: error: ")) if said else "bento-client probe said nothing"
 
 
-def wait_for_probe(settings: Settings, log: Log, system: str) -> str | None:
-    """probe_system, again and again until `confirm_timeout`."""
+def can_reach(settings: Settings, log: Log, system: str) -> str | None:
+    """None when the system that is running again, or this client, reaches the server; else why not.
+
+    Either will do: the question is whether the line and the server work, and we may be the client of a release with
+    wrong settings, or be run with other settings than the system's.
+    """
+    failure = probe_system(settings, log, system, settings.confirm_timeout)
+    if failure is None:
+        return None
+    try:
+        probe(settings, log)
+    except Unreachable as error:
+        return str(error)
+    return None
+
+
+def until_confirm_timeout(settings: Settings, check: Callable[[], str | None]) -> str | None:
+    """Repeats a check that says why it fails until it does not, or time is up."""
     give_up = time.monotonic() + settings.confirm_timeout
     while True:
-        left_s = give_up - time.monotonic()
-        failure = probe_system(settings, log, system, max(left_s, 1.0))
+        failure = check()
         if failure is None or time.monotonic() + 1 > give_up:
             return failure
         time.sleep(1)
@@ -1410,13 +1425,13 @@ def prove(settings: Settings, log: Log, system: str) -> str | None:
     """None when the system that now runs does its job, else why not."""
     give_up = time.monotonic() + settings.confirm_timeout
     log.say(f"proof: {system}/sw/bin/bento-client probe, for at most {settings.confirm_timeout} s")
-    if (failure := wait_for_probe(settings, log, system)) is not None:
-        return f"new system: {failure}"
-    while True:
-        failure = check_health(settings, log, system, max(give_up - time.monotonic(), 1.0))
-        if failure is None or time.monotonic() + 1 > give_up:
-            return failure
-        time.sleep(1)
+
+    def check() -> str | None:
+        left_s = max(give_up - time.monotonic(), 1.0)
+        failure = probe_system(settings, log, system, left_s)
+        return f"new system: {failure}" if failure is not None else check_health(settings, log, system, left_s)
+
+    return until_confirm_timeout(settings, check)
 
 
 def commit(settings: Settings, log: Log, pending: Pending) -> str | None:
@@ -1474,7 +1489,7 @@ def roll_back(settings: Settings, log: Log, pending: Pending, outcome: Outcome) 
             reason = f"{outcome.reason}; and going back to {pending.old} failed ({how_ended(code)}: {last_words(log)})"
             return Outcome(Result.ROLLBACK_FAILED, f"{reason}: tried again at the next run")
     if outcome.result == Result.ROLLED_BACK:
-        failure = wait_for_probe(settings, log, pending.old)
+        failure = until_confirm_timeout(settings, lambda: can_reach(settings, log, pending.old))
         if failure is not None:
             reason = f"{outcome.reason}; nor can the old one: not the release's fault, tried again later"
             return Outcome(Result.POSTPONED, reason, unreachable=True)

@@ -12,7 +12,6 @@ let
     elem
     filter
     foldl'
-    functionArgs
     head
     isAttrs
     isBool
@@ -183,7 +182,7 @@ let
     arguments: module:
     let
       value = if isFunction module || isAttrs module then module else import module;
-      body = if isFunction value then value (arguments // mapAttrs (n: _: arguments.${n}) (functionArgs value)) else value;
+      body = if isFunction value then value arguments else value;
       options = body.options or { };
       config =
         if body ? config || body ? options then body.config or { } else removeAttrs body [ "imports" ];

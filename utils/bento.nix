@@ -251,7 +251,7 @@ in
           pkgs.python3
         else
           pkgs.python3Minimal;
-      defaultText = literalExpression "pkgs.python3 where NixOS itself has it in every system, else pkgs.python3Minimal";
+      defaultText = literalExpression "pkgs.python3 where NixOS needs it anyway, else pkgs.python3Minimal";
       example = literalExpression "pkgs.python3Minimal";
       description = ''
         The Python that runs the client, 3.11.4 or later. It needs the standard library only, and of that only what
@@ -312,8 +312,8 @@ in
       {
         assertion = builtins.all isPublicKey cfg.serverKeys;
         message = ''
-          services.bento.serverKeys: a key is "ssh-ed25519 AAAA…", as in the server's /etc/ssh/ssh_host_ed25519_key.pub.
-          Remove the host name that ssh-keyscan and known_hosts files put before it.
+          services.bento.serverKeys: a key is "ssh-ed25519 AAAA…", as in /etc/ssh/ssh_host_ed25519_key.pub on the
+          server. Remove the host name that ssh-keyscan and known_hosts files put before it.
         '';
       }
       {
