@@ -31,7 +31,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -178,8 +178,6 @@ def read_keys(fleet: Fleet, name: str) -> list[tuple[str, str, str]]:
     where = f"hosts/{name}.pub"
     try:
         lines = path.read_text("utf-8").splitlines()
-    except FileNotFoundError:
-        return []
     except (OSError, UnicodeDecodeError) as error:
         raise BentoError(f"{where}: cannot be read: {one_line(str(error))}") from None
     keys = []
@@ -427,10 +425,11 @@ def read_untrusted(directory: Path, name: str, limit: int) -> tuple[bytes, os.st
         raise
     except OSError as error:
         raise BentoError(f"logs/{name}: not a regular file ({error.strerror})") from None
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        raise BentoError(f"logs/{name}: not a regular file")
     with open(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise BentoError(f"logs/{name}: not a regular file")
         return file.read(limit + 1), found
 
 
@@ -788,16 +787,15 @@ def place(chroot: Path, staged: Staged, system: str | None, before: Current | No
     """Gives the staged release its names, and writes current.json aside. No host is told yet."""
     releases = chroot / "releases"
     tar, tree = releases / f"{staged.release}.tar", releases / staged.release
-    client.remove(tar)
-    client.remove(tree)
-    os.rename(staged.tree, tree)
-    os.rename(staged.tar, tar)
-    os.utime(tar, (now_s, now_s))
-    client.remove(releases / ".new")
     # Never earlier than the one before, even if the clock was set back: hosts with several servers compare them.
     published = format_time(now_s)
     if before is not None and before.published >= published:
         published = format_time(client.parse_time(before.published) + 1)
+    os.utime(staged.tar, (client.parse_time(published),) * 2)  # for prune_releases
+    client.remove(tree)
+    os.rename(staged.tree, tree)
+    os.rename(staged.tar, tar)
+    client.remove(releases / ".new")
     current = Current(staged.name, staged.release, staged.size, published, system)
     aside = chroot / ".current.json.new"
     aside.write_bytes(client.encode(current))
@@ -808,6 +806,11 @@ def place(chroot: Path, staged: Staged, system: str | None, before: Current | No
 def reveal(chroot: Path, release: str) -> None:
     """The moment of publication. Everything that current.json names is on disk by now."""
     os.rename(chroot / ".current.json.new", chroot / "current.json")
+    tidy(chroot, release)
+
+
+def tidy(chroot: Path, release: str) -> None:
+    """What follows a publication. Done again for an unchanged host: a kill may have come between the two."""
     link, target = chroot / "config", f"releases/{release}"
     if link.is_dir() and not link.is_symlink():
         client.remove(link)
@@ -820,9 +823,14 @@ def reveal(chroot: Path, release: str) -> None:
 
 
 def prune_releases(releases: Path, current: str) -> None:
-    """Keeps the current release and the ones published just before it: a host may be fetching one of them."""
-    tars = sorted(releases.glob("*.tar"), key=lambda tar: tar.stat().st_mtime_ns, reverse=True)
-    keep = {current, *[tar.stem for tar in tars if tar.stem != current][: KEEP_RELEASES - 1]}
+    """Keeps the current release and the ones published just before it: a host may be fetching one of them.
+
+    A tar has the time of its publication. One that is later than the current one's was placed, but never published.
+    """
+    times = {tar.stem: tar.stat().st_mtime for tar in releases.glob("*.tar")}
+    latest = times.get(current, float("inf"))
+    earlier = [release for release, when in times.items() if when < latest and (releases / release).is_dir()]
+    keep = {current, *sorted(earlier, key=times.__getitem__, reverse=True)[: KEEP_RELEASES - 1]}
     for path in releases.iterdir():
         if path.name.removesuffix(".tar") not in keep:
             client.remove(path)
@@ -954,10 +962,7 @@ CONFIGURATION = """\
 
   networking.hostName = "@HOST@";
 
-  services.bento = {
-    enable = true;
-    server = "bento.example.org";
-  };
+  services.bento.server = "bento.example.org";
 }
 """
 
@@ -1197,8 +1202,8 @@ def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: boo
     if os.geteuid() != 0:
         print("not root: files keep their owner; sshd serves them only when root publishes", file=sys.stderr)
     os.umask(0o022)
-    with populate_lock(fleet):
-        if prune:
+    with nullcontext() if plan.dry_run else populate_lock(fleet):
+        if prune and fleet.chroot_dir.is_dir():
             prune_chroots(fleet, hosts, plan.dry_run)
         good = [name for name in hosts if name not in bad_keys]
         progress, began = Progress(), time.monotonic()
@@ -1259,6 +1264,7 @@ def prepare(fleet: Fleet, name: str, plan: Plan) -> tuple[Staged, str | None, Cu
     if unchanged and (plan.action != "build" or (before is not None and before.system is not None)):
         if not plan.dry_run:
             prepare_chroot(chroot, owner)
+            tidy(chroot, release)
             prune_logs(chroot)
         if plan.verbose:
             print(f"{name}: unchanged, {release[:12]}")
@@ -1267,10 +1273,16 @@ def prepare(fleet: Fleet, name: str, plan: Plan) -> tuple[Staged, str | None, Cu
         print(f"{name}: would publish {release[:12]} ({size} bytes)")
         return Staged(name, release, size, chroot, chroot), None, before
     prepare_chroot(chroot, owner)
+    if before is not None:
+        tidy(chroot, before.release)
     staged = stage(chroot, name, members)
     system = None
     if plan.action is not None:
-        system = rebuild(plan.action, staged.tree, name, BUILD_LIMIT_S)
+        try:
+            system = rebuild(plan.action, staged.tree, name, BUILD_LIMIT_S)
+        except BaseException:
+            client.remove(staged.tree.parent)
+            raise
         client.remove(staged.tree.parent / "result")
         if system is not None:
             keep_from_collection(name, system)

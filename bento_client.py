@@ -52,7 +52,7 @@ HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,25}")
 RELEASE_ID = re.compile(r"[0-9a-f]{64}")
 TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 LOG_NAME = re.compile(r"[0-9]{8}T[0-9]{6}Z_[0-9a-f]{12}_[a-z-]{1,20}\.log")
-STORE_PATH = re.compile(r"/[!-~]{1,400}")
+STORE_PATH = re.compile(r"/[ -~]{1,400}")
 TEXT = re.compile(r"[^\n]{0,2000}", re.DOTALL)
 
 MAX_RELEASE_BYTES = 4 << 30
@@ -357,7 +357,7 @@ def parse_report(raw: bytes, what: str) -> Report:
         polled=take(data, "polled", TIME, what),
         phase=take(data, "phase", re.compile(r"[a-z-]{1,40}"), what),
         release=take(data, "release", RELEASE_ID, what, null=True),
-        system=take(data, "system", re.compile(r"([!-~]{1,400})?"), what),
+        system=take(data, "system", re.compile(r"[ -~]{0,400}"), what),
         needs_reboot=take(data, "needs_reboot", bool, what),
         last=None if last is None else parse_last(last, what),
     )
@@ -589,9 +589,8 @@ def read_journal(path: Path, parse: Callable[[bytes, str], T], log: Log) -> T | 
 @contextmanager
 def scratch(settings: Settings) -> Iterator[str]:
     """A directory of this process in the state directory, as sftp sees it: relative, nothing to quote."""
-    name = f".tmp-{os.getpid()}"
+    name = f".tmp-{os.getpid()}-{os.urandom(3).hex()}"  # a probe in the middle of a run has one of its own
     settings.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    remove(settings.state / name)
     (settings.state / name).mkdir(mode=0o700)
     try:
         yield name
@@ -1768,7 +1767,7 @@ def begin(settings: Settings) -> tuple[Log, State]:
     """What every command that holds the lock starts with; clears away what killed processes left."""
     log = Log(settings.state / "deploy.log")
     for left in settings.state.glob(".tmp-*"):
-        if not Path("/proc", left.name.removeprefix(".tmp-")).exists():
+        if not Path("/proc", left.name.split("-")[1]).exists():
             remove(left)
     return log, read_journal(settings.state / "state.json", parse_state, log) or State()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toynixos import CHANNELS, ToyMachine, need, need_nix, write_config
+from toynixos import CHANNELS, ToyMachine, need, need_nix, need_root, write_config
 
 # Says what it was started with; the real one has tests of its own.
 FAKE_CLIENT = "import sys\nprint('client', *sys.argv[1:])\n"
@@ -172,7 +172,9 @@ def test_dry_build_builds_nothing(machine: ToyMachine) -> None:
 
 def test_a_build_waits_to_be_watched(machine: ToyMachine, tmp_path: Path) -> None:
     begun, go_on = tmp_path / "begun", tmp_path / "go-on"
-    directory = config(machine, build_touch=str(begun), build_wait=str(go_on))
+    # A label of its own: what an earlier run left in /nix/store would not be built again.
+    label = f"watched{time.time_ns()}"
+    directory = config(machine, label=label, build_touch=str(begun), build_wait=str(go_on))
     argv = ["nixos-rebuild", "build", "--flake", f"path:{directory}#toy"]
     with subprocess.Popen(argv, cwd=machine.root, env=machine.env(), stderr=subprocess.DEVNULL) as process:
         wait_for(begun)
@@ -395,8 +397,7 @@ def test_a_boot_loader_that_cannot_be_written(simulated: ToyMachine) -> None:
 
 def test_a_full_boot(simulated: ToyMachine) -> None:
     need("unshare")
-    if os.geteuid() != 0:
-        pytest.skip("needs root for a mount")
+    need_root()
     top = build(simulated, kernel="7.0")
     assert set_profile(simulated, top) == 0
     script = """

@@ -48,7 +48,7 @@ BEHAVIOURS = {
     # building
     "build": '"ok", "fail", "hang", "eval-error"',
     "build_output_bytes": "noise on stderr",
-    "build_touch": "file made when the build begins",
+    "build_touch": "file made when the build begins (a system that is in the store already is not built)",
     "build_wait": "file that the build then waits for, at most 60 s",
     # activating: test, switch
     "switch_exit": "2, 3, 4: activates, then exits so; any other but 0: does not activate, and exits so",
@@ -85,11 +85,15 @@ def need(program: str) -> str:
     return path if path is not None else _missing(f"needs {program}")
 
 
+def need_root() -> None:
+    if os.geteuid() != 0:
+        _missing("needs root")
+
+
 def need_nix() -> None:
     """Nix that can build: as root, without a daemon."""
     need("nix")
-    if os.geteuid() != 0:
-        _missing("needs root to build with Nix")
+    need_root()
 
 
 def _missing(what: str) -> Any:

@@ -1,0 +1,479 @@
+"""The lab itself: its machines boot, talk, lose their network and their power, fill up, and leave nothing behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toynixos import CLIENT, write_config
+
+from lab.conftest import need
+from lab.image import apt_sources
+from lab.lab import NETNS, RUNS, TESTS, Host, Lab, LabError, Layer, MachineOff, Server, mounts, render_unit
+
+
+@pytest.fixture
+def host(lab: Lab) -> Host:
+    machine = lab.machine("h1", Host)
+    machine.boot()
+    return machine
+
+
+@pytest.fixture(scope="module")
+def server(lab: Lab) -> Server:
+    machine = lab.machine("server", Server)
+    machine.boot()
+    return machine
+
+
+# --- power ---
+
+
+def test_boot_is_quick_and_nothing_fails(lab: Lab) -> None:
+    host = lab.machine("h1", Host)
+    assert not host.is_on
+    started = time.monotonic()
+    host.boot()
+    assert time.monotonic() - started < 5
+    assert host.run("systemctl", "is-system-running").stdout == "running\n"
+    assert host.run("hostname", check=False).stdout == "h1\n"
+    assert host.run("cat", "/proc/1/comm").stdout == "systemd\n"
+
+
+def test_power_cut_keeps_files_but_neither_run_nor_processes_nor_boot_id(host: Host) -> None:
+    before = host.boot_id()
+    host.run("sh", "-c", "echo kept >/var/kept; echo lost >/run/lost; sleep 4711 & echo", check=True)
+    host.run("systemd-run", "--quiet", "--unit=sleeper", "sleep", "4711")
+    host.power_cut()
+    assert not host.is_on
+    assert host.read("/var/kept") == "kept\n"
+    assert "4711" not in commands_of(host)
+    with pytest.raises(MachineOff, match="h1 is off"):
+        host.run("true")
+
+    host.boot()
+    assert host.read("/var/kept") == "kept\n"
+    assert not host.exists("/run/lost")
+    assert host.run("systemctl", "is-active", "sleeper", check=False).stdout == "inactive\n"
+    assert host.boot_id() != before
+    assert host.boots == 2
+
+
+def test_power_cut_twice_and_at_once(lab: Lab) -> None:
+    host = lab.machine("h1", Host)
+    for pause_s in (0, 0.02, 0.05, 0.1, 0.2):
+        host.boot(wait=False)
+        time.sleep(pause_s)
+        host.power_cut()
+        host.power_cut()
+        assert not host.is_on
+    host.boot()
+
+
+def test_reboot_from_inside_comes_back(host: Host) -> None:
+    before = host.boot_id()
+    host.run("touch", "/var/kept")
+    host.run("systemctl", "reboot", check=False)
+    host.wait_boot(2)
+    assert host.boot_id() != before
+    assert host.exists("/var/kept")
+    host.reboot()
+    assert host.boots == 3
+
+
+def test_shut_down_stays_down(host: Host) -> None:
+    host.shut_down()
+    assert not host.is_on
+    host.boot()
+
+
+def test_clocks_start_anew_at_boot(host: Host) -> None:
+    first = uptime_s(host)
+    assert first < 10
+    time.sleep(1)
+    host.power_cut()
+    host.boot()
+    assert uptime_s(host) < first + 1
+
+
+def test_reset_forgets(lab: Lab, host: Host) -> None:
+    host.write("/var/forgotten", "")
+    host.reset()
+    assert not host.is_on and not host.exists("/var/forgotten")
+    host.boot()
+
+
+def uptime_s(host: Host) -> float:
+    return float(host.run("python3", "-c", "import time; print(time.clock_gettime(time.CLOCK_BOOTTIME))").stdout)
+
+
+def commands_of(host: Host) -> str:
+    """The command lines of all processes of a machine, as seen from outside."""
+    pids = [pid for procs in host.cgroup.rglob("cgroup.procs") for pid in procs.read_text(encoding="utf-8").split()]
+    return "\n".join(Path(f"/proc/{pid}/cmdline").read_bytes().decode() for pid in pids)
+
+
+# --- inside ---
+
+
+def test_run(host: Host) -> None:
+    assert host.run("sh", "-c", "echo out; echo err >&2").stdout == "out\n"
+    assert host.run("cat", stdin="in").stdout == "in"
+    assert host.run("pwd", cwd="/var").stdout == "/var\n"
+    assert host.run("sh", "-c", "exit 7", check=False).returncode == 7
+    with pytest.raises(LabError, match=r"(?s)h1: sh -c .*: exit 7\nwhy"):
+        host.run("sh", "-c", "echo why >&2; exit 7")
+
+
+def test_run_leaves_no_process(host: Host) -> None:
+    host.run("sh", "-c", "sleep 4712 >/dev/null 2>&1 &")
+    with pytest.raises(LabError, match="not in 0.3 s"):
+        host.run("sleep", "4712", timeout_s=0.3)
+    assert "4712" not in commands_of(host)
+
+
+def test_journal_of_every_boot_is_on_the_console(host: Host) -> None:
+    host.run("systemd-run", "--quiet", "--wait", "--unit=talker", "echo", "a word in the journal")
+    assert "a word" in host.run("journalctl", "--unit=talker", "--output=cat").stdout
+    host.power_cut()
+    host.wait_for(lambda: "a word in the journal" in host.console.read_text(encoding="utf-8", errors="replace"))
+
+
+def test_transient_timer(host: Host) -> None:
+    # Without AccuracySec, systemd may take a minute longer.
+    accuracy = "--timer-property=AccuracySec=100ms"
+    host.run("systemd-run", "--quiet", "--on-active=1", accuracy, "touch", "/run/fired")
+    assert not host.exists("/run/fired")
+    host.wait_for(lambda: host.exists("/run/fired"), 5, "the timer")
+
+
+def test_path_follows_links_as_the_machine_does(host: Host) -> None:
+    host.run("sh", "-c", "mkdir /a /b; echo 1 >/b/f; ln -s /b /a/abs; ln -s ../b/f /a/rel; ln -s /a/abs/../x /a/no")
+    assert host.read("/a/abs/f") == host.read("/a/rel") == "1\n"
+    assert host.path("/a/abs/f") == host.root / "b/f"
+    assert os.readlink(host.path("/a/rel")) == "../b/f"
+    assert host.path("/../../a/no", follow=True) == host.root / "x"
+    host.run("sh", "-c", "ln -s /b/f /run/link; ln -s loop /a/loop")
+    assert host.read("/run/link") == "1\n"
+    with pytest.raises(OSError, match="symbolic links"):
+        host.read("/a/loop")
+
+
+def test_nix_builds(host: Host) -> None:
+    expression = """derivation {
+      name = "trivial"; system = builtins.currentSystem; builder = "/bin/sh"; args = [ "-c" "echo hello >$out" ];
+    }"""
+    out = host.run("nix-build", "--no-out-link", "--expr", expression).stdout.strip()
+    assert host.read(out) == "hello\n"
+    host.run("nix-env", "-p", "/nix/var/nix/profiles/system", "--set", out)
+    host.power_cut()
+    host.boot()
+    assert host.profile_system() == out
+    host.run("nix-store", "--verify", "--check-contents")
+
+
+# --- disks ---
+
+
+def test_fill_and_unfill(lab: Lab) -> None:
+    host = lab.machine("h1", Host)
+    host.write("/var/lib/before", "there\n")
+    host.set_small_fs("/var", "64m")
+    host.set_small_fs("/boot", "1m")
+    host.boot()
+    with pytest.raises(LabError, match="too late"):
+        host.set_small_fs("/srv", "1m")
+    assert host.read("/var/lib/before") == "there\n"
+    write_100k = ("dd", "if=/dev/zero", "of=/var/lib/new", "bs=100k", "count=1", "status=none")
+
+    assert host.fill("/var/lib/bento") > 10 << 20
+    done = host.run(*write_100k, check=False)
+    assert done.returncode == 1 and "No space left on device" in done.stderr
+    host.run("sh", "-c", "echo fits >/boot/small")
+    host.power_cut()
+    host.boot()
+    assert host.run(*write_100k, check=False).returncode == 1
+    assert host.read("/boot/small") == "fits\n"
+
+    host.unfill("/var")
+    host.run(*write_100k)
+    host.fill("/var", leave_bytes=200 << 10)
+    host.run(*write_100k)
+    with pytest.raises(LabError, match="no small file system"):
+        host.fill("/nix")
+
+
+def test_frozen_disk_is_where_others_start(lab: Lab) -> None:
+    first = lab.machine("h1", Host)
+    first.write("/etc/mark", "frozen\n")
+    first.set_small_fs("/boot", "4m")
+    first.boot()
+    first.run("sh", "-c", "mkdir -p /var/lib/x; echo 1 >/var/lib/x/f; echo kernel >/boot/kernel")
+    layer = first.freeze()
+
+    second = lab.machine("h2", Host, layer)
+    for machine in (first, second):
+        machine.boot()
+        assert machine.read("/etc/mark") == "frozen\n"
+        assert machine.read("/boot/kernel") == "kernel\n"
+        assert machine.run("hostname").stdout == f"{machine.name}\n"
+    # A directory of the layer below can be renamed, as on any disk.
+    second.run("python3", "-c", "import os; os.rename('/var/lib/x', '/var/lib/y')")
+    assert second.read("/var/lib/y/f") == "1\n"
+    assert first.exists("/var/lib/x/f") and not first.exists("/var/lib/y")
+    first.reset(layer)
+    assert first.exists("/etc/mark")
+    second.remove()
+    del lab.machines["h2"]
+
+
+# --- the network ---
+
+
+def test_two_machines_reach_each_other_until_the_link_is_down(host: Host, server: Server) -> None:
+    ping = ("ping", "-c1", "-W1", "-q")
+    host.run(*ping, "server")
+    server.run(*ping, "h1")
+    host.link_down()
+    assert host.run(*ping, "server", check=False).returncode != 0
+    assert host.read("/sys/class/net/eth0/carrier") == "0\n"
+    host.link_up()
+    host.wait_for(lambda: host.run(*ping, "server", check=False).returncode == 0, 5, "the link")
+
+    host.run("ip", "link", "set", "eth0", "down")
+    assert host.run(*ping, "server", check=False).returncode != 0
+    host.power_cut()
+    host.boot()
+    host.run(*ping, "server")
+
+
+def test_sftp_in_a_chroot(host: Host, server: Server) -> None:
+    host.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", "/root/key")
+    server.add_host("h1", host.read("/root/key.pub").strip())
+    server.write("/home/chroot/h1/current.json", "{}\n", 0o644)
+    host.write("/root/known_hosts", f"server {server.host_key}\n")
+    options = ("-oUserKnownHostsFile=/root/known_hosts", "-oBatchMode=yes", "-oConnectTimeout=3")
+    sftp = ("sftp", "-b", "-", "-q", "-i", "/root/key", *options, "bento-h1@server")
+
+    host.run(*sftp, stdin="get current.json /root/got\nput /root/got logs/put\n")
+    assert host.read("/root/got") == "{}\n"
+    assert server.exists("/home/chroot/h1/logs/put")
+    assert host.run(*sftp, stdin="put /root/got out\n", check=False).returncode != 0
+    assert host.run("ssh", "-i", "/root/key", *options, "bento-h1@server", "id", check=False).returncode != 0
+
+    server.stop_sshd()
+    refused = host.run(*sftp, stdin="ls\n", check=False)
+    assert refused.returncode != 0 and "Connection refused" in refused.stderr
+    server.start_sshd()
+    host.run(*sftp, stdin="ls\n")
+
+
+# --- the clock ---
+
+
+def test_clock_jumps_in_the_middle_of_a_run(lab: Lab) -> None:
+    host = lab.machine("h1", Host)
+    script = "import time\nwhile True: print(int(time.time()), int(time.monotonic()), flush=True); time.sleep(0.1)"
+    host.write("/root/clock.py", script)
+    unit = render_unit(
+        {"Service": {"ExecStart": "/usr/bin/python3 /root/clock.py", "StandardOutput": "file:/root/out"}}
+    )
+    host.write("/etc/systemd/system/bento.service", unit)
+    host.prepare_clock()
+    host.boot()
+    host.run("systemctl", "start", "bento.service")
+    host.wait_for(lambda: len(ticks(host)) > 3)
+    host.clock_jump(366 * 86400)
+    host.wait_for(lambda: ticks(host)[-1][0] > time.time() + 365 * 86400, 5, "the jump")
+    (_, first), (_, last) = ticks(host)[0], ticks(host)[-1]
+    assert last - first < 10
+    date = ("systemd-run", "--quiet", "--pipe", "--wait", "--unit=bento-switch-abc", "date", "+%s")
+    assert int(host.run(*date).stdout) > time.time() + 365 * 86400
+
+
+def ticks(host: Host) -> list[tuple[int, int]]:
+    lines = host.read("/root/out").splitlines()[:-1] if host.exists("/root/out") else []
+    return [(int(wall), int(monotonic)) for wall, monotonic in (line.split() for line in lines)]
+
+
+# --- a toy NixOS on it ---
+
+
+@pytest.fixture(scope="module")
+def installed(lab: Lab, server: Server) -> Layer:
+    """A host that has its first generation, made with Nix."""
+    host = lab.machine("h1", Host)
+    host.boot()
+    behaviour = host.behaviour()
+    write_config(host.path("/etc/nixos"), flake=True, host="h1", **{"label": "v1"} | behaviour)
+    host.install("/etc/nixos")
+    return host.freeze()
+
+
+@pytest.fixture
+def nixos(lab: Lab, installed: Layer) -> Host:
+    host = lab.machine("h1", Host, installed)
+    host.boot()
+    return host
+
+
+def test_the_boot_default_is_booted(nixos: Host) -> None:
+    system = nixos.default_system()
+    assert system.startswith("/nix/store/") and nixos.label(system) == "v1"
+    assert nixos.current_system() == nixos.booted_system() == nixos.profile_system() == system
+    for timer in ("bento.timer", "bento-boot.timer"):
+        assert nixos.run("systemctl", "is-active", timer).stdout == "active\n"
+    nixos.run("systemd-analyze", "verify", "bento.service", "bento.timer", "bento-boot.timer")
+    nixos.run("ping", "-c1", "-W1", "server")
+
+
+def test_a_switch_is_gone_after_a_power_cut_unless_it_is_the_default(nixos: Host) -> None:
+    old = nixos.default_system()
+    write_config(nixos.path("/etc/nixos"), flake=True, host="h1", **{"label": "v2"} | nixos.behaviour())
+    nixos.run("nixos-rebuild", "build", "--flake", "path:/etc/nixos#h1")
+    new = os.readlink(nixos.path("/root/result"))
+    nixos.run(f"{new}/bin/switch-to-configuration", "test")
+    assert nixos.current_system() == new and nixos.default_system() == old
+    nixos.power_cut()
+    nixos.boot()
+    assert nixos.current_system() == old
+
+    nixos.run("nix-env", "-p", "/nix/var/nix/profiles/system", "--set", new)
+    nixos.run(f"{new}/bin/switch-to-configuration", "boot")
+    nixos.power_cut()
+    nixos.boot()
+    assert nixos.current_system() == nixos.booted_system() == new
+
+
+def test_a_system_that_cuts_the_network(nixos: Host) -> None:
+    behaviour = nixos.behaviour() | {"label": "cut", "cut_network": True}
+    write_config(nixos.path("/etc/nixos"), flake=True, host="h1", **behaviour)
+    nixos.run("nixos-rebuild", "build", "--flake", "path:/etc/nixos#h1")
+    new, old = os.readlink(nixos.path("/root/result")), nixos.current_system()
+    nixos.run(f"{new}/bin/switch-to-configuration", "test")
+    assert nixos.run("ping", "-c1", "-W1", "server", check=False).returncode != 0
+    nixos.run(f"{old}/bin/switch-to-configuration", "test")
+    nixos.run("ping", "-c1", "-W1", "server")
+
+
+@pytest.mark.skipif(not CLIENT.exists(), reason="no client")
+def test_the_whole_loop(nixos: Host, server: Server) -> None:
+    """Published on the server, deployed by the host's own timer, and reported: the lab is complete."""
+    key = nixos.client("key").stdout
+    server.path("/srv/fleet/hosts").mkdir(parents=True, exist_ok=True)
+    server.write("/srv/fleet/fleet.nix.in", (TESTS.parent / "fleet.nix.in").read_text(encoding="utf-8"))
+    server.write("/srv/fleet/hosts/h1.pub", key)
+    write_config(server.path("/srv/fleet/hosts/h1"), flake=True, host="h1", **{"label": "v2"} | nixos.behaviour())
+    server.apply_fleet()
+    server.bento("populate")
+
+    def reported() -> Any:
+        path = "/home/chroot/h1/logs/status.json"
+        status = json.loads(server.read(path)) if server.exists(path) else {}
+        return status.get("last")
+
+    last = nixos.wait_for(reported, 60, "the report")
+    assert last["result"] == "ok", last
+    assert nixos.label(nixos.default_system()) == "v2"
+    assert nixos.current_system() == nixos.profile_system() == nixos.default_system()
+
+
+# --- leaving ---
+
+
+@pytest.fixture
+def killed_run() -> Iterator[str]:
+    """The name of a run whose process was killed with a machine on."""
+    need()
+    script = """if True:
+        import sys, time
+        sys.path.insert(0, sys.argv[1])
+        from lab.lab import Lab, Host
+        lab = Lab().__enter__()
+        host = lab.machine("h1", Host)
+        host.set_small_fs("/boot", "1m")
+        host.boot()
+        print(lab.run, flush=True)
+        time.sleep(600)
+    """
+    process = subprocess.Popen([sys.executable, "-c", script, str(TESTS)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    run = process.stdout.readline().strip()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    yield run
+
+
+def left_of(run: str) -> list[str]:
+    """Every trace of a run: its directory, mounts, namespaces, control groups and processes."""
+    found = [str(place) for place, _ in mounts() if run in str(place)]
+    found += [str(path) for path in [*RUNS.glob("*"), *NETNS.glob("*")] if run in path.name]
+    found += [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/*{run}*")]
+    found += [str(path) for path in Path("/run/systemd/nspawn").glob(f"**/*{run}*")]
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().decode(errors="replace").replace("\0", " ")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if run in command:
+            found.append(command)
+    return found
+
+
+def test_clean_removes_what_a_killed_run_left(killed_run: str, lab: Lab) -> None:
+    assert len(left_of(killed_run)) > 5
+    done = subprocess.run([sys.executable, TESTS / "lab/lab.py", "clean"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"removed {killed_run}\n"
+    assert left_of(killed_run) == []
+    assert lab.directory.exists()  # ours goes on
+
+
+def test_a_lab_leaves_nothing_after_a_failure() -> None:
+    need()
+    with pytest.raises(ZeroDivisionError), Lab() as made:
+        made.machine("server", Server).boot()
+        host = made.machine("h1", Host)
+        host.set_small_fs("/var", "64m")
+        host.boot(wait=False)
+        1 / 0  # noqa: B018
+    assert left_of(made.run) == []
+
+
+def test_a_machine_that_cannot_boot_says_why(lab: Lab) -> None:
+    host = lab.machine("h1", Host)
+    for path in ("/usr/lib/systemd/systemd", "/usr/bin/sh"):
+        host.path(path).unlink()
+    with pytest.raises(LabError, match="systemd-nspawn ended with"):
+        host.boot()
+    assert not host.is_on
+    host.reset()
+    host.boot()
+
+
+# --- the root filesystem's source ---
+
+
+def test_apt_sources(tmp_path: Path) -> None:
+    (tmp_path / "sources.list.d").mkdir()
+    (tmp_path / "sources.list").write_text(
+        "# deb http://no/ x main\n"
+        "deb [signed-by=/k arch=amd64] http://one/debian trixie main contrib # why\n"
+        "deb-src http://no/ trixie main\n",
+        encoding="utf-8",
+    )
+    (tmp_path / "sources.list.d/a.sources").write_text(
+        "Types: deb deb-src\n# a comment\nURIs: http://two/debian\nSuites: trixie trixie-updates\nComponents: main\n\n"
+        "Enabled: no\nTypes: deb\nURIs: http://no/\nSuites: trixie\nComponents: main\n",
+        encoding="utf-8",
+    )
+    assert list(apt_sources(tmp_path)) == [
+        ("http://one/debian", ["trixie"], ["main", "contrib"]),
+        ("http://two/debian", ["trixie", "trixie-updates"], ["main"]),
+    ]

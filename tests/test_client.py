@@ -1,0 +1,935 @@
+"""The client: its decisions in tables, then the real program against a toy machine, a real sftp and real releases."""
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toynixos import CLIENT, ToyMachine, need, write_config
+
+import bento
+import bento_client
+from bento_client import (
+    Action,
+    BentoError,
+    Current,
+    Last,
+    Pending,
+    Report,
+    Result,
+    Settings,
+    State,
+    UsageError,
+    decide,
+    explain_ssh,
+    failed_units,
+    log_name,
+    make_parser,
+    make_settings,
+    may_reboot,
+    one_line,
+    parse_current,
+    parse_pending,
+    parse_report,
+    parse_state,
+    read_settings,
+    retry_pause_s,
+    settings_argv,
+)
+
+A, B = "a" * 64, "b" * 64
+NOON = 1_795_435_200.0  # 2026-11-23T12:00:00Z
+
+
+# --- settings ---
+
+
+def test_settings_defaults() -> None:
+    settings = make_settings({"host": "t470"}, "test")
+    assert settings == Settings(host="t470", user="bento-t470")
+    assert settings.state == Path("/var/lib/bento")
+    assert settings.identity_file == Path("/var/lib/bento/id_ed25519")
+
+
+@pytest.mark.parametrize(
+    ("values", "name", "wanted"),
+    [
+        ({"server": "one"}, "server", ("one",)),
+        ({"server": ["one", "2001:db8::1", "[2001:db8::1]", "1.2.3.4"]}, "server", ("one", "2001:db8::1", "[2001:db8::1]", "1.2.3.4")),
+        ({"server": []}, "server", ()),
+        ({"server": None}, "server", ()),
+        ({"port": 2222}, "port", 2222),
+        ({"port": None}, "port", 22),
+        ({"user": "someone"}, "user", "someone"),
+        ({"upgrade_channels": True}, "upgrade_channels", True),
+        ({"health_checks": ["true", "a b"]}, "health_checks", ("true", "a b")),
+        ({"reboot": "when-needed"}, "reboot", "when-needed"),
+        ({"reboot": "23:30-04:00"}, "reboot", "23:30-04:00"),
+        ({"state_dir": "some/dir"}, "state_dir", os.path.abspath("some/dir")),
+        ({"identity": "key"}, "identity", os.path.abspath("key")),
+        ({"a_setting_of_next_year": 7}, "port", 22),
+    ],
+)  # fmt: skip
+def test_settings_good(values: dict[str, Any], name: str, wanted: object) -> None:
+    assert getattr(make_settings({"host": "toy"} | values, "test"), name) == wanted
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"host": ""}, "setting 'host' must be this machine's name"),
+        ({"host": "../x"}, "setting 'host' must be"),
+        ({"host": "x" * 27}, "setting 'host' must be"),
+        ({"host": 5}, "setting 'host' cannot be 5"),
+        ({"port": "22"}, "setting 'port' cannot be '22'"),
+        ({"port": 0}, "setting 'port' cannot be 0"),
+        ({"port": True}, "setting 'port' cannot be True"),
+        ({"port": 22.5}, "setting 'port' cannot be 22.5"),
+        ({"connect_timeout": -1}, "setting 'connect_timeout' cannot be -1"),
+        ({"server": 7}, "setting 'server' cannot be 7"),
+        ({"server": ["ok", 7]}, "setting 'server' cannot be"),
+        ({"server": "-oProxyCommand=x"}, "setting 'server' cannot be '-oProxyCommand=x'"),
+        ({"server": "host:22"}, "the port in 'port'"),
+        ({"server": ""}, "setting 'server' cannot be ''"),
+        ({"server": "a b"}, "setting 'server' cannot be 'a b'"),
+        ({"server": "user@host"}, "setting 'server' cannot be"),
+        ({"user": "-l"}, "setting 'user' cannot be '-l'"),
+        ({"user": "a b"}, "setting 'user' cannot be"),
+        ({"ssh_options": "Port=1"}, "setting 'ssh_options' cannot be"),
+        ({"ssh_options": ["a\0b"]}, "setting 'ssh_options' cannot be"),
+        ({"health_checks": {"a": 1}}, "setting 'health_checks' cannot be"),
+        ({"upgrade_channels": 1}, "setting 'upgrade_channels' cannot be 1"),
+        ({"reboot": "always"}, "setting 'reboot' is 'never', 'when-needed' or 'HH:MM-HH:MM', not 'always'"),
+        ({"reboot": "24:00-25:00"}, "setting 'reboot' is"),
+        ({"reboot": "4:00-5:00"}, "setting 'reboot' is"),
+    ],
+)
+def test_settings_bad(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        make_settings({"host": "toy"} | values, "client.json")
+    assert words in str(caught.value)
+    assert str(caught.value).startswith("client.json: ")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        make_settings({"host": "toy"}, "test"),
+        make_settings({"host": "toy", "server": ["a", "::1"], "port": 2222, "user": "u", "identity": "/k y", "root": "/r",
+                       "known_hosts": "/h", "state_dir": "/s p", "ssh_options": ["-x y", "A=b"], "connect_timeout": 1,
+                       "build_timeout": 2, "activation_timeout": 3, "confirm_timeout": 4, "health_checks": ["--a 'b'"],
+                       "upgrade_channels": True, "reboot": "22:00-04:00"}, "test"),
+    ],
+)  # fmt: skip
+def test_settings_survive_the_command_line(settings: Settings) -> None:
+    """The watchdog gets its settings like this."""
+    before = vars(make_parser().parse_args([*settings_argv(settings), "rollback", "--token", "x"]))
+    behind = vars(make_parser().parse_args(["rollback", "--token", "x", *settings_argv(settings)]))
+    assert read_settings(before) == settings
+    assert read_settings(behind) == settings
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    config = tmp_path / "client.json"
+    config.write_text('{"host": "toy", "server": "one", "port": 5, "health_checks": ["a"]}')
+    argv = ["--config", str(config), "--port", "6", "status", "--server", "two", "--server=three", "--health_checks", "b"]
+    settings = read_settings(vars(make_parser().parse_args(argv)))
+    assert (settings.port, settings.server, settings.health_checks) == (6, ("two", "three"), ("b",))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "no such file"),
+        ("{", "cannot be read"),
+        ("[]", "not a JSON object"),
+        ('{"host": "toy", "port": "x"}', "setting 'port' cannot be 'x'"),
+        ("[" * 100_000, "cannot be read"),
+        (b"\xff\xfe", "cannot be read"),
+    ],
+)
+def test_bad_configuration_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | bytes | None, words: str
+) -> None:
+    config = tmp_path / "client.json"
+    if text is not None:
+        config.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert bento_client.main(["--config", str(config), "status"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"bento: error: {config}: ") and words in said
+    assert said.count("\n") == 1
+
+
+def test_run_without_a_server(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert bento_client.main(["--config", os.devnull, "--host", "toy", "--state-dir", str(tmp_path / "s"), "run"]) == 2
+    assert "no server is set" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
+# --- decisions ---
+
+
+def attempt(result: str, number: int = 1, *, release: str = A, finished_s: float = NOON) -> Last:
+    finished = bento_client.format_time(finished_s)
+    log = log_name(finished_s, release, result)
+    return Last(release, result, "a reason", None, finished, finished, number, log)
+
+
+def state_after(result: str, number: int = 1, **more: Any) -> State:
+    tried = attempt(result, number)
+    return replace(State(unpacked=A, tried=tried, last=tried, published="2026-11-23T10:00:00Z"), **more)
+
+
+CURRENT = Current(host="toy", release=A, size=10, published="2026-11-23T10:00:00Z")
+QUARTER = 15 * 60
+
+
+@pytest.mark.parametrize(
+    ("state", "later_s", "action", "words"),
+    [
+        (State(), 0, Action.FETCH, "new release aaaaaaaaaaaa"),
+        (State(unpacked=A), 0, Action.RETRY, "new release"),
+        (state_after("ok", tried=attempt("ok", release=B), unpacked=B), 0, Action.FETCH, "new release"),
+        (state_after("rolled-back", tried=attempt("rolled-back", release=B), unpacked=B), 0, Action.FETCH, "new release"),
+        (state_after("ok"), 10**6, Action.NOTHING, "up to date"),
+        (state_after("rolled-back"), 10**6, Action.NOTHING, "was rolled back (a reason): waiting for a new release"),
+        (state_after("rollback-failed"), 10**6, Action.NOTHING, "was rolled back"),
+        (state_after("interrupted", interruptions=1), 0, Action.RETRY, "attempt 2"),
+        (state_after("interrupted", 2, interruptions=2), 10**6, Action.NOTHING, "interrupted twice"),
+        # a failed build: 15, 30, 60 minutes, ... 24 hours
+        (state_after("build-failed", 1), QUARTER - 1, Action.NOTHING, "build-failed, next attempt in"),
+        (state_after("build-failed", 1), QUARTER, Action.RETRY, "build-failed before, attempt 2"),
+        (state_after("build-failed", 2), QUARTER, Action.NOTHING, "next attempt in 15min"),
+        (state_after("build-failed", 2), 2 * QUARTER, Action.RETRY, "attempt 3"),
+        (state_after("build-failed", 50), 86399, Action.NOTHING, "next attempt in 1s"),
+        (state_after("build-failed", 50), 86400, Action.RETRY, "attempt 51"),
+        # a bad moment: the first three at once
+        (state_after("fetch-failed", 3, unpacked=B), 0, Action.FETCH, "attempt 4"),
+        (state_after("postponed", 3), 0, Action.RETRY, "attempt 4"),
+        (state_after("postponed", 4), 0, Action.NOTHING, "postponed, next attempt in 15min"),
+        (state_after("postponed", 4), QUARTER, Action.RETRY, "attempt 5"),
+        # an unknown result of another version of Bento is a failure like others
+        (state_after("exploded", 1), 0, Action.RETRY, "exploded before"),
+        # the clock was set back: a day and more of waiting says nothing
+        (state_after("build-failed", 1), -86400, Action.RETRY, "attempt 2"),
+        (state_after("build-failed", 1), -60, Action.NOTHING, "next attempt in 16min"),
+    ],
+)  # fmt: skip
+def test_decide(state: State, later_s: float, action: Action, words: str) -> None:
+    decided, why = decide(CURRENT, state, NOON + later_s)
+    assert decided == action
+    assert words in why
+
+
+@pytest.mark.parametrize("result", list(Result))
+def test_decide_by_force(result: Result) -> None:
+    state = state_after(result, 9, interruptions=2)
+    assert decide(CURRENT, state, NOON, force=True) == (Action.RETRY, "release aaaaaaaaaaaa, by force")
+    assert decide(CURRENT, replace(state, unpacked=None), NOON, force=True)[0] == Action.FETCH
+
+
+@pytest.mark.parametrize(
+    ("published", "replica", "action"),
+    [
+        ("2026-11-23T09:59:59Z", True, Action.NOTHING),
+        ("2026-11-23T10:00:00Z", True, Action.FETCH),
+        ("2026-11-23T10:00:01Z", True, Action.FETCH),
+        ("2026-11-23T09:59:59Z", False, Action.FETCH),  # the only server is right by definition
+    ],
+)
+def test_decide_behind(published: str, replica: bool, action: Action) -> None:
+    current = replace(CURRENT, release=B, published=published)
+    assert decide(current, state_after("ok"), NOON, replica=replica)[0] == action
+    assert decide(current, replace(state_after("ok"), published=None), NOON, replica=replica)[0] == Action.FETCH
+
+
+@pytest.mark.parametrize(
+    ("result", "minutes"),
+    [
+        ("build-failed", [15, 30, 60, 120, 240, 480, 960, 1440, 1440]),
+        ("fetch-failed", [0, 0, 0, 15, 30, 60]),
+        ("postponed", [0, 0, 0, 15, 30, 60]),
+        ("interrupted", [0, 0, 0, 15]),
+    ],
+)
+def test_retry_pauses(result: str, minutes: list[int]) -> None:
+    assert [retry_pause_s(result, n) / 60 for n in range(1, len(minutes) + 1)] == minutes
+    assert retry_pause_s(result, 10**6) == 86400
+
+
+@pytest.mark.parametrize(
+    ("setting", "yes", "no"),
+    [
+        ("never", [], [(0, 0), (12, 0)]),
+        ("when-needed", [(0, 0), (12, 0), (23, 59)], []),
+        ("02:00-04:30", [(2, 0), (3, 59), (4, 29)], [(1, 59), (4, 30), (14, 0)]),
+        ("23:30-01:15", [(23, 30), (23, 59), (0, 0), (1, 14)], [(23, 29), (1, 15), (12, 0)]),
+        ("22:00-00:00", [(22, 0), (23, 59)], [(0, 0), (21, 59)]),
+        ("00:00-00:00", [], [(0, 0), (12, 0)]),
+    ],
+)
+def test_may_reboot(setting: str, yes: list[tuple[int, int]], no: list[tuple[int, int]]) -> None:
+    assert [time for time in yes + no if may_reboot(setting, *time)] == yes
+
+
+# --- formats ---
+
+GOLDEN_CURRENT = """{"format": 1, "host": "toy", "release": "%s", "size": 10240,
+ "published": "2026-11-23T10:15:02Z", "system": "/nix/store/x-nixos", "from_next_year": [1]}""" % A
+
+GOLDEN_LAST = """{"release": "%s", "result": "rolled-back", "reason": "no way", "system": null, "log":
+ "20261123T101502Z_aaaaaaaaaaaa_rolled-back.log", "started": "2026-11-23T10:15:00Z", "more": {},
+ "finished": "2026-11-23T10:15:02Z", "attempt": 2}""" % A
+
+GOLDEN_REPORT = """{"format": 1, "host": "toy", "client": "1.0", "polled": "2026-11-23T10:15:02Z", "phase": "idle",
+ "release": null, "system": "/nix/store/x-nixos", "needs_reboot": true, "last": %s, "more": 1}""" % GOLDEN_LAST
+
+GOLDEN_STATE = """{"format": 1, "release": null, "system": "/nix/store/x", "previous": null, "published": null,
+ "unpacked": "%s", "rebooted": null, "interruptions": 1, "tried": %s, "last": null, "more": 1}""" % (A, GOLDEN_LAST)
+
+GOLDEN_PENDING = """{"format": 1, "release": "%s", "published": "2026-11-23T10:15:02Z", "old": "/nix/store/o",
+ "new": "/nix/store/n", "profile": "/nix/store/o", "step": "proving", "boot_id": "b", "token": "t",
+ "started": "2026-11-23T10:15:02Z", "attempt": 1, "deadline_s": 12.5, "watchdog": null, "verdict": "", "reason": "",
+ "more": 1}""" % A
+
+LAST = Last(A, "rolled-back", "no way", None, "2026-11-23T10:15:00Z", "2026-11-23T10:15:02Z", 2,
+            "20261123T101502Z_aaaaaaaaaaaa_rolled-back.log")  # fmt: skip
+
+PARSERS: dict[str, tuple[Callable[[bytes, str], Any], str, Any]] = {
+    "current.json": (parse_current, GOLDEN_CURRENT, Current("toy", A, 10240, "2026-11-23T10:15:02Z", "/nix/store/x-nixos")),
+    "status.json": (parse_report, GOLDEN_REPORT,
+                    Report("toy", "1.0", "2026-11-23T10:15:02Z", "idle", None, "/nix/store/x-nixos", True, LAST)),
+    "state.json": (parse_state, GOLDEN_STATE, State(system="/nix/store/x", unpacked=A, interruptions=1, tried=LAST)),
+    "pending.json": (parse_pending, GOLDEN_PENDING,
+                     Pending(A, "2026-11-23T10:15:02Z", "/nix/store/o", "/nix/store/n", "/nix/store/o", "proving", "b", "t",
+                             "2026-11-23T10:15:02Z", 1, 12.5)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_golden(name: str) -> None:
+    """What version 1 wrote, with fields of a later one, is read; and what we write is read again."""
+    parse, text, wanted = PARSERS[name]
+    assert parse(text.encode(), name) == wanted
+    assert parse(bento_client.encode(wanted), name) == wanted
+    assert json.loads(bento_client.encode(wanted))["format"] == 1
+
+
+@pytest.mark.parametrize("name", PARSERS)
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b"", "not JSON"),
+        (b'{"format": 1, "host"', "not JSON"),
+        (b"\xff", "not JSON"),
+        (b"[1]", "not a JSON object"),
+        (b"null", "not a JSON object"),
+        (b'{"format": 1, "size": NaN}', "not JSON (NaN is not JSON)"),
+        (b'{"format": 1, "size": -Infinity}', "not JSON"),
+        (b"[" * 60_000, "not JSON"),
+        (b"{}", "format None, this version of Bento knows format 1: update Bento"),
+        (b'{"format": 2}', "format 2, this version of Bento knows format 1: update Bento on this machine"),
+        (b'{"format": true}', "format True"),
+        (b'{"format": "1"}', "format '1'"),
+        (b'{"format": 1}', "is missing or malformed"),
+        (b" " * 65537, "larger than 65536 bytes"),
+    ],
+)
+def test_refused_formats(name: str, raw: bytes, words: str) -> None:
+    with pytest.raises(BentoError) as caught:
+        PARSERS[name][0](raw, name)
+    assert str(caught.value).startswith(f"{name}: ") and words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("current.json", "host", "../etc"),
+        ("current.json", "host", None),
+        ("current.json", "release", "A" * 64),
+        ("current.json", "release", "a" * 63),
+        ("current.json", "release", A + "\n"),
+        ("current.json", "size", -1),
+        ("current.json", "size", 1.5),
+        ("current.json", "size", True),
+        ("current.json", "size", 1 << 60),
+        ("current.json", "published", "2026-13-23T10:15:02Z"),
+        ("current.json", "published", "yesterday"),
+        ("current.json", "system", "/with a\nnewline"),
+        ("current.json", "system", "relative"),
+        ("status.json", "client", "1.0\x1b[2J"),
+        ("status.json", "phase", "IDLE"),
+        ("status.json", "needs_reboot", 0),
+        ("status.json", "last", []),
+        ("status.json", "system", "/a\n"),
+        ("state.json", "interruptions", "1"),
+        ("state.json", "tried", {"release": A}),
+        ("state.json", "system", 5),
+        ("pending.json", "old", ""),
+        ("pending.json", "deadline_s", "soon"),
+        ("pending.json", "watchdog", 1),
+        ("pending.json", "attempt", None),
+    ],
+)
+def test_malformed_fields(name: str, field: str, value: object) -> None:
+    parse, text, _ = PARSERS[name]
+    with pytest.raises(BentoError, match=re.escape(f"{name}: field {field!r}") if value != {"release": A} else "malformed"):
+        parse(json.dumps(json.loads(text) | {field: value}).encode(), name)
+
+
+def test_current_of_another_host() -> None:
+    with pytest.raises(BentoError, match="it is for host 'toy', not for 'nas'"):
+        parse_current(GOLDEN_CURRENT.encode(), "current.json", "nas")
+
+
+# --- words ---
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted", "passing"),
+    [
+        ("Host key verification failed.\r\nConnection closed", "its host key is not the known one", False),
+        ("bento-t@s: Permission denied (publickey).\r\nConnection closed", "it refuses this machine's key", False),
+        ("ssh: Could not resolve hostname s: Name or service not known\r\nConnection closed", "its name cannot be resolved", True),
+        ("ssh: connect to host s port 22: Connection refused", "connection refused: is sshd running there", True),
+        ("ssh: connect to host s port 22: Connection timed out", "no answer in time", True),
+        ("ssh: connect to host s port 22: No route to host", "no route to it", True),
+        ("ssh: connect to host s port 22: Network is unreachable", "no route to it: is the network up?", True),
+        ("Connection timed out during banner exchange", "no answer in time", True),
+        ("command-line line 0: Bad configuration option: foo", "ssh refuses an option", False),
+        ("client_loop: send disconnect: Broken pipe", "the connection was lost", True),
+        ("Timeout, server s not responding.", "no answer in time", True),
+        ("Connection reset by 1.2.3.4 port 22", "the connection was lost", True),
+        ("sftp> get a b\nsomething odd", "something odd", True),
+        ("sftp> get a b\n", "sftp ended without a word", True),
+    ],
+)  # fmt: skip
+def test_explain_ssh(text: str, wanted: str, passing: bool) -> None:
+    meaning, may_pass = explain_ssh(text)
+    assert meaning.startswith(wanted)
+    assert may_pass is passing
+    assert meaning.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("output", "units"),
+    [
+        ("", []),
+        ("warning: the following units failed: b.service, a.service\n", ["a.service", "b.service"]),
+        ("warning: the following units failed: a.service\nx\nwarning: the following user units failed: u.service",
+         ["a.service", "u.service"]),
+        ("the following new units were started: c.service", []),
+    ],
+)  # fmt: skip
+def test_failed_units(output: str, units: list[str]) -> None:
+    assert failed_units(output) == units
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("plain", "plain"),
+        ("  two\n\tlines  ", "two lines"),
+        ("\x1b[31mred\x07\x7f", "[31mred"),
+        ("a\u202eb\u2028c\x9bd", "a b c d"),
+        ("Grüße 日本", "Grüße 日本"),
+        ("x" * 400, "x" * 299 + "…"),
+        ("\ud800", ""),
+    ],
+)
+def test_one_line(text: str, wanted: str) -> None:
+    assert one_line(text) == wanted
+
+
+def test_log_name() -> None:
+    assert log_name(NOON + 1, A, Result.ROLLED_BACK) == "20261123T120001Z_aaaaaaaaaaaa_rolled-back.log"
+    assert log_name(NOON, None, Result.FETCH_FAILED) == "20261123T120000Z_000000000000_fetch-failed.log"
+    for result in Result:
+        assert bento_client.LOG_NAME.fullmatch(log_name(NOON, A, result))
+
+
+# --- the real program: a machine, a server's directory, an administrator ---
+
+HOST = f"toy{os.getpid()}"
+SERVER = "server.example"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def accounts() -> Iterator[None]:
+    """As root, `populate` wants the account of the host, as on a real server."""
+    if os.geteuid() != 0:
+        yield
+        return
+    group = subprocess.run(["groupadd", "-r", "bento"], capture_output=True).returncode == 0
+    subprocess.run(["useradd", "-r", "-U", "-M", f"bento-{HOST}"], check=True, capture_output=True)
+    yield
+    subprocess.run(["userdel", f"bento-{HOST}"], check=True, capture_output=True)
+    if group:
+        subprocess.run(["groupdel", "bento"], check=True, capture_output=True)
+
+
+@dataclass
+class Lab:
+    """One server and one host. `down`: a file; while it exists, the server is down."""
+
+    directory: Path
+    machine: ToyMachine
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def create(cls, directory: Path, *, state: str = "var/lib/bento", **behaviour: Any) -> "Lab":
+        need("sftp")
+        root = directory / "machine"
+        settings = {
+            "server": SERVER, "host": HOST, "root": str(root), "state_dir": str(root / state),
+            "connect_timeout": 1, "confirm_timeout": 2, "activation_timeout": 20,
+        }  # fmt: skip
+        chroot = directory / "chroot" / HOST
+        machine = ToyMachine.create(root, HOST, chroot=chroot, **{"client_json": settings} | behaviour)
+        lab = cls(directory, machine, settings)
+        lab.state.mkdir(mode=0o700, parents=True)
+        (lab.state / "id_ed25519").write_text("the toy's ssh asks for none\n")
+        return lab
+
+    @property
+    def state(self) -> Path:
+        return Path(self.settings["state_dir"])
+
+    @property
+    def chroot(self) -> Path:
+        return self.directory / "chroot" / HOST
+
+    @property
+    def config(self) -> Path:
+        return self.directory / "fleet/hosts" / HOST
+
+    @property
+    def down(self) -> Path:
+        return self.directory / "down"
+
+    def file(self, name: str) -> str:
+        return str(self.directory / name)
+
+    def publish(self, label: str, *, flake: bool = True, settings: dict[str, Any] | None = None, **behaviour: Any) -> str:
+        """Writes and publishes a configuration; the release's name. `settings` differ in the new system only."""
+        client_json = self.settings | (settings or {})
+        write_config(self.config, flake=flake, host=HOST, label=label, client_json=client_json, **behaviour)
+        return self.populate()
+
+    def populate(self) -> str:
+        argv = ["--fleet", str(self.directory / "fleet"), "--chroot-dir", str(self.directory / "chroot"), "populate"]
+        assert bento.main(argv) == 0
+        return parse_current((self.chroot / "current.json").read_bytes(), "current.json", HOST).release
+
+    def publish_raw(self, tar: bytes, *, release: str | None = None, size: int | None = None) -> str:
+        """What `populate` would never publish."""
+        release = release or hashlib.sha256(tar).hexdigest()
+        (self.chroot / "releases" / f"{release}.tar").write_bytes(tar)
+        current = Current(HOST, release, len(tar) if size is None else size, "2026-11-23T10:00:00Z")
+        (self.chroot / "current.json").write_bytes(bento_client.encode(current))
+        return release
+
+    def argv(self, *words: str) -> list[str]:
+        """The client, with settings from a file."""
+        config = self.directory / "client.json"
+        config.write_text(json.dumps(self.settings))
+        return [sys.executable, "-I", str(CLIENT), "--config", str(config), *words]
+
+    def env(self, **more: str) -> dict[str, str]:
+        return {"TOY_SERVER": SERVER, "TOY_SERVER_DOWN": str(self.down)} | more
+
+    def client(self, *words: str, code: int = 0, **env: str) -> str:
+        """Runs the client to its end, and returns what it said."""
+        done = self.machine.run(*self.argv(*words), env=self.env(**env))
+        assert done.returncode == code, done.stdout
+        assert "Traceback" not in done.stdout
+        return done.stdout
+
+    def start(self, *words: str) -> subprocess.Popen[bytes]:
+        with open(self.directory / "output", "ab") as out:
+            return subprocess.Popen(
+                self.argv(*words), env=self.machine.env(**self.env()), stdin=subprocess.DEVNULL, stdout=out, stderr=out
+            )
+
+    def finish(self, process: subprocess.Popen[bytes]) -> int:
+        try:
+            return process.wait(60)
+        finally:
+            kill_tree(process)
+
+    def labels(self) -> tuple[str, str, str]:
+        return self.machine.labels()
+
+    def report(self) -> Report:
+        """The report that the server has."""
+        return parse_report((self.chroot / "logs/status.json").read_bytes(), "status.json")
+
+    def last(self) -> Last:
+        last = self.report().last
+        assert last is not None
+        return last
+
+    def logs(self) -> list[str]:
+        """Names of the logs that the server has."""
+        return sorted(path.name for path in (self.chroot / "logs").glob("*.log"))
+
+    def log(self) -> str:
+        return (self.chroot / "logs" / self.last().log).read_text()
+
+    def age_attempts(self, seconds: float) -> None:
+        """As if the last attempt had been so long ago."""
+        path = self.state / "state.json"
+        state = parse_state(path.read_bytes(), "state.json")
+        assert state.tried is not None
+        finished = bento_client.format_time(bento_client.parse_time(state.tried.finished) - seconds)
+        path.write_bytes(bento_client.encode(replace(state, tried=replace(state.tried, finished=finished))))
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Lab:
+    return Lab.create(tmp_path)
+
+
+def descendants(pid: int) -> list[int]:
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            parents.setdefault(int(words[1]), []).append(int(entry.name))
+    found = [pid]
+    for one in found:
+        found += parents.get(one, [])
+    return found
+
+
+def kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """Kills a client with everything it has started, as systemd does with a unit's processes."""
+    for pid in descendants(process.pid) if process.poll() is None else ():
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.wait()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.02)
+
+
+def tree(directory: Path) -> dict[str, tuple[str, bytes]]:
+    """Names, kinds and contents of everything below a directory."""
+    found: dict[str, tuple[str, bytes]] = {}
+    for path in directory.rglob("*"):
+        mode = path.lstat().st_mode
+        if stat.S_ISDIR(mode):
+            kind, content = "directory", b""
+        else:
+            kind = "program" if mode & 0o100 else "file"
+            content = path.read_bytes()
+        found[str(path.relative_to(directory))] = kind, content
+    return found
+
+
+# --- good days ---
+
+
+@pytest.mark.parametrize("flake", [True, False])
+def test_first_release(lab: Lab, flake: bool) -> None:
+    release = lab.publish("v1", flake=flake)
+    lab.client("run")
+    assert lab.labels() == ("v1", "v1", "v1")
+    report = lab.report()
+    assert (report.release, report.phase, report.needs_reboot) == (release, "idle", False)
+    assert report.system == os.path.realpath(lab.machine.profile)
+    assert lab.last().result == Result.OK
+    assert (lab.last().attempt, lab.last().release) == (1, release)
+    assert lab.logs() == [lab.last().log]
+    command = f"--flake 'path:{lab.state}/config#{HOST}'" if flake else "--no-flake -I nixos-config="
+    assert command in lab.log()
+    assert "--upgrade" not in lab.log()
+    assert tree(lab.state / "config") == tree(lab.config)
+    assert not (lab.state / "pending.json").exists()
+    assert not (lab.state / "partial").exists()
+    assert not list(lab.state.glob(".tmp-*"))
+    assert stat.S_IMODE((lab.state / "state.json").stat().st_mode) == 0o600
+
+    assert "up to date with release" in lab.client("run")
+    assert len(lab.logs()) == 1
+
+
+def test_upgraded_channels(lab: Lab) -> None:
+    lab.publish("v1", flake=False)
+    lab.settings["upgrade_channels"] = True
+    lab.client("run")
+    assert lab.labels() == ("v1", "v1", "v1")
+    assert "unpacking 1 channels" in lab.log()
+
+
+def test_unchanged_system_is_not_activated(lab: Lab) -> None:
+    lab.publish("v1", pure=True)
+    lab.client("run")
+    assert " bento: test /" in lab.log()
+    (lab.config / "README").write_text("only for people\n")
+    release = lab.populate()
+    lab.client("run")
+    last = lab.last()
+    assert (last.release, last.result, last.reason) == (release, "ok", "nothing to activate: this system runs already")
+    assert " bento: test /" not in lab.log()
+    assert " bento: boot /" not in lab.log()
+    assert lab.report().release == release
+    assert (lab.state / "config/README").exists()
+    assert lab.labels() == ("v1", "v1", "v1")
+
+
+def test_units_that_failed_are_named(lab: Lab) -> None:
+    lab.publish("v1", switch_exit=4, failed_units=["nginx.service", "a.timer"])
+    lab.client("run")
+    assert lab.labels() == ("v1", "v1", "v1")
+    assert lab.last().result == Result.OK
+    assert lab.last().reason == "activated, but these units failed: a.timer, nginx.service"
+
+
+def test_state_directory_with_a_space(tmp_path: Path) -> None:
+    lab = Lab.create(tmp_path, state="var/lib/the state")
+    lab.publish("v1")
+    lab.client("run")
+    assert lab.labels() == ("v1", "v1", "v1")
+    assert lab.last().result == Result.OK
+
+
+def test_two_runs_at_once(lab: Lab) -> None:
+    lab.publish("v1", build_touch=lab.file("building"), build_wait=lab.file("go"))
+    first = lab.start("run")
+    wait_until(Path(lab.file("building")).exists)
+    assert lab.report().phase == "building"
+    assert "another run is at work" in lab.client("run")
+    Path(lab.file("go")).touch()
+    assert lab.finish(first) == 0
+    assert lab.labels() == ("v1", "v1", "v1")
+    assert len(lab.logs()) == 1
+
+
+# --- bad releases ---
+
+
+def test_failed_build_leaves_the_machine_alone(lab: Lab) -> None:
+    lab.publish("v1", build="fail")
+    said = lab.client("run", code=1)
+    assert lab.labels() == ("v0", "v0", "v0")
+    last = lab.last()
+    assert (last.result, last.attempt) == (Result.BUILD_FAILED, 1)
+    assert re.match(r"nixos-rebuild build: exit 1: error: builder for .*v1.drv' failed with exit code 1", last.reason)
+    assert f"bento: error: build-failed: {last.reason}" in said
+    assert "make: *** [Makefile:3: toy.o] Error 1" in lab.log()
+    assert lab.report().release is None
+
+    assert re.search("build-failed, next attempt in 1[45]min", lab.client("run"))
+    assert len(lab.logs()) == 1
+    lab.age_attempts(15 * 60)
+    lab.client("run", code=1)
+    assert lab.last().attempt == 2
+    assert re.search("next attempt in (30|29)min", lab.client("run"))
+    lab.client("run", "--force", code=1)
+    assert lab.last().attempt == 3
+
+    lab.publish("v2")
+    lab.client("run")
+    assert lab.labels() == ("v2", "v2", "v2")
+    assert lab.last().attempt == 1
+
+
+def test_evaluation_error(lab: Lab) -> None:
+    lab.publish("v1", flake=False, build="eval-error")
+    lab.client("run", code=1)
+    assert lab.labels() == ("v0", "v0", "v0")
+    assert lab.last().reason.endswith("error: The option `services.toy' does not exist.")
+
+
+def test_endless_build(lab: Lab) -> None:
+    lab.publish("v1", build="hang")
+    lab.client("run", "--build-timeout", "1", code=1)
+    assert lab.last().result == Result.BUILD_FAILED
+    assert lab.last().reason == "nixos-rebuild build did not end within 1 s"
+
+
+def test_cut_line_is_rolled_back(lab: Lab) -> None:
+    release = lab.publish("v1", cut_network=True)
+    said = lab.client("run", code=1)
+    assert "rolled-back: the new system cannot reach its server" in said
+    assert lab.labels() == ("v0", "v0", "v0")
+    assert lab.machine.network() == "up"
+    assert (lab.last().result, lab.last().release) == (Result.ROLLED_BACK, release)
+    assert "no route to it" in lab.last().reason
+
+    assert "waiting for a new release" in lab.client("run")
+    assert len(lab.logs()) == 1
+    lab.publish("v2")
+    lab.client("run")
+    assert lab.labels() == ("v2", "v2", "v2")
+    assert len(lab.logs()) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "behaviour", "words"),
+    [
+        ({"server": "typo.example"}, {}, "its name cannot be resolved"),
+        ({"health_checks": ["true", "exit 3"]}, {}, "health check failed (exit 3): exit 3"),
+        ({}, {"switch_exit": 2}, "switch-to-configuration test: exit 2: "),
+        ({}, {"switch_exit": 7}, "switch-to-configuration test: exit 7: error: activation refused with exit code 7"),
+        ({}, {"broken_client": True}, "broken on purpose"),
+    ],
+    ids=["server", "health", "exit-2", "exit-7", "client"],
+)
+def test_rolled_back(lab: Lab, settings: dict[str, Any], behaviour: dict[str, Any], words: str) -> None:
+    lab.publish("v1", settings=settings, **behaviour)
+    lab.client("run", code=1)
+    assert lab.labels() == ("v0", "v0", "v0")
+    assert lab.last().result == Result.ROLLED_BACK
+    assert words in lab.last().reason
+    assert not (lab.state / "pending.json").exists()
+    assert "waiting for a new release" in lab.client("run")
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_endless_activation_is_rolled_back(lab: Lab, when: str) -> None:
+    lab.publish("v1", switch_hang=when)
+    lab.client("run", "--activation-timeout", "2", code=1)
+    assert lab.labels() == ("v0", "v0", "v0")
+    assert lab.last().result == Result.ROLLED_BACK
+    assert lab.last().reason.startswith("switch-to-configuration test: no end in time")
+
+
+def test_system_without_bento(lab: Lab) -> None:
+    lab.publish("v1", no_bento=True)
+    lab.client("run", code=1)
+    assert lab.labels() == ("v0", "v0", "v0")
+    assert lab.last().result == Result.BUILD_FAILED
+    assert "would be this machine's last update: import ./utils/bento.nix" in lab.last().reason
+    lab.client("run", "--force")
+    assert lab.labels() == ("v1", "v1", "v1")
+    assert lab.last().result == Result.OK
+
+
+def test_boot_loader_that_cannot_be_written(lab: Lab) -> None:
+    lab.publish("v1", boot_exit=1)
+    lab.client("run", code=1)
+    assert lab.labels() == ("v0", "v0", "v0")
+    assert lab.last().result == Result.POSTPONED
+    assert "the boot loader could not be written (exit 1): Failed to install bootloader" in lab.last().reason
+    lab.machine.power_cycle()
+    assert lab.labels() == ("v0", "v0", "v0")
+
+
+def test_profile_that_cannot_be_set(lab: Lab) -> None:
+    lab.publish("v1")
+    Path(lab.file("full")).touch()
+    lab.client("run", code=1, TOY_NIX_ENV_FAIL=lab.file("full"))
+    assert lab.labels() == ("v0", "v0", "v0")
+    assert lab.last().result == Result.POSTPONED
+    assert "the system profile could not be set" in lab.last().reason
+    lab.client("run", TOY_NIX_ENV_FAIL=lab.file("not full"))
+    assert lab.labels() == ("v1", "v1", "v1")
+    assert lab.last().attempt == 2
+
+
+def test_roll_back_that_fails_is_settled_later(tmp_path: Path) -> None:
+    lab = Lab.create(tmp_path, fails_from="bad", fails_from_times=1)
+    release = lab.publish("bad", cut_network=True)
+    said = lab.client("run", code=1)
+    assert "rollback-failed: the new system cannot reach its server" in said
+    assert lab.labels() == ("bad", "v0", "v0")
+    assert (lab.state / "pending.json").exists()
+    assert [name.name.endswith("_rollback-failed.log") for name in (lab.state / "outbox").iterdir()] == [True]
+
+    assert "waiting for a new release" in lab.client("run")
+    assert lab.labels() == ("v0", "v0", "v0")
+    assert lab.machine.network() == "up"
+    assert (lab.last().result, lab.last().release) == (Result.ROLLED_BACK, release)
+    assert [name.split("_")[2] for name in lab.logs()] == ["rollback-failed.log", "rolled-back.log"]
+    assert not (lab.state / "pending.json").exists()
+
+
+# --- by hand ---
+
+
+def test_rollback_by_hand(lab: Lab) -> None:
+    assert "nothing to roll back" in lab.client("rollback", code=1)
+    lab.publish("v1")
+    lab.client("run")
+    release = lab.publish("v2")
+    lab.client("run")
+    assert lab.labels() == ("v2", "v2", "v2")
+    assert "rolled-back: by hand" in lab.client("rollback")
+    assert lab.labels() == ("v1", "v1", "v1")
+    assert (lab.last().result, lab.last().release, lab.last().reason) == (Result.ROLLED_BACK, release, "by hand")
+    assert "was rolled back (by hand)" in lab.client("run")
+    assert lab.labels() == ("v1", "v1", "v1")
+    lab.client("run", "--force")
+    assert lab.labels() == ("v2", "v2", "v2")
+
+
+def test_status(lab: Lab) -> None:
+    assert "none of Bento's" in lab.client("status")
+    release = lab.publish("v1", cut_network=True)
+    lab.client("run", code=1)
+    said = lab.client("status")
+    assert re.search(rf"(?m)^host +{HOST}$", said)
+    assert re.search(r"(?m)^release +none of Bento's$", said)
+    assert re.search(rf"(?m)^last +rolled-back, release {release[:12]}, attempt 1, 20", said)
+    assert re.search(r"(?m)^reason +the new system cannot reach its server", said)
+    release = lab.publish("v2")
+    lab.client("run")
+    said = lab.client("status")
+    assert re.search(rf"(?m)^release +{release}$", said)
+    assert re.search(rf"(?m)^system +{lab.machine.root}/nix/store/.*-v2$", said)
+
+
+def test_probe(lab: Lab) -> None:
+    assert "bento.py populate" in lab.client("probe", code=75)
+    lab.publish("v1")
+    assert "the server is reached" in lab.client("probe")
+    lab.down.touch()
+    assert "connection refused" in lab.client("probe", code=75)
+    assert lab.labels() == ("v0", "v0", "v0")
+
+
+def test_key(tmp_path: Path) -> None:
+    need("ssh-keygen")
+    state = tmp_path / "new" / "state"
+    argv = [sys.executable, "-I", str(CLIENT), "--config", os.devnull, "--host", "toy", "--state-dir", str(state), "key"]
+    first, second = (subprocess.run(argv, capture_output=True, text=True, timeout=30) for _ in range(2))
+    assert (first.returncode, first.stderr) == (0, "")
+    assert re.fullmatch(r"ssh-ed25519 [A-Za-z0-9+/]+ bento-toy\n", first.stdout)
+    assert second.stdout == first.stdout
+    assert stat.S_IMODE((state / "id_ed25519").stat().st_mode) == 0o600
+    assert stat.S_IMODE(state.stat().st_mode) == 0o700
+    assert sorted(path.name for path in state.iterdir()) == ["id_ed25519", "id_ed25519.pub"]
+    (state / "id_ed25519.pub").unlink()
+    third = subprocess.run(argv, capture_output=True, text=True, timeout=30)
+    assert third.stdout.split()[:2] == first.stdout.split()[:2]
+
+
+def test_run_without_a_key(lab: Lab) -> None:
+    lab.publish("v1")
+    (lab.state / "id_ed25519").unlink()
+    assert "make one with 'bento-client key'" in lab.client("run", code=75)
+    assert lab.labels() == ("v0", "v0", "v0")

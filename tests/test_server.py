@@ -1,0 +1,1115 @@
+"""The server: releases, what is refused, publication, checks and builds, fleet.nix, status, and hostile logs."""
+
+import hashlib
+import itertools
+import json
+import os
+import pty
+import random
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bento
+import bento_client as client
+import pytest
+from bento_client import BentoError, Current, Last, Phase, Report, Result
+from toynixos import TOY, _missing, need, need_nix, write_config
+
+REPO = Path(bento.__file__).resolve().parent
+# Example keys: 32 bytes of text where a key would be. Nobody has the other half.
+KEY_HEAD = b"\0\0\0\x0bssh-ed25519\0\0\0\x20"
+# What the tests do as root is done as anybody else would: root would be asked for the hosts' accounts.
+AS_ANYBODY = "import os, sys; os.geteuid = lambda: 1000; import bento; sys.exit(bento.main())"
+NOT_ROOT = "not root: files keep their owner; sshd serves them only when root publishes"
+NOW_S = 1_800_000_000.0
+CONFIGURATION = {"configuration.nix": "{ }\n"}
+
+
+def key(name: str, comment: str = "") -> str:
+    import base64
+
+    blob = base64.b64encode(KEY_HEAD + f"EXAMPLE OF {name}".ljust(32, ".")[:32].encode()).decode()
+    return f"ssh-ed25519 {blob} {comment}".strip()
+
+
+@dataclass(frozen=True)
+class Ran:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines on stderr, without the one that is there whenever we are not root."""
+        return [line for line in self.err.splitlines() if line != NOT_ROOT]
+
+
+class Site:
+    """A fleet directory and a chroot directory, and bento.py at work on them in this process."""
+
+    def __init__(self, top: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.top, self.fleet, self.chroots = top, top / "fleet", top / "chroot"
+        self.capsys = capsys
+        (self.fleet / "hosts").mkdir(parents=True)
+
+    def host(self, name: str, files: Mapping[str, str | bytes] = CONFIGURATION) -> Path:
+        directory = self.fleet / "hosts" / name
+        for file, content in files.items():
+            path = directory / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return directory
+
+    def argv(self, *arguments: str) -> list[str]:
+        return ["--fleet", str(self.fleet), "--chroot-dir", str(self.chroots), *arguments]
+
+    def run(self, *arguments: str) -> Ran:
+        # A process reads a file once; here it must be read again although no time has passed.
+        bento.read_small.cache_clear()
+        self.capsys.readouterr()
+        try:
+            code = bento.main(self.argv(*arguments))
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = self.capsys.readouterr()
+        return Ran(code, out, err)
+
+    def publish(self, *arguments: str) -> Ran:
+        ran = self.run("populate", *arguments)
+        assert (ran.code, ran.errors) == (0, []), ran.err
+        return ran
+
+    def current(self, name: str = "a") -> Current:
+        return client.parse_current((self.chroots / name / "current.json").read_bytes(), "current.json", name)
+
+    def tar(self, name: str = "a") -> Path:
+        return self.chroots / name / "releases" / f"{self.current(name).release}.tar"
+
+    def write_report(self, name: str = "a", **changes: Any) -> Path:
+        logs = self.chroots / name / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        path = logs / "status.json"
+        path.write_text(json.dumps(report_data(host=name) | changes))
+        return path
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Site]:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    umask = os.umask(0o022)
+    yield Site(tmp_path, capsys)
+    os.umask(umask)
+
+
+@pytest.fixture
+def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The toy nixos-rebuild on PATH, without Nix; returns its store."""
+    monkeypatch.setenv("PATH", f"{TOY}:{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("TOY_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("TOY_MODE", "simulated")
+    return tmp_path / "store"
+
+
+def report_data(**changes: Any) -> dict[str, Any]:
+    return {
+        "format": 1, "host": "a", "client": client.VERSION, "polled": "2026-11-23T10:15:02Z", "phase": "idle",
+        "release": None, "system": "/nix/store/x", "needs_reboot": False, "last": None,
+    } | changes  # fmt: skip
+
+
+def last_data(release: str | None, result: str = "ok", reason: str = "", **changes: Any) -> dict[str, Any]:
+    return {
+        "release": release, "result": result, "reason": reason, "system": "/nix/store/x", "attempt": 1,
+        "started": "2026-11-23T10:14:02Z", "finished": "2026-11-23T10:15:02Z",
+        "log": "20261123T101502Z_9f3a61c07be4_ok.log",
+    } | changes  # fmt: skip
+
+
+def snapshot(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Everything below a directory that changes when something is touched, replaced or given to somebody."""
+    found = {}
+    for parent, names, files in os.walk(directory):
+        for name in ["", *names, *files]:
+            path = os.path.join(parent, name)
+            s = os.lstat(path)
+            found[path] = (s.st_ino, s.st_mtime_ns, s.st_ctime_ns, s.st_size, s.st_mode, s.st_uid, s.st_gid)
+    return found
+
+
+def sha256sum(path: Path) -> str:
+    return subprocess.run([need("sha256sum"), path], check=True, capture_output=True, text=True).stdout.split()[0]
+
+
+def check_chroot(chroot: Path, known: set[str] | None = None) -> str:
+    """Asserts that what is published there is whole; its release."""
+    current = client.parse_current((chroot / "current.json").read_bytes(), "current.json", chroot.name)
+    tar = chroot / "releases" / f"{current.release}.tar"
+    assert hashlib.sha256(tar.read_bytes()).hexdigest() == current.release
+    assert tar.stat().st_size == current.size
+    check_tree(tar, chroot / "releases" / current.release)
+    assert known is None or current.release in known
+    return current.release
+
+
+def check_tree(tar: Path, tree: Path) -> None:
+    with tarfile.open(tar) as archive:
+        members = archive.getmembers()
+        for member in members:
+            assert (tree / member.name).is_dir() if member.isdir() else (tree / member.name).is_file()
+            if member.isfile():
+                content = archive.extractfile(member)
+                assert content is not None
+                assert content.read() == (tree / member.name).read_bytes()
+    assert sorted(m.name for m in members) == sorted(str(p.relative_to(tree)) for p in tree.rglob("*"))
+
+
+def check_tidy(chroot: Path, releases: set[str]) -> None:
+    """Asserts that there is nothing in a chroot but what has to be."""
+    assert set(os.listdir(chroot)) == {"current.json", "config", "releases", "logs"}
+    assert set(os.listdir(chroot / "releases")) == releases | {f"{release}.tar" for release in releases}
+    current = json.loads((chroot / "current.json").read_bytes())["release"]
+    assert os.readlink(chroot / "config") == f"releases/{current}"
+
+
+# --- releases ---
+
+
+def test_a_release_is_named_by_its_sha256(site: Site) -> None:
+    site.host("a", {"configuration.nix": "{ }\n", "files/x": b"\0" * 70_000})
+    ran = site.publish()
+    current = site.current()
+    assert sha256sum(site.tar()) == current.release
+    assert site.tar().stat().st_size == current.size
+    assert ran.out == (
+        f"a: published {current.release[:12]} ({current.size} bytes)\n1 hosts: 1 published, 0 unchanged, 0 failed\n"
+    )
+    assert ran.err == f"{NOT_ROOT}\n"
+    assert os.readlink(site.chroots / "a/config") == f"releases/{current.release}"
+    assert (site.chroots / "a/config/files/x").read_bytes() == b"\0" * 70_000
+
+
+def test_the_format_of_a_release_does_not_drift(site: Site) -> None:
+    """Every host would take another id for a new release. If this is wanted, it is a new format."""
+    directory = site.host("a", {"flake.nix": "{ }\n", "d/é": "x", "n" * 200: "long\n", "empty": ""})
+    (directory / "d/run").write_text("#!/bin/sh\n")
+    (directory / "d/run").chmod(0o700)
+    (directory / "nothing").mkdir()
+    site.publish()
+    assert site.current().release == "@GOLDEN@"
+
+
+def rebuild_elsewhere(top: Path, environment: Mapping[str, str], umask: int, python: str = sys.executable) -> str:
+    """A checkout of the same fleet at `top`, published by a process of its own; the id of its release."""
+    before = os.umask(umask)
+    try:
+        hosts = top / "fleet/hosts"
+        (hosts / "a/sub").mkdir(parents=True)
+        (hosts / "a/configuration.nix").write_text("{ }\n")
+        (hosts / "a/sub/script").write_text("#!/bin/sh\n")
+        (hosts / "a/sub/script").chmod(0o777 & ~umask)
+        (top / "fleet/utils").mkdir()
+        (top / "fleet/utils/bento.nix").write_text("{ }\n")
+        (hosts / "a/utils").symlink_to("../../utils")
+        argv = [python, "-c", AS_ANYBODY, "--fleet", top / "fleet", "--chroot-dir", top / "chroot", "populate"]
+        subprocess.run(
+            argv, check=True, env=os.environ | {"PYTHONPATH": str(REPO)} | environment, capture_output=True, cwd=top
+        )
+    finally:
+        os.umask(before)
+    release: str = json.loads((top / "chroot/a/current.json").read_bytes())["release"]
+    return release
+
+
+def test_the_same_content_is_the_same_release_everywhere(tmp_path: Path) -> None:
+    places: list[tuple[str, dict[str, str], int]] = [
+        ("one", {}, 0o022),
+        ("another/place with spaces", {}, 0o022),
+        ("three", {"TZ": "Asia/Tokyo", "LC_ALL": "C"}, 0o077),
+        ("four", {"PYTHONHASHSEED": "7", "SOURCE_DATE_EPOCH": "1"}, 0o000),
+    ]
+    ids = set()
+    for place, environment, umask in places:
+        top = tmp_path / place
+        top.mkdir(parents=True)
+        ids.add(rebuild_elsewhere(top, environment, umask))
+    if os.access("/usr/bin/python3", os.X_OK):
+        (tmp_path / "five").mkdir()
+        ids.add(rebuild_elsewhere(tmp_path / "five", {}, 0o022, "/usr/bin/python3"))
+    assert len(ids) == 1
+
+
+def test_another_clock_makes_no_other_release(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = site.host("a")
+    site.publish()
+    first = site.current()
+    shutil.rmtree(site.chroots)
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    os.utime(directory / "configuration.nix", (1e9, 1e9))
+    site.publish()
+    assert site.current().release == first.release
+    assert site.current().published == "2001-09-09T01:46:40Z"
+
+
+def test_only_content_names_and_executable_bits_count(site: Site) -> None:
+    directory = site.host("a", {"configuration.nix": "{ }\n", "script": "#!/bin/sh\n"})
+    site.publish()
+    seen = [site.current().release]
+
+    def publish() -> bool:
+        site.publish()
+        release = site.current().release
+        new = release not in seen
+        seen.append(release)
+        return new
+
+    os.utime(directory / "script")
+    assert not publish()
+    (directory / "script").chmod(0o600)
+    assert not publish()
+    (directory / "script").chmod(0o700)
+    assert publish()
+    (directory / "script").chmod(0o755)
+    assert not publish()
+    (directory / "script").write_text("#!/bin/sH\n")
+    assert publish()
+    (directory / "script").rename(directory / "script2")
+    assert publish()
+    (directory / "empty").mkdir()
+    assert publish()
+    (directory / "empty").rmdir()
+    assert not publish()
+
+
+STRANGE = [
+    "with space", "-rf", "*", "[a]?", "it's \"quoted\"", "new\nline", "back\\slash", "ä ö ü ß 日本 🍱", "#comment", "$HOME",
+    "n" * 101, "n" * 255, "/".join(["deep" * 20] * 5) + "/file", "é" * 127,
+]  # fmt: skip
+
+
+def test_gnu_tar_and_tarfile_read_every_name(site: Site, tmp_path: Path) -> None:
+    contents = {name: f"content of {name}\n" for name in STRANGE}
+    directory = site.host("a", CONFIGURATION | contents | {"empty file": ""})
+    (directory / "empty directory").mkdir()
+    site.publish()
+    with tarfile.open(site.tar()) as archive:
+        names = archive.getnames()
+        assert names == sorted(names, key=os.fsencode)
+        for member in archive:
+            assert member.mtime == 1
+            assert (member.uid, member.gid, member.uname, member.gname) == (0, 0, "", "")
+            assert member.mode == (0o755 if member.isdir() else 0o644)
+    target = tmp_path / "unpacked"
+    target.mkdir()
+    subprocess.run([need("tar"), "-xf", site.tar(), "-C", target], check=True)
+    published = site.chroots / "a/config"
+    for place in (target, published):
+        for name, content in contents.items():
+            assert (place / name).read_text() == content
+        assert (place / "empty file").read_bytes() == b""
+        assert list((place / "empty directory").iterdir()) == []
+        assert {p.relative_to(place) for p in place.rglob("*")} == {p.relative_to(directory) for p in directory.rglob("*")}
+
+
+def test_links_become_what_they_lead_to(site: Site) -> None:
+    directory = site.host("a", CONFIGURATION | {"real/file": "x\n"})
+    (site.fleet / "utils").mkdir()
+    (site.fleet / "utils/bento.nix").write_text("{ }\n")
+    (site.fleet / "bento_client.py").write_text("client\n")
+    (site.fleet / "utils/bento_client.py").symlink_to("../bento_client.py")
+    (directory / "utils").symlink_to("../../utils")
+    (directory / "again").symlink_to("real")
+    (directory / "absolute").symlink_to(directory / "real/file")
+    site.publish()
+    with tarfile.open(site.tar()) as archive:
+        assert {m.name: m.isdir() for m in archive} == {
+            "absolute": False, "again": True, "again/file": False, "configuration.nix": False, "real": True,
+            "real/file": False, "utils": True, "utils/bento.nix": False, "utils/bento_client.py": False,
+        }  # fmt: skip
+        assert archive.extractfile("utils/bento_client.py").read() == b"client\n"  # type: ignore[union-attr]
+
+
+def test_git_and_store_links_are_left_out(site: Site) -> None:
+    directory = site.host("a", CONFIGURATION | {".git/HEAD": "ref\n", "sub/.git": "gitdir: x\n", ".gitignore": "x\n"})
+    (directory / "result").symlink_to("/nix/store/00000000000000000000000000000000-gone")
+    (directory / "result-2").symlink_to("result")
+    if Path("/nix/store").is_dir():
+        (directory / "result-3").symlink_to(next(Path("/nix/store").iterdir(), Path("/nix/store/x")))
+    site.publish()
+    with tarfile.open(site.tar()) as archive:
+        assert archive.getnames() == [".gitignore", "configuration.nix", "sub"]
+
+
+def test_a_configuration_that_is_only_a_store_link_is_none(site: Site, tmp_path: Path) -> None:
+    directory = site.host("a", {"other.nix": "{ }\n"})
+    (directory / "flake.nix").mkdir()
+    ran = site.run("populate")
+    assert ran.errors == ["bento: error: a: hosts/a: neither flake.nix nor configuration.nix in it"]
+
+
+def test_the_hosts_own_link_may_leave_the_fleet(site: Site, tmp_path: Path) -> None:
+    outside = tmp_path / "elsewhere/nixos"
+    outside.mkdir(parents=True)
+    (outside / "configuration.nix").write_text("{ }\n")
+    (outside / "inner").symlink_to("configuration.nix")
+    (site.fleet / "utils").mkdir()
+    (site.fleet / "utils/bento.nix").write_text("{ }\n")
+    (outside / "utils").symlink_to(site.fleet / "utils")
+    (site.fleet / "hosts/a").symlink_to(outside)
+    (site.fleet / "hosts/b").symlink_to("a")
+    site.publish()
+    with tarfile.open(site.tar()) as archive:
+        assert archive.getnames() == ["configuration.nix", "inner", "utils", "utils/bento.nix"]
+    assert site.current("b").release == site.current("a").release
+    (outside / "passwd").symlink_to("/etc/passwd")
+    ran = site.run("populate", "a")
+    assert ran.errors == ["bento: error: a: hosts/a/passwd: link out of the fleet directory, to /etc/passwd"]
+
+
+# --- what is refused ---
+
+
+def bind_socket(path: Path) -> None:
+    here = os.getcwd()
+    os.chdir(path.parent)  # a socket's name has at most 107 bytes
+    try:
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(path.name)
+    finally:
+        os.chdir(here)
+
+
+def out_of_fleet(directory: Path) -> None:
+    (directory.parents[2] / "secret").write_text("x")
+    (directory / "sub").mkdir()
+    (directory / "sub/secret").symlink_to("../../../../secret")
+
+
+def climb(directory: Path) -> None:
+    (directory / "sub").mkdir()
+    (directory / "sub/up").symlink_to("..")
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "dangling link": (lambda d: (d / "x").symlink_to("gone"), "hosts/bad/x: dangling link to gone"),
+    "link to itself": (lambda d: (d / "x").symlink_to("x"), "hosts/bad/x: link loop (Too many levels of symbolic links)"),
+    "link upwards": (climb, "hosts/bad/sub/up: link loop: it leads to a directory that it is in"),
+    "link out": (out_of_fleet, "hosts/bad/sub/secret: link out of the fleet directory, to @TOP@/secret"),
+    "FIFO": (
+        lambda d: os.mkfifo(d / "x"),
+        "hosts/bad/x: neither a file nor a directory (a socket, FIFO or device)",
+    ),
+    "link to a FIFO": (
+        lambda d: (os.mkfifo(d.parents[1] / "f"), (d / "x").symlink_to("../../f")),
+        "hosts/bad/x: neither a file nor a directory (a socket, FIFO or device)",
+    ),
+    "socket": (
+        lambda d: bind_socket(d / "x"),
+        "hosts/bad/x: neither a file nor a directory (a socket, FIFO or device)",
+    ),
+    "name that is not UTF-8": (
+        lambda d: Path(os.fsdecode(os.fsencode(d) + b"/\xff\n")).write_text("x"),
+        "'hosts/bad/\\udcff\\n': the name is not UTF-8: rename it",
+    ),
+    "no configuration": (
+        lambda d: (d / "configuration.nix").rename(d / "x.nix"),
+        "hosts/bad: neither flake.nix nor configuration.nix in it",
+    ),
+    "dangling host": (lambda d: (shutil.rmtree(d), d.symlink_to("gone")), "hosts/bad: dangling link"),
+    "control characters": (lambda d: (d / "\x1b[31m\n").symlink_to("gone"), "hosts/bad/ [31m: dangling link to gone"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refused_host_gets_one_line_and_the_others_are_published(case: str, site: Site) -> None:
+    make, message = REFUSED[case]
+    site.host("after")
+    site.host("z")
+    make(site.host("bad"))
+    ran = site.run("populate")
+    assert ran.code == 1
+    assert ran.errors == [f"bento: error: bad: {message.replace('@TOP@', str(site.top))}"]
+    assert ran.out.splitlines()[-1] == "3 hosts: 2 published, 0 unchanged, 1 failed"
+    check_chroot(site.chroots / "after")
+    check_chroot(site.chroots / "z")
+    assert not (site.chroots / "bad").exists()
+
+
+def test_a_refused_host_keeps_its_release(site: Site) -> None:
+    directory = site.host("a")
+    site.publish()
+    before = snapshot(site.chroots / "a")
+    (directory / "x").symlink_to("gone")
+    assert site.run("populate").code == 1
+    assert snapshot(site.chroots / "a") == before
+
+
+@pytest.mark.parametrize("name", ["with space", "-x", "a" * 27, "ünï", "a.b", "a\nb", "\udcff"])
+def test_a_bad_host_name(name: str, site: Site) -> None:
+    site.host("good")
+    site.host(name)
+    ran = site.run("populate")
+    assert ran.code == 1
+    assert ran.errors == [
+        f"bento: error: hosts/{client.one_line(name)}: no host name:"
+        " letters, digits, _ and -, at most 26, a letter or digit first"
+    ]
+    check_chroot(site.chroots / "good")
+    assert set(os.listdir(site.chroots)) == {".lock", "good"}
+
+
+def test_other_files_in_hosts_are_no_hosts(site: Site) -> None:
+    site.host("good")
+    (site.fleet / "hosts/README").write_text("x")
+    (site.fleet / "hosts/.git").mkdir()
+    assert site.publish().out.endswith("1 hosts: 1 published, 0 unchanged, 0 failed\n")
+
+
+NO_KEY = "no SSH public key ('ssh-ed25519 AAAA… comment', without options): "
+BAD_KEYS = {
+    "private": (
+        "-----BEGIN OPENSSH PRIVATE KEY-----\nb3Blbg\n",
+        "1: this is a private key: delete it, make a new one, and give only the .pub here",
+    ),
+    "options": (f"restrict {key('bad')}\n", f"1: {NO_KEY}{client.one_line('restrict ' + key('bad'), 40)}"),
+    "one word": ("hello\n", f"1: {NO_KEY}hello"),
+    "no base64": ("ssh-ed25519 AAAA!\n", "1: malformed SSH public key: its second word is no base64"),
+    "cut short": (f"# fine\n{key('bad')[:-8]}\n", "2: malformed SSH public key: it is cut short"),
+    "another type": (key("bad").replace("ssh-ed25519", "ssh-rsa"), "1: malformed SSH public key: it is no ssh-rsa key"),
+    "empty": ("\n# only a comment\n", " no key in it: put the output of 'bento-client key' there"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_KEYS)
+def test_a_bad_key(case: str, site: Site) -> None:
+    content, message = BAD_KEYS[case]
+    site.host("bad")
+    site.host("good")
+    (site.fleet / "hosts/bad.pub").write_text(content)
+    (site.fleet / "hosts/good.pub").write_text(key("good") + "\n")
+    expected = f"bento: error: hosts/bad.pub:{message}"
+    ran = site.run("populate")
+    assert (ran.code, ran.errors) == (1, [expected])
+    assert ran.out.splitlines()[-1] == "2 hosts: 1 published, 0 unchanged, 1 failed"
+    assert not (site.chroots / "bad").exists()
+    check_chroot(site.chroots / "good")
+
+    (site.fleet / "fleet.nix").write_text("as it was")
+    ran = site.run("fleet")
+    assert (ran.code, ran.errors) == (1, [expected, "bento: error: fleet.nix is left as it was"])
+    assert (site.fleet / "fleet.nix").read_text() == "as it was"
+
+
+def test_a_key_file_that_cannot_be_read(site: Site) -> None:
+    site.host("a")
+    (site.fleet / "hosts/a.pub").symlink_to("gone")
+    (site.fleet / "hosts/b.pub").write_bytes(b"\xff\xfe")
+    (site.fleet / "hosts/no host.pub").write_text(key("x"))
+    ran = site.run("fleet")
+    assert ran.code == 1
+    assert [line.split(": ")[2:4] for line in ran.errors] == [
+        ["hosts/a.pub", "cannot be read"], ["hosts/b.pub", "cannot be read"],
+        ["hosts/no host.pub", "'no host' is no host name"], ["fleet.nix is left as it was"],
+    ]  # fmt: skip
+    assert not (site.fleet / "fleet.nix").exists()
+
+
+def test_two_hosts_with_one_key(site: Site) -> None:
+    for name in ("a", "b", "c"):
+        site.host(name)
+        (site.fleet / f"hosts/{name}.pub").write_text(f"{key(name)}\n")
+    (site.fleet / "hosts/b.pub").write_text(f"{key('b')}\n{key('a', 'another comment')}\n")
+    message = "bento: error: hosts/a.pub and hosts/b.pub have the same key: each host needs its own"
+    ran = site.run("populate")
+    assert (ran.code, ran.errors) == (1, [message])
+    assert set(os.listdir(site.chroots)) == {".lock", "c"}
+    ran = site.run("fleet")
+    assert (ran.code, ran.errors) == (1, [message, "bento: error: fleet.nix is left as it was"])
+
+
+def test_a_release_has_a_limit(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.host("big", CONFIGURATION | {"x": b"x" * 60_000})
+    site.host("small")
+    monkeypatch.setattr(client, "MAX_RELEASE_BYTES", 50_000)
+    ran = site.run("populate")
+    assert ran.code == 1
+    assert ran.errors == ["bento: error: big: the release would exceed 50000 bytes: leave large files out"]
+    check_chroot(site.chroots / "small")
+
+
+def test_a_file_that_grows_while_it_is_read(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = site.host("a", CONFIGURATION | {"growing": "x"})
+    listed = bento.list_members(bento.Fleet(site.fleet, site.chroots), "a")
+    (directory / "growing").write_text("more")
+    with pytest.raises(BentoError, match=r"/growing: changed while it was read: run this again$"):
+        bento.write_release(listed, None)
+
+
+# --- publication ---
+
+
+def test_an_unchanged_host_is_not_touched(site: Site) -> None:
+    site.host("a")
+    site.host("b")
+    site.publish()
+    site.write_report("a")
+    (site.fleet / "hosts/b/configuration.nix").write_text("{ } # changed\n")
+    before = snapshot(site.chroots / "a")
+    time.sleep(0.02)
+    assert site.publish().out.splitlines()[-1] == "2 hosts: 1 published, 1 unchanged, 0 failed"
+    assert snapshot(site.chroots / "a") == before
+    before |= snapshot(site.chroots / "b")
+    time.sleep(0.02)
+    assert site.publish().out == "2 hosts: 0 published, 2 unchanged, 0 failed\n"
+    assert snapshot(site.chroots / "a") | snapshot(site.chroots / "b") == before
+    ran = site.run("-v", "populate", "a")
+    assert ran.out == f"a: unchanged, {site.current().release[:12]}\n1 hosts: 0 published, 1 unchanged, 0 failed\n"
+
+
+def test_single_hosts_are_published_alone(site: Site) -> None:
+    for name in ("a", "b", "c"):
+        site.host(name)
+    site.publish("a", "c")
+    assert set(os.listdir(site.chroots)) == {".lock", "a", "c"}
+    ran = site.run("populate", "a", "nobody")
+    assert ran.code == 2
+    assert ran.err == (
+        f"bento: error: nobody: no such host: there is no {site.fleet}/hosts/nobody; 'bento.py add' makes one\n"
+    )
+
+
+class Reader(threading.Thread):
+    """A host that polls: current.json, then the release it names, through the real sftp."""
+
+    def __init__(self, chroot: Path, work: Path) -> None:
+        super().__init__(daemon=True)
+        work.mkdir()
+        self.work, self.enough = work, threading.Event()
+        self.seen: list[str] = []
+        self.gone = 0
+        self.problems: list[str] = []
+        self.process = subprocess.Popen(
+            [TOY / "sftp", "-q", "-b", "-", "host@server"], cwd=work, env=os.environ | {"TOY_CHROOT": str(chroot)},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def get(self, remote: str, local: str) -> bytes | None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        (self.work / local).unlink(missing_ok=True)
+        self.process.stdin.write(f"-get {remote} {local}\nlpwd\n".encode())
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith(b"Local working directory:"):
+                break
+        return (self.work / local).read_bytes() if (self.work / local).exists() else None
+
+    def run(self) -> None:
+        while not self.enough.is_set():
+            raw = self.get("current.json", "current.json")
+            if raw is None:
+                self.problems.append("no current.json")
+                continue
+            current = client.parse_current(raw, "current.json", "a")
+            tar = self.get(f"releases/{current.release}.tar", "tar")
+            if tar is None:
+                # Only if the reader was so slow that it is not among the last three any more.
+                later = client.parse_current(self.get("current.json", "current.json") or b"", "current.json", "a")
+                if client.parse_time(later.published) < client.parse_time(current.published) + bento.KEEP_RELEASES:
+                    self.problems.append(f"{current.release} is announced, and gone")
+                self.gone += 1
+            elif hashlib.sha256(tar).hexdigest() != current.release or len(tar) != current.size:
+                self.problems.append(f"{current.release} is not what it should be")
+            else:
+                self.seen.append(current.release)
+
+    def stop(self) -> None:
+        self.enough.set()
+        self.join(10)
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        assert self.process.wait(10) == 0
+        assert not self.is_alive()
+
+
+def test_a_reader_never_gets_a_mixture(site: Site) -> None:
+    need("sftp")
+    directory = site.host("a", CONFIGURATION | {"a": "", "z": b"z" * 200_000})
+    site.publish()
+    published = [site.current().release]
+    reader = Reader(site.chroots / "a", site.top / "reader")
+    reader.start()
+    for number in range(200):
+        (directory / "a").write_text(f"generation {number} {'x' * number}")
+        site.publish()
+        published.append(site.current().release)
+        time.sleep(0.005 * (number % 3))
+    deadline = time.monotonic() + 10
+    while published[-1] not in reader.seen and time.monotonic() < deadline:
+        time.sleep(0.02)
+    reader.stop()
+    assert reader.problems == []
+    assert len(set(published)) == 201
+    # It saw many of them, in the order in which they were published, and the last.
+    order = [published.index(release) for release in reader.seen]
+    assert order == sorted(order)
+    assert len(set(order)) >= 20
+    assert order[-1] == 200
+
+
+def forked(action: Callable[[], object]) -> int:
+    """A child of this process that does something quietly, and exits 0."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        silence = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1, 2):
+            os.dup2(silence, descriptor)
+        action()
+    except BaseException:
+        import traceback; open("/tmp/child_tb","a").write(traceback.format_exc()); os._exit(70)
+    os._exit(0)
+
+
+class Killing:
+    """Three hosts with a release each, and a second one of each that is about to be published by a child."""
+
+    NAMES = ("a", "b", "c")
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.known: dict[str, set[str]] = {name: set() for name in self.NAMES}
+        for number in (1, 2):
+            self.write(number)
+            site.publish()
+            for name in self.NAMES:
+                self.known[name].add(site.current(name).release)
+        self.number = 2
+
+    def write(self, number: int) -> None:
+        for name in self.NAMES:
+            self.site.host(name, CONFIGURATION | {"number": f"{name} {'x' * number}\n", "d/file": "y"})
+
+    def populate(self) -> None:
+        bento.read_small.cache_clear()
+        bento.main(self.site.argv("populate"))
+
+    def check(self, status: int) -> bool:
+        """What is there after a kill: the old or the new, whole. Then the next populate, and all is tidy."""
+        fleet = bento.Fleet(self.site.fleet, self.site.chroots)
+        new = {name: bento.write_release(bento.list_members(fleet, name), None)[0] for name in self.NAMES}
+        for name in self.NAMES:
+            check_chroot(self.site.chroots / name, self.known[name] | {new[name]})
+        self.site.publish()
+        for name in self.NAMES:
+            self.known[name].add(new[name])
+            assert check_chroot(self.site.chroots / name) == new[name]
+            tars = {p.stem for p in (self.site.chroots / name / "releases").glob("*.tar")}
+            check_tidy(self.site.chroots / name, tars)
+            assert len(tars) <= bento.KEEP_RELEASES
+        assert set(os.listdir(self.site.chroots)) == {".lock", *self.NAMES}
+        return os.WIFSIGNALED(status)
+
+
+def test_killed_at_a_random_moment(site: Site) -> None:
+    killing = Killing(site)
+    started = time.monotonic()
+    killing.write(3)
+    status = os.waitpid(forked(killing.populate), 0)[1]
+    whole_s = time.monotonic() - started
+    assert not killing.check(status)
+    chance, killed = random.Random(20261123), 0
+    for number in range(4, 84):
+        killing.write(number)
+        child = forked(killing.populate)
+        time.sleep(chance.uniform(0, whole_s * 1.1))
+        os.kill(child, signal.SIGKILL)
+        killed += killing.check(os.waitpid(child, 0)[1])
+    assert killed >= 60
+
+
+def test_killed_at_each_step(site: Site) -> None:
+    """Before each single thing that populate does to the disk."""
+    events = ("open", "os.", "shutil.", "fcntl.")
+    killing = Killing(site)
+    step, number = 0, 3
+    while True:
+        killing.write(number)
+
+        def populate(step: int = step) -> None:
+            left = step
+
+            def watch(event: str, arguments: object) -> None:
+                nonlocal left
+                if event.startswith(events) and event not in ("os.listdir", "os.scandir"):
+                    left -= 1
+                    if left < 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.addaudithook(watch)
+            killing.populate()
+
+        _, status = os.waitpid(forked(populate), 0)
+        if not killing.check(status):
+            assert os.waitstatus_to_exitcode(status) == 0
+            break
+        step, number = step + 1, number % 40 + 1
+    assert step >= 60
+
+
+def test_a_kill_then_a_change_of_mind(site: Site) -> None:
+    """Killed just before and just after the moment of publication, and then the old content is back."""
+    site.host("a")
+    site.publish()
+    old = site.current().release
+    for moment in ("before", "after"):
+        site.host("a", {"configuration.nix": f"{{ }} # {moment}\n"})
+
+        def populate(moment: str = moment) -> None:
+            real = bento.reveal
+
+            def reveal(chroot: Path, release: str) -> None:
+                if moment == "after":
+                    os.rename(chroot / ".current.json.new", chroot / "current.json")
+                os.kill(os.getpid(), signal.SIGKILL)
+                real(chroot, release)
+
+            bento.reveal = reveal
+            bento.main(site.argv("populate"))
+
+        bento.read_small.cache_clear()
+        assert os.WIFSIGNALED(os.waitpid(forked(populate), 0)[1])
+        new = check_chroot(site.chroots / "a")
+        assert (new == old) == (moment == "before")
+        if moment == "after":
+            site.publish()  # unchanged: but the link was still to be set
+            check_tidy(site.chroots / "a", {old, new})
+        site.host("a")
+        site.publish()
+        assert check_chroot(site.chroots / "a") == old
+        check_tidy(site.chroots / "a", {old} if moment == "before" else {old, new})
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = os.geteuid() == 0 and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], stderr=subprocess.DEVNULL
+    ).returncode == 0  # fmt: skip
+    if not mounted:
+        _missing("needs root to mount a small disk")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_leaves_the_old_release(small_disk: Path, site: Site) -> None:
+    site.chroots = small_disk / "chroot"
+    directory = site.host("a", CONFIGURATION | {"x": b"1" * 300_000})
+    site.publish()
+    old = site.current().release
+    room = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    for left in range(0, 900_000, 60_000):
+        (small_disk / "filler").write_bytes(b"\0" * max(0, room - left))
+        (directory / "x").write_bytes(b"2" * 300_000)
+        ran = site.run("populate")
+        (small_disk / "filler").unlink()
+        if ran.code == 0:
+            break
+        assert len(ran.errors) == 1 and ran.errors[0].startswith("bento: error: a: ")
+        assert "No space left on device" in ran.errors[0]
+        assert check_chroot(site.chroots / "a") == old
+    assert 300_000 < left < 840_000
+    assert check_chroot(site.chroots / "a") != old
+    check_tidy(site.chroots / "a", {old, site.current().release})
+
+
+@pytest.mark.parametrize("step", ["stage", "place", "reveal"])
+def test_a_full_disk_at_each_step(step: str, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.host("a")
+    site.publish()
+    old = site.current().release
+    site.host("a", {"configuration.nix": "{ } # new\n"})
+    failing = {"stage": (bento, "write_release"), "place": (Path, "write_bytes"), "reveal": (Path, "symlink_to")}[step]
+
+    def full(*arguments: object, **options: object) -> object:
+        if step == "stage" and len(arguments) + len(options) > 1 and arguments[1:] != (None,):
+            raise OSError(28, "No space left on device")
+        if step == "stage":
+            return real(*arguments, **options)
+        raise OSError(28, "No space left on device")
+
+    real: Callable[..., object] = getattr(*failing)
+    with monkeypatch.context() as patched:
+        patched.setattr(*failing, full)
+        ran = site.run("populate")
+    assert ran.code == 1
+    assert ran.errors == ["bento: error: a: [Errno 28] No space left on device"]
+    if step == "reveal":
+        assert check_chroot(site.chroots / "a") != old
+    else:
+        assert check_chroot(site.chroots / "a") == old
+    site.publish()
+    assert check_chroot(site.chroots / "a") != old
+    check_tidy(site.chroots / "a", {old, site.current().release})
+
+
+def test_the_current_release_and_two_before_are_kept(site: Site) -> None:
+    releases = []
+    for number in range(6):
+        site.host("a", {"configuration.nix": f"{{ }} # {number}\n"})
+        site.publish()
+        releases.append(site.current().release)
+        check_tidy(site.chroots / "a", set(releases[-3:]))
+    for release in releases[-3:]:
+        tar = site.chroots / "a/releases" / f"{release}.tar"
+        assert sha256sum(tar) == release
+        check_tree(tar, tar.with_suffix(""))
+
+
+def test_older_content_again(site: Site) -> None:
+    releases = []
+    for content in ("1", "2", "3", "1", "3", "4"):
+        site.host("a", {"configuration.nix": f"{{ }} # {content}\n"})
+        before = site.current().published if releases else ""
+        site.publish()
+        assert check_chroot(site.chroots / "a")
+        assert site.current().published > before
+        releases.append(site.current().release)
+    assert releases[3] == releases[0] and releases[4] == releases[2]
+    # The ones before the current one are 3 and 1, not 2.
+    check_tidy(site.chroots / "a", {releases[5], releases[4], releases[3]})
+
+
+def test_a_clock_that_goes_back(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [NOW_S, NOW_S + 3600, NOW_S - 86400, NOW_S - 86400, NOW_S + 10, NOW_S + 3600]
+    releases, published = [], []
+    for number, now_s in enumerate(clock):
+        monkeypatch.setattr(time, "time", lambda now_s=now_s: now_s)
+        site.host("a", {"configuration.nix": f"{{ }} # {number}\n"})
+        site.publish()
+        releases.append(site.current().release)
+        published.append(client.parse_time(site.current().published))
+        check_tidy(site.chroots / "a", set(releases[-3:]))
+    assert published == [NOW_S, NOW_S + 3600, NOW_S + 3601, NOW_S + 3602, NOW_S + 3603, NOW_S + 3604]
+
+
+@pytest.mark.parametrize("damage", ["tar gone", "tar short", "tree gone", "json cut", "json of another", "json newer"])
+def test_damage_is_mended(damage: str, site: Site) -> None:
+    site.host("a")
+    site.publish()
+    current, tar = site.current(), site.tar()
+    path = site.chroots / "a/current.json"
+    match damage:
+        case "tar gone":
+            tar.unlink()
+        case "tar short":
+            os.truncate(tar, 100)
+        case "tree gone":
+            shutil.rmtree(tar.with_suffix(""))
+        case "json cut":
+            os.truncate(path, 10)
+        case "json of another":
+            path.write_text(path.read_text().replace('"a"', '"b"'))
+        case "json newer":
+            path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    ran = site.run("populate")
+    assert ran.code == 0
+    assert len(ran.errors) == ("json" in damage)
+    assert all(line.startswith(f"a: {path}: ") and line.endswith(": published anew") for line in ran.errors)
+    assert check_chroot(site.chroots / "a") == current.release
+    check_tidy(site.chroots / "a", {current.release})
+
+
+def test_one_populate_at_a_time(site: Site) -> None:
+    site.host("a")
+    with bento.populate_lock(bento.Fleet(site.fleet, site.chroots)):
+        ran = site.run("populate")
+        assert ran.code == 1
+        assert ran.errors == [
+            f"bento: error: another populate is at work in {site.chroots}: wait for its end"
+        ]
+        assert set(os.listdir(site.chroots)) == {".lock"}
+    site.publish()
+
+
+def test_a_dry_run_changes_nothing(site: Site) -> None:
+    site.host("a")
+    site.host("gone")
+    assert site.publish("--dry-run").out.splitlines()[-1] == "2 hosts: 2 would be published, 0 unchanged, 0 failed"
+    assert not site.chroots.exists()
+    site.publish()
+    shutil.rmtree(site.fleet / "hosts/gone")
+    directory = site.host("a", {"configuration.nix": "{ } # new\n"})
+    (site.chroots / "a/releases/.new").mkdir()
+    before = snapshot(site.chroots)
+    fleet = bento.Fleet(site.fleet, site.chroots)
+    bento.read_small.cache_clear()
+    release, size = bento.write_release(bento.list_members(fleet, "a"), None)
+    assert site.publish("--dry-run", "--prune").out == (
+        f"gone: would remove {site.chroots}/gone\n"
+        f"a: would publish {release[:12]} ({size} bytes)\n"
+        "1 hosts: 1 would be published, 0 unchanged, 0 failed\n"
+    )
+    (directory / "x").symlink_to("gone")
+    ran = site.run("populate", "--dry-run")
+    assert (ran.code, ran.errors) == (1, ["bento: error: a: hosts/a/x: dangling link to gone"])
+    assert snapshot(site.chroots) == before
+
+
+def test_prune(site: Site) -> None:
+    for name in ("a", "gone", "gone-2"):
+        site.host(name)
+    site.publish()
+    (site.chroots / "gone/logs/log").write_text("x")
+    (site.chroots / "gone/logs/link").symlink_to(site.fleet)
+    (site.chroots / "not ours").mkdir()
+    (site.chroots / "no-releases").mkdir()
+    (site.chroots / "link").symlink_to(site.chroots / "a")
+    for name in ("gone", "gone-2"):
+        shutil.rmtree(site.fleet / "hosts" / name)
+    site.publish()
+    assert (site.chroots / "gone/current.json").exists()
+    ran = site.publish("--prune")
+    assert ran.out == (
+        f"gone: removed {site.chroots}/gone\ngone-2: removed {site.chroots}/gone-2\n"
+        "1 hosts: 0 published, 1 unchanged, 0 failed\n"
+    )
+    assert set(os.listdir(site.chroots)) == {".lock", "a", "link", "no-releases", "not ours"}
+    assert (site.fleet / "hosts/a").is_dir()
+
+    # A host that is refused, or whose link dangles, is not gone.
+    site.host("b")
+    site.publish()
+    shutil.rmtree(site.fleet / "hosts/b")
+    (site.fleet / "hosts/b").symlink_to("elsewhere")
+    assert site.run("populate", "--prune").code == 1
+    check_chroot(site.chroots / "b")
+
+
+def test_prune_refuses_what_nobody_means(site: Site) -> None:
+    site.host("a")
+    site.publish()
+    ran = site.run("populate", "--prune", "a")
+    assert (ran.code, ran.errors) == (
+        2, ["bento: error: --prune goes with the whole fleet, not with single hosts"],
+    )  # fmt: skip
+    shutil.rmtree(site.fleet / "hosts/a")
+    ran = site.run("populate", "--prune")
+    assert (ran.code, ran.errors) == (
+        1, [f"bento: error: {site.fleet}/hosts: no hosts in it: pruning would remove every chroot, so nothing was done"],
+    )  # fmt: skip
+    check_chroot(site.chroots / "a")
+
+
+def test_a_chroot_that_is_something_else(site: Site) -> None:
+    site.host("a")
+    site.host("b")
+    site.chroots.mkdir()
+    (site.chroots / "a").symlink_to("/nonexistent")
+    ran = site.run("populate")
+    assert (ran.code, ran.errors) == (1, [f"bento: error: a: {site.chroots}/a: not a directory: remove it"])
+    check_chroot(site.chroots / "b")
+
+
+def test_old_logs_are_pruned(site: Site) -> None:
+    site.host("a")
+    site.publish()
+    logs = site.chroots / "a/logs"
+    names = [f"20261123T{n // 60:02}{n % 60:02}00Z_9f3a61c07be4_ok.log" for n in range(bento.KEEP_LOGS + 30)]
+    for name in [*names, "status.json", "something else"]:
+        (logs / name).write_text("x")
+    site.publish()
+    assert set(os.listdir(logs)) == {*names[30:], "status.json", "something else"}
+
+
+# --- owners and modes ---
+
+
+def test_owners_and_modes(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    if os.geteuid() != 0:
+        _missing("needs root to give files away")
+
+    @dataclass
+    class Account:
+        pw_uid: int = 41234
+        gr_gid: int = 51234
+
+    asked: list[str] = []
+    monkeypatch.setattr(bento.pwd, "getpwnam", lambda name: asked.append(name) or Account())
+    monkeypatch.setattr(bento.grp, "getgrnam", lambda name: asked.append(name) or Account())
+    directory = site.host("t470", {"configuration.nix": "{ }\n", "d/script": "#!/bin/sh\n"})
+    (directory / "d/script").chmod(0o700)
+    os.umask(0o077)
+    ran = site.run("populate")
+    assert (ran.code, ran.err) == (0, "")
+    assert asked == ["bento-t470", "bento"]
+    release = site.current("t470").release
+    expected = {
+        ".": (0, 0, 0o755), "t470": (0, 51234, 0o750), "t470/current.json": (0, 0, 0o644),
+        "t470/releases": (0, 0, 0o755), f"t470/releases/{release}": (0, 0, 0o755),
+        f"t470/releases/{release}.tar": (0, 0, 0o644), f"t470/releases/{release}/d": (0, 0, 0o755),
+        f"t470/releases/{release}/d/script": (0, 0, 0o755), f"t470/releases/{release}/configuration.nix": (0, 0, 0o644),
+        "t470/logs": (41234, 51234, 0o750),
+    }  # fmt: skip
+
+    def found() -> dict[str, tuple[int, int, int]]:
+        stats = {name: (site.chroots / name).lstat() for name in expected}
+        return {name: (s.st_uid, s.st_gid, s.st_mode & 0o7777) for name, s in stats.items()}
+
+    assert found() == expected
+    # What somebody changed by hand is put right, also where nothing is published.
+    os.chown(site.chroots / "t470/logs", 0, 0)
+    (site.chroots / "t470").chmod(0o777)
+    assert site.run("populate").out == "1 hosts: 0 published, 1 unchanged, 0 failed\n"
+    assert found() == expected
+
+
+def test_a_missing_account(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    site.host("no-such-account")
+    ran = site.run("populate")
+    assert ran.code == 1
+    assert ran.errors == [
+        "bento: error: no-such-account: 'bento-no-such-account' does not exist here: run 'bento.py fleet',"
+        " include fleet.nix in this server's configuration and switch to it"
+    ]
+    assert set(os.listdir(site.chroots)) == {".lock"}
+
+
+def test_as_another_user(tmp_path: Path) -> None:
+    """The whole of it without root's rights: in a process that gave them up."""
+    if os.geteuid() != 0:
+        _missing("needs root to become another user")
+    import tempfile
+
+    code = (
+        "import os, sys, bento, tarfile, encodings.idna; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "top = sys.argv[1]; os.makedirs(top + '/hosts/a'); open(top + '/hosts/a/flake.nix', 'w').close()\n"
+        "arguments = ['--fleet', top, '--chroot-dir', top + '/chroot']\n"
+        "sys.exit(bento.main([*arguments, 'populate']) or bento.main([*arguments, 'status']))"
+    )
+    with tempfile.TemporaryDirectory() as top:
+        os.chmod(top, 0o777)
+        done = subprocess.run(
+            [sys.executable, "-c", code, f"{top}/fleet"], cwd="/", env=os.environ | {"PYTHONPATH": str(REPO)},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, f"{NOT_ROOT}\n")
+        release = check_chroot(Path(top, "fleet/chroot/a"))
+        assert done.stdout.splitlines()[0].startswith(f"a: published {release[:12]} (")
+        assert (Path(top) / "fleet/chroot/a/logs").stat().st_uid == 65534

@@ -1,0 +1,843 @@
+"""A real sshd with the Match block that `bento.py fleet` makes: the client over good and bad lines, and a hostile host.
+
+sshd is as permissive as can be for everybody else, and an ordinary account is let to do all that a host is denied:
+so it is the block that denies it, and it denies nobody else. sshd runs without PAM, hence without the module's
+loginLimits, and for its sake /run/sshd, the accounts and a directory in /var/lib are made, and removed again.
+"""
+
+import grp
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toynixos import CLIENT, TOY, ToyMachine, _missing, need, write_config
+
+SERVER = CLIENT.parent / "bento.py"
+PID = os.getpid()
+GOOD, FRESH, EVIL, OTHER = (f"{name}-{PID}" for name in ("good", "fresh", "evil", "other"))
+HOSTS = (GOOD, FRESH, EVIL, OTHER)
+PERSON = f"bentoperson{PID}"
+LOGIN_GRACE_S = 4
+# Incompressible, and much larger than the handshake: a line can be cut in the middle of it.
+BULK = 1_500_000
+
+Done = subprocess.CompletedProcess[str]
+
+
+# --- the server ---
+
+
+def call(*argv: str | Path, **options: Any) -> Done:
+    return subprocess.run(
+        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        timeout=60, check=True, **options,
+    )  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port: int = found.getsockname()[1]
+    return port
+
+
+def match_block(fleet_nix: str) -> str:
+    """What the module appends to sshd_config, from the generated file: what is tested is what ships."""
+    found = re.search(r"extraConfig = [^\n]*''\n(.*?)\n *'';", fleet_nix, re.DOTALL)
+    assert found is not None, "no extraConfig in fleet.nix"
+    block = textwrap.dedent(found[1])
+    assert "${" not in block
+    return block
+
+
+def max_startups(fleet_nix: str, count: int) -> str:
+    found = re.search(
+        r'MaxStartups = [^"]*"\$\{toString \((\d+) \+ count\)}:(\d+):\$\{toString \((\d+) \+ count\)}"', fleet_nix
+    )
+    assert found is not None, "no MaxStartups in fleet.nix"
+    return f"{int(found[1]) + count}:{found[2]}:{int(found[3]) + count}"
+
+
+@dataclass
+class Server:
+    """`top` is root's: it holds the fleet, the chroots and sshd's files. `keys` holds the hosts' private keys."""
+
+    top: Path
+    keys: Path
+    port: int
+    config: str = ""
+    process: subprocess.Popen[bytes] | None = None
+
+    def bento(self, *args: str) -> Done:
+        argv = [sys.executable, SERVER, "--fleet", self.top / "fleet", "--chroot-dir", self.top / "chroots", *args]
+        return subprocess.run(
+            argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, check=False
+        )
+
+    def publish(self, host: str, *, bulk: int = 0, **behaviour: Any) -> str:
+        """Publishes a configuration; its release."""
+        directory = write_config(self.top / "fleet/hosts" / host, flake=True, host=host, **behaviour)
+        (directory / "bulk").write_bytes(os.urandom(bulk))
+        done = self.bento("populate", host)
+        assert done.returncode == 0, done.stdout
+        release: str = json.loads((self.chroot(host) / "current.json").read_text())["release"]
+        return release
+
+    def chroot(self, host: str) -> Path:
+        return self.top / "chroots" / host
+
+    def logs(self, host: str) -> list[str]:
+        """The logs that a host has uploaded, in the order in which they came."""
+        paths = sorted((self.chroot(host) / "logs").glob("*.log"), key=lambda path: path.stat().st_mtime_ns)
+        return [path.name for path in paths]
+
+    def status(self, host: str) -> dict[str, Any]:
+        done = self.bento("status", "--json", host)
+        row: dict[str, Any] = json.loads(done.stdout)["hosts"][0]
+        return row
+
+    def host_key(self) -> str:
+        return (self.top / "sshd/host_key.pub").read_text().strip()
+
+    def known_hosts(self, path: Path, key: str | None = None, *ports: int) -> Path:
+        key = " ".join((key or self.host_key()).split()[:2])
+        path.write_text("".join(f"[127.0.0.1]:{port} {key}\n" for port in (self.port, *ports)))
+        return path
+
+    def make_account(self, stack: ExitStack, user: str, home: Path, group: str) -> None:
+        # With a shell: that there is none is to be sshd's doing.
+        call("useradd", "-r", "-M", "-N", "-g", group, "-d", home, "-s", "/bin/sh", user)
+        stack.callback(call, "userdel", user)
+        call("usermod", "-p", "*", user)
+
+    def make_key(self, user: str, options: str) -> str:
+        call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", user, "-f", self.keys / user)
+        public = (self.keys / f"{user}.pub").read_text()
+        (self.top / "authorized" / user).write_text(options + public)
+        return public
+
+    def write_config(self, fleet_nix: str) -> None:
+        directory = self.top / "sshd"
+        call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", directory / "host_key")
+        self.config = textwrap.dedent(f"""\
+            ListenAddress 127.0.0.1
+            Port {self.port}
+            HostKey {directory}/host_key
+            PidFile none
+            UsePAM no
+            AuthorizedKeysFile {self.top}/authorized/%u
+            LoginGraceTime {LOGIN_GRACE_S}
+            MaxStartups {max_startups(fleet_nix, len(HOSTS))}
+            AllowUsers {PERSON}
+            AllowTcpForwarding yes
+            AllowStreamLocalForwarding yes
+            AllowAgentForwarding yes
+            PermitTunnel yes
+            X11Forwarding yes
+            XAuthLocation /bin/true
+            PermitTTY yes
+            PermitUserEnvironment yes
+            AcceptEnv *
+            PasswordAuthentication yes
+            Subsystem sftp /usr/lib/openssh/sftp-server
+            Subsystem leak /bin/cat /etc/passwd
+            """) + match_block(fleet_nix)
+        (directory / "config").write_text(self.config)
+
+    def start(self) -> None:
+        """Stands in for loginLimits' nofile, which PAM sets for a host alone, with a limit that the listener bears."""
+        sshd = ["/usr/sbin/sshd", "-D", "-f", self.top / "sshd/config", "-E", self.top / "sshd/log"]
+        self.process = subprocess.Popen(["prlimit", "--nofile=512:512", *sshd], stdin=subprocess.DEVNULL)
+        deadline = time.monotonic() + 10
+        while True:
+            with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", self.port), 5):
+                return
+            assert time.monotonic() < deadline and self.process.poll() is None, (self.top / "sshd/log").read_text()
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """Ends sshd, and then the connections that it leaves behind: userdel wants the users gone."""
+        assert self.process is not None
+        children = descendants(self.process.pid)
+        self.process.terminate()
+        self.process.wait(10)
+        for pid in children:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while any(Path("/proc", str(pid)).exists() for pid in children) and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+def descendants(top: int) -> list[int]:
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found = [top]
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found[1:]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    if os.geteuid() != 0:
+        _missing("needs root for sshd, its accounts and its chroots")
+    os.environ["PATH"] = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+    for program in ("sshd", "ssh", "sftp", "ssh-keygen", "ssh-agent", "useradd", "userdel", "usermod", "prlimit"):
+        need(program)
+    with ExitStack() as stack:
+        if not Path("/run/sshd").exists():
+            Path("/run/sshd").mkdir(mode=0o755)
+            stack.callback(Path("/run/sshd").rmdir)
+        # Not below /tmp: every directory above a chroot has to be root's, and writable by nobody else.
+        top = Path(tempfile.mkdtemp(prefix="bento-sshd-", dir="/var/lib"))
+        stack.callback(shutil.rmtree, top)
+        top.chmod(0o755)
+        found = Server(top, tmp_path_factory.mktemp("keys"), free_port())
+        for name in ("fleet/hosts", "authorized", "sshd", "chroots"):
+            (top / name).mkdir(parents=True)
+        try:
+            grp.getgrnam("bento")
+        except KeyError:
+            call("groupadd", "-r", "bento")
+            stack.callback(call, "groupdel", "bento")
+        for host in HOSTS:
+            found.make_account(stack, f"bento-{host}", found.chroot(host), "bento")
+            (top / f"fleet/hosts/{host}.pub").write_text(found.make_key(f"bento-{host}", "restrict "))
+        (top / "person").mkdir()
+        found.make_account(stack, PERSON, top / "person", grp.getgrgid(65534).gr_name)
+        found.make_key(PERSON, "")
+        call(sys.executable, SERVER, "--fleet", top / "fleet", "--chroot-dir", top / "chroots", "fleet")
+        fleet_nix = (top / "fleet/fleet.nix").read_text()
+        assert all('"restrict ${key}"' in fleet_nix and f'"{host}" = [' in fleet_nix for host in HOSTS)
+        found.write_config(fleet_nix)
+        for host in HOSTS:
+            found.publish(host, label="v1")
+        found.start()
+        stack.callback(found.stop)
+        yield found
+
+
+# --- lines ---
+
+
+@dataclass
+class Line:
+    """Forwards TCP connections on 127.0.0.1, as badly as it is told. Bytes are counted towards the client.
+
+    cut_after: closes a connection after so many bytes; stall_after: goes silent; rate: bytes a second at most;
+    connections: refuses more than so many.
+    """
+
+    to_port: int
+    cut_after: int | None = None
+    stall_after: int | None = None
+    rate: int | None = None
+    connections: int | None = None
+    accepted: int = 0
+    carried: int = 0
+    sockets: list[socket.socket] = field(default_factory=list)
+
+    def __enter__(self) -> "Line":
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self.listener.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in (self.listener, *self.sockets):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+    def accept(self) -> None:
+        while self.accepted != self.connections:
+            try:
+                near, _ = self.listener.accept()
+            except OSError:
+                return
+            self.accepted += 1
+            far = socket.create_connection(("127.0.0.1", self.to_port))
+            self.sockets += [near, far]
+            threading.Thread(target=self.pump, args=(near, far, False), daemon=True).start()
+            threading.Thread(target=self.pump, args=(far, near, True), daemon=True).start()
+        self.listener.close()
+
+    def pump(self, source: socket.socket, sink: socket.socket, down: bool) -> None:
+        carried = 0
+        with suppress(OSError):
+            while data := source.recv(1 << 14):
+                if down:
+                    limit = self.cut_after if self.stall_after is None else self.stall_after
+                    if limit is not None and carried + len(data) > limit:
+                        data = data[: limit - carried]
+                        sink.sendall(data)
+                        if self.stall_after is None:
+                            break
+                        return
+                    carried += len(data)
+                    self.carried += len(data)
+                    if self.rate is not None:
+                        time.sleep(len(data) / self.rate)
+                sink.sendall(data)
+        for end in (source, sink):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+# --- the machines ---
+
+
+@dataclass(frozen=True)
+class Host:
+    """A toy machine that polls the real sshd with the real sftp."""
+
+    server: Server
+    machine: ToyMachine
+    settings: dict[str, Any]
+
+    @classmethod
+    def create(cls, server: Server, top: Path, name: str) -> "Host":
+        machine = ToyMachine.create(top / "root", name)
+        settings = {
+            "server": "127.0.0.1", "port": server.port, "host": name, "root": str(machine.root),
+            "state_dir": str(top / "state"), "identity": str(server.keys / f"bento-{name}"),
+            "connect_timeout": 10, "confirm_timeout": 10,
+        }  # fmt: skip
+        (top / "programs").mkdir()
+        for program in ("boot", "nix-env", "nixos-rebuild"):
+            (top / "programs" / program).symlink_to(TOY / program)
+        (top / "client.json").write_text(json.dumps(settings))
+        return cls(server, machine, settings)
+
+    @property
+    def top(self) -> Path:
+        return self.machine.root.parent
+
+    @property
+    def state(self) -> Path:
+        return self.top / "state"
+
+    def publish(self, label: str, **behaviour: Any) -> str:
+        return self.server.publish(self.settings["host"], label=label, client_json=self.settings, **behaviour)
+
+    def client(self, command: str, *flags: str, stall_s: float | None = None) -> Done:
+        """Runs the client. `stall_s`: with that instead of the minute that a transfer may stand still."""
+        path = f"{self.top / 'programs'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        argv: list[str | Path] = [sys.executable, CLIENT]
+        if stall_s is not None:
+            code = f"import sys; sys.path.insert(0, {str(CLIENT.parent)!r}); import bento_client as c; "
+            argv = [sys.executable, "-c", f"{code}c.STALL_S = {stall_s}; sys.exit(c.main())"]
+        return self.machine.run(*argv, "--config", self.top / "client.json", command, *flags, env={"PATH": path})
+
+    def run(self, *flags: str, stall_s: float | None = None) -> Done:
+        return self.client("run", *flags, stall_s=stall_s)
+
+
+def snapshot(top: Path, *left_out: str) -> dict[str, tuple[object, ...]]:
+    """Everything below a directory but what is below `left_out`: type, mode, owner, time and content."""
+    found: dict[str, tuple[object, ...]] = {}
+    for path in sorted([top, *top.rglob("*")]):
+        name = str(path.relative_to(top))
+        if name.split("/")[0] in left_out:
+            continue
+        state = path.lstat()
+        content: object = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        when = 0 if path.is_dir() else state.st_mtime_ns
+        found[name] = (state.st_mode, state.st_uid, state.st_gid, when, content)
+    return found
+
+
+@pytest.fixture
+def fresh(server: Server, tmp_path: Path) -> Iterator[Host]:
+    """A machine that has never polled, with a chroot that holds no logs."""
+    for left in (server.chroot(FRESH) / "logs").iterdir():
+        left.unlink()
+    yield Host.create(server, tmp_path, FRESH)
+
+
+@pytest.fixture(scope="module")
+def settled(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Host:
+    """A machine that runs v1, has two reports to deliver, and for which a large v2 is published."""
+    host = Host.create(server, tmp_path_factory.mktemp("settled"), GOOD)
+    host.publish("v1")
+    done = host.run()
+    assert done.returncode == 0, done.stdout
+    for name in WAITING:
+        (host.state / "outbox" / name).write_text(f"log {name}\n")
+    host.publish("v2", bulk=BULK)
+    return host
+
+
+# The older one has the later name, in the alphabet of results.
+WAITING = ["20200101T000000Z_aaaaaaaaaaaa_postponed.log", "20200102T000000Z_aaaaaaaaaaaa_build-failed.log"]
+
+
+# --- a peer that does not keep to the client ---
+
+
+@dataclass
+class Peer:
+    """An account, with OpenSSH's programs and with SFTP by the packet."""
+
+    server: Server
+    user: str
+    session: subprocess.Popen[bytes] | None = None
+    extensions: dict[bytes, bytes] = field(default_factory=dict)
+    asked: int = 0
+
+    @property
+    def host(self) -> str:
+        return self.user.removeprefix("bento-")
+
+    def argv(self, *args: str | Path, program: str = "ssh", key: str | None = None) -> list[str]:
+        options = [
+            "IdentitiesOnly=yes", "StrictHostKeyChecking=no", f"UserKnownHostsFile={os.devnull}", "ControlPath=none",
+            "ControlMaster=no", "ExitOnForwardFailure=yes", "ConnectTimeout=20",
+        ]  # fmt: skip
+        # ssh takes the first value of an option that it sees.
+        given = [str(arg) for arg in args]
+        argv = [
+            program,
+            "-F",
+            os.devnull,
+            *given,
+            f"-oPort={self.server.port}",
+            "-i",
+            str(self.server.keys / (key or self.user)),
+        ]
+        return [*argv, *(f"-o{option}" for option in options), "-oBatchMode=yes"]
+
+    def ssh(self, *args: str | Path, command: str = "", send: bytes = b"", user: str = "", **env: str) -> str:
+        """What ssh says, and what comes through it."""
+        argv = [*self.argv(*args), f"{user or self.user}@127.0.0.1", *([command] if command else [])]
+        done = subprocess.run(
+            argv,
+            input=send,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=30,
+            env=os.environ | env,
+            check=False,
+        )
+        return done.stdout.decode(errors="replace")
+
+    def says(self, pattern: str, *args: str | Path, **env: str) -> bool:
+        """Whether `ssh -v` says that, before it ends; it is ended then."""
+        argv = [*self.argv("-v", *args), f"{self.user}@127.0.0.1"]
+        with subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | env
+        ) as ssh:
+            assert ssh.stderr is not None
+            timer = threading.Timer(20, ssh.kill)
+            timer.start()
+            try:
+                return any(re.search(pattern, line.decode(errors="replace")) for line in ssh.stderr)
+            finally:
+                timer.cancel()
+                ssh.kill()
+
+    def connect(self, *args: str | Path, command: str = "sftp", **env: str) -> subprocess.Popen[bytes]:
+        subsystem = ["-s"] if command == "sftp" else []
+        argv = [*self.argv("-q", *args, *subsystem), f"{self.user}@127.0.0.1", command]
+        return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | env, bufsize=0)
+
+    def open_session(self, *args: str | Path) -> None:
+        self.close_session()
+        self.session = self.connect(*args)
+        kind, body = self.exchange(struct.pack(">BI", 1, 3))
+        assert (kind, body[:4]) == (2, b"\0\0\0\3")
+        words = strings(body[4:])
+        self.extensions = dict(zip(words[::2], words[1::2], strict=True))
+
+    def close_session(self) -> None:
+        if self.session is not None:
+            end(self.session)
+            self.session = None
+
+    def exchange(self, packet: bytes) -> tuple[int, bytes]:
+        """Sends one packet, and takes one: its type and the rest. EOFError when the server has hung up."""
+        assert self.session is not None and self.session.stdin is not None and self.session.stdout is not None
+        try:
+            self.session.stdin.write(struct.pack(">I", len(packet)) + packet)
+        except BrokenPipeError:
+            raise EOFError from None
+        raw = read_exactly(self.session.stdout.fileno(), 4)
+        body = read_exactly(self.session.stdout.fileno(), struct.unpack(">I", raw)[0])
+        return body[0], body[1:]
+
+    def request(self, kind: int, *parts: bytes) -> tuple[str, bytes]:
+        """One SFTP request: what became of it, and what came with it."""
+        if self.session is None or self.session.poll() is not None:
+            self.open_session()
+        self.asked += 1
+        number = struct.pack(">I", self.asked)
+        try:
+            answer, body = self.exchange(bytes([kind]) + number + b"".join(parts))
+        except EOFError:
+            self.close_session()
+            return "hung up", b""
+        assert body[:4] == number
+        if answer == 101:
+            return STATUS[struct.unpack(">I", body[4:8])[0]], b""
+        return {102: "handle", 103: "data", 104: "names", 105: "attributes", 201: "reply"}[answer], body[4:]
+
+    def ask(self, kind: int, *parts: bytes) -> str:
+        return self.request(kind, *parts)[0]
+
+    def extended(self, name: str, *parts: bytes) -> str:
+        """An extension, which the server has to know: else that it is refused would say nothing."""
+        self.request(REALPATH, text("."))
+        assert name.encode() in self.extensions, f"{name}: sshd does not know it"
+        return self.ask(EXTENDED, text(name), *parts)
+
+    def open(self, path: str | bytes, flags: int, attributes: bytes = bytes(4)) -> str:
+        what, handle = self.request(OPEN, text(path), u32(flags), attributes)
+        if what == "handle":
+            assert self.ask(CLOSE, handle) == "ok"
+        return what
+
+    def write(self, path: str | bytes, data: bytes, offset: int = 0) -> str:
+        what, handle = self.request(OPEN, text(path), u32(WRITE | CREATE | TRUNCATE), bytes(4))
+        if what != "handle":
+            return what
+        what = self.ask(WRITE_DATA, handle, u64(offset), text(data))
+        assert self.ask(CLOSE, handle) == "ok"
+        return what
+
+    def read(self, path: str) -> str:
+        what, handle = self.request(OPEN, text(path), u32(READ), bytes(4))
+        if what != "handle":
+            return what
+        what, data = self.request(READ_DATA, handle, u64(0), u32(1 << 15))
+        assert self.ask(CLOSE, handle) == "ok"
+        return strings(data)[0].decode() if what == "data" else what
+
+    def list(self, path: str) -> str:
+        """The names in a directory, in order."""
+        what, handle = self.request(OPENDIR, text(path))
+        if what != "handle":
+            return what
+        found: list[str] = []
+        while (answer := self.request(READDIR, handle))[0] == "names":
+            found += names(answer[1])
+        assert answer[0] == "end" and self.ask(CLOSE, handle) == "ok"
+        return " ".join(sorted(set(found) - {".", ".."}))
+
+
+OPEN, CLOSE, READ_DATA, WRITE_DATA, LSTAT, FSTAT, SETSTAT, FSETSTAT, OPENDIR, READDIR = range(3, 13)
+REMOVE, MKDIR, RMDIR, REALPATH, STAT, RENAME, READLINK, SYMLINK = range(13, 21)
+EXTENDED = 200
+READ, WRITE, APPEND, CREATE, TRUNCATE = 1, 2, 4, 8, 16
+STATUS = {0: "ok", 1: "end", 2: "no such file", 3: "denied", 4: "failure", 5: "bad message", 8: "unsupported"}
+
+
+def u32(number: int) -> bytes:
+    return struct.pack(">I", number)
+
+
+def u64(number: int) -> bytes:
+    return struct.pack(">Q", number)
+
+
+def text(value: str | bytes) -> bytes:
+    raw = value.encode() if isinstance(value, str) else value
+    return u32(len(raw)) + raw
+
+
+def mode(bits: int) -> bytes:
+    """SFTP's file attributes, with permissions only."""
+    return u32(4) + u32(bits)
+
+
+def strings(raw: bytes) -> list[bytes]:
+    found = []
+    while raw:
+        size = struct.unpack(">I", raw[:4])[0]
+        found.append(raw[4 : 4 + size])
+        raw = raw[4 + size :]
+    return found
+
+
+def names(raw: bytes) -> list[str]:
+    """The file names in a NAME answer; sftp-server's attributes are of one form."""
+    count, raw = struct.unpack(">I", raw[:4])[0], raw[4:]
+    found = []
+    for _ in range(count):
+        for index in range(2):
+            size = struct.unpack(">I", raw[:4])[0]
+            if index == 0:
+                found.append(raw[4 : 4 + size].decode(errors="replace"))
+            raw = raw[4 + size :]
+        flags = struct.unpack(">I", raw[:4])[0]
+        raw = raw[4 + 8 * bool(flags & 1) + 8 * bool(flags & 2) + 4 * bool(flags & 4) + 8 * bool(flags & 8) :]
+    return found
+
+
+def read_exactly(descriptor: int, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        chunk = os.read(descriptor, size - len(data))
+        if not chunk:
+            raise EOFError
+        data += chunk
+    return data
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
+
+
+@contextmanager
+def master(peer: Peer, path: Path) -> Iterator[None]:
+    """A connection of that account, open to be shared at `path`."""
+    argv = [*peer.argv("-q", "-N", "-M", "-S", path), f"{peer.user}@127.0.0.1"]
+    ssh = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 20
+        while not path.exists():
+            assert ssh.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        yield
+    finally:
+        end(ssh)
+        path.unlink(missing_ok=True)
+
+
+# --- the loop ---
+
+
+def test_the_block_is_good_sshd_config_and_is_for_hosts_only(server: Server) -> None:
+    def effective(user: str) -> dict[str, str]:
+        asked = f"user={user},host=localhost,addr=127.0.0.1"
+        shown = call("/usr/sbin/sshd", "-T", "-f", server.top / "sshd/config", "-C", asked).stdout
+        return dict(line.split(" ", 1) for line in shown.splitlines() if " " in line)
+
+    assert call("/usr/sbin/sshd", "-t", "-f", server.top / "sshd/config").stdout == ""
+    host, person = effective(f"bento-{EVIL}"), effective(PERSON)
+    denied = {
+        "passwordauthentication", "kbdinteractiveauthentication", "allowtcpforwarding", "allowstreamlocalforwarding",
+        "allowagentforwarding", "x11forwarding", "permittunnel", "permittty", "permituserrc",
+    }  # fmt: skip
+    assert {name: host[name] for name in denied} == dict.fromkeys(denied, "no")
+    assert host["disableforwarding"] == "yes" and host["authenticationmethods"] == "publickey"
+    assert host["maxsessions"] == "1" and host["chrootdirectory"] == "%h"
+    assert not {name for name in denied if person[name] == "no"}
+    assert person["disableforwarding"] == "no" and person["chrootdirectory"] == "none"
+
+
+def test_a_host_pulls_and_reports(server: Server, fresh: Host) -> None:
+    release = fresh.publish("v2")
+    before = snapshot(server.chroot(FRESH), "logs")
+    assert server.status(FRESH)["state"] == "new"
+
+    done = fresh.run()
+
+    assert done.returncode == 0, done.stdout
+    assert fresh.machine.labels() == ("v2", "v2", "v2")
+    assert snapshot(server.chroot(FRESH), "logs") == before
+    logs = server.chroot(FRESH) / "logs"
+    (log,) = server.logs(FRESH)
+    assert re.fullmatch(rf"\d{{8}}T\d{{6}}Z_{release[:12]}_ok\.log", log)
+    assert sorted(path.name for path in logs.iterdir()) == sorted([log, "status.json"])
+    for path in logs.iterdir():
+        assert (path.owner(), path.group(), stat.S_IMODE(path.stat().st_mode)) == (f"bento-{FRESH}", "bento", 0o640)
+    row = server.status(FRESH)
+    assert (row["state"], row["release"], row["drift"], row["problem"]) == ("up-to-date", release, False, None)
+    assert "ok" in server.bento("log", FRESH).stdout
+
+    again = fresh.run()
+    assert (again.returncode, again.stdout) == (0, f"up to date with release {release[:12]}\n")
+
+
+def test_the_first_key_seen_is_kept_with_a_warning(server: Server, fresh: Host) -> None:
+    first, second = fresh.client("probe"), fresh.client("probe")
+    # A probe has no log to warn in, but what it keeps is what it saw.
+    assert (first.returncode, second.returncode) == (0, 0), first.stdout
+    known = (fresh.state / "known_hosts").read_text()
+    assert server.host_key().split()[1] in known
+
+    (fresh.state / "known_hosts").unlink()
+    fresh.publish("v1")
+    run, later = fresh.run(), fresh.run()
+    warning = f"bento: warning: first contact with 127.0.0.1: its host key is kept in {fresh.state}/known_hosts"
+    assert run.stdout.count(warning) == 1 and "warning" not in later.stdout
+    assert (fresh.state / "known_hosts").read_text() == known
+
+
+def test_a_key_that_is_not_known_is_refused_when_keys_are_given(server: Server, fresh: Host) -> None:
+    known = server.known_hosts(fresh.top / "known")
+    good = fresh.client("probe", "--known-hosts", str(known))
+    assert good.returncode == 0, good.stdout
+    known.write_text("")
+    done = fresh.client("probe", "--known-hosts", str(known))
+    assert done.returncode == 75 and "its host key is not the known one" in done.stdout
+    assert known.read_text() == "" and not (fresh.state / "known_hosts").exists()
+
+
+def test_a_connection_is_never_shared(server: Server, fresh: Host) -> None:
+    """What has to be proven is that a new connection can be made: whatever ssh_options say."""
+    path = fresh.top / "c"
+    sharing = [
+        f"--ssh-options={option}" for option in ("ControlMaster=auto", f"ControlPath={path}", "ControlPersist=60")
+    ]
+    with Line(server.port) as line:
+        for expected in (1, 2):
+            done = fresh.client("probe", *sharing, "--port", str(line.port))
+            assert (done.returncode, line.accepted) == (0, expected), done.stdout
+            assert not path.exists()
+    # Somebody else's, alive, at that place: over it even a server that is not there would answer.
+    with master(Peer(server, f"bento-{FRESH}"), path):
+        done = fresh.client("probe", *sharing, "--port", str(free_port()))
+    assert done.returncode == 75 and "connection refused" in done.stdout
+
+
+# --- bad lines ---
+
+
+def test_a_download_is_resumed_after_a_dropped_line(server: Server, fresh: Host) -> None:
+    release = fresh.publish("v2", bulk=BULK)
+    with Line(server.port, cut_after=BULK // 2) as line:
+        done = fresh.run("--port", str(line.port))
+    assert done.returncode == 75, done.stdout
+    partial = fresh.state / f"partial/{release}.tar"
+    assert BULK // 4 < partial.stat().st_size < BULK
+    assert fresh.machine.labels() == ("v0", "v0", "v0") and not (fresh.state / "config").exists()
+    with Line(server.port) as line:
+        done = fresh.run("--port", str(line.port))
+        assert done.returncode == 0, done.stdout
+        assert line.carried < BULK * 3 // 4
+    assert fresh.machine.labels() == ("v2", "v2", "v2") and not partial.exists()
+
+
+def test_slow_is_fine_and_dead_is_not(server: Server, fresh: Host) -> None:
+    release = fresh.publish("v2", bulk=BULK)
+    started = time.monotonic()
+    with Line(server.port, stall_after=BULK // 4) as line:
+        done = fresh.run("--port", str(line.port), stall_s=2)
+    assert done.returncode == 75 and f"no answer to 'get releases/{release}.tar" in done.stdout, done.stdout
+    assert time.monotonic() - started < 20
+    shutil.rmtree(fresh.state / "partial")
+    with Line(server.port, rate=BULK // 4) as line:
+        started = time.monotonic()
+        done = fresh.run("--port", str(line.port), stall_s=2)
+        assert done.returncode == 0 and time.monotonic() - started > 4, done.stdout
+
+
+def test_a_server_that_goes_away_during_the_build(server: Server, fresh: Host) -> None:
+    release = fresh.publish("v2")
+    with Line(server.port, connections=1) as line:
+        done = fresh.run("--port", str(line.port))
+    assert done.returncode == 75 and "the server went away" in done.stdout, done.stdout
+    assert fresh.machine.labels() == ("v0", "v0", "v0")
+    (waiting,) = (fresh.state / "outbox").iterdir()
+    assert waiting.name.endswith(f"_{release[:12]}_postponed.log") and server.logs(FRESH) == []
+    time.sleep(1)  # names of logs count seconds
+    done = fresh.run()
+    assert done.returncode == 0, done.stdout
+    assert [log.split("_")[2] for log in server.logs(FRESH)] == ["postponed.log", "ok.log"]
+    assert fresh.machine.labels() == ("v2", "v2", "v2") and list((fresh.state / "outbox").iterdir()) == []
+
+
+def wrong_key(host: Host, line: Line) -> list[str]:
+    call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", host.top / "wrong")
+    wrong = (host.top / "wrong.pub").read_text()
+    return ["--known-hosts", str(host.server.known_hosts(host.top / "wrong_hosts", wrong))]
+
+
+def unknown_key(host: Host, line: Line) -> list[str]:
+    (host.top / "no_hosts").write_text("")
+    return ["--known-hosts", str(host.top / "no_hosts")]
+
+
+def refused_key(host: Host, line: Line) -> list[str]:
+    return ["--identity", str(host.server.keys / f"bento-{OTHER}")]
+
+
+def port_of(line: Line) -> list[str]:
+    return ["--port", str(line.port), "--connect-timeout", "3"]
+
+
+# A way to be out of reach: what the line does, the flags, what the message says.
+UNREACHABLE: dict[str, tuple[dict[str, Any], Callable[[Host, Line], list[str]], str]] = {
+    "wrong host key": ({}, wrong_key, "its host key is not the known one: if the server was renewed, correct"),
+    "unknown host key": ({}, unknown_key, "its host key is not the known one: if the server was renewed, correct"),
+    "refused key": ({}, refused_key, "it refuses this machine's key: give the output of 'bento-client key'"),
+    "another user": ({}, lambda *_: ["--user", f"bento-{OTHER}"], "it refuses this machine's key"),
+    "no such name": ({}, lambda *_: ["--server", "nowhere.invalid", "--connect-timeout", "2"], "its name cannot be resolved"),
+    "refused port": (
+        {}, lambda *_: ["--port", str(free_port()), "--connect-timeout", "2"],
+        "connection refused: is sshd running there, on this port?",
+    ),
+    "says nothing": ({"stall_after": 0}, lambda _, line: port_of(line), "no answer in time"),
+    "silent in the handshake": ({"stall_after": 900}, lambda _, line: port_of(line), "no answer"),
+    "dropped in the handshake": ({"cut_after": 900}, lambda _, line: port_of(line), "the connection was lost"),
+    "dropped in the middle": ({"cut_after": BULK // 2}, lambda _, line: port_of(line), "the connection was lost"),
+    "silent in the middle": (
+        {"stall_after": BULK // 2},
+        lambda _, line: [*port_of(line), "--ssh-options=ServerAliveInterval=1", "--ssh-options=ServerAliveCountMax=2"],
+        "no answer in time (Timeout, server 127.0.0.1 not responding.)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", UNREACHABLE)
+def test_out_of_reach(settled: Host, way: str) -> None:
+    """Exit 75 in time, one line that says why, and nothing has changed: neither here, nor at the server."""
+    behaviour, flags, says = UNREACHABLE[way]
+    transient = ["lock", "partial", "deploy.log"]
+    transient += ["known_hosts"] if behaviour else []  # to ssh, the line's port is a name of its own
+    before, labels, delivered = snapshot(settled.state, *transient), settled.machine.labels(), settled.server.logs(GOOD)
+    with ExitStack() as stack:
+        if "in the middle" in way:
+            # Else the reports are delivered before the line fails.
+            aside = settled.top / "aside"
+            (settled.state / "outbox").rename(aside)
+            stack.callback(aside.rename, settled.state / "outbox")
+            stack.callback((settled.state / "outbox").rmdir)
+            (settled.state / "outbox").mkdir(mode=0o700)
+        line = stack.enter_context(Line(settled.server.port, **behaviour))
+        started = time.monotonic()
+        done = settled.run(*flags(settled, line))
+        took_s = time.monotonic() - started
+    errors = [text for text in done.stdout.splitlines() if "error" in text]
+    assert done.returncode == 75 and len(errors) == 1, done.stdout
+    assert says in errors[0] and "Traceback" not in done.stdout
+    assert took_s < 30
+    assert snapshot(settled.state, *transient) == before
+    assert settled.machine.labels() == labels and settled.server.logs(GOOD) == delivered
+
+
+def test_after_all_that_the_reports_arrive_in_order(settled: Host) -> None:
+    shutil.rmtree(settled.state / "partial", ignore_errors=True)
+    before = settled.server.logs(GOOD)
+    assert sorted(path.name for path in (settled.state / "outbox").iterdir()) == sorted(WAITING)
+    done = settled.run()
+    assert done.returncode == 0, done.stdout
+    assert settled.machine.labels() == ("v2", "v2", "v2")
+    *first, last = settled.server.logs(GOOD)[len(before) :]
+    assert first == WAITING and last.endswith("_ok.log")
+    assert (settled.server.chroot(GOOD) / "logs" / WAITING[0]).read_text() == f"log {WAITING[0]}\n"
+    assert list((settled.state / "outbox").iterdir()) == []
