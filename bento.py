@@ -703,11 +703,11 @@ def row_json(row: Row) -> dict[str, object]:
 
 
 @contextmanager
-def populate_lock(fleet: Fleet) -> Iterator[None]:
+def populate_lock(fleet: Fleet, *, wait: bool = False) -> Iterator[None]:
     fleet.chroot_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
     with open(fleet.chroot_dir / ".lock", "a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise BentoError(f"another populate is at work in {fleet.chroot_dir}: wait for its end") from None
         yield
@@ -891,7 +891,7 @@ def rebuild(action: str, tree: Path, name: str, limit_s: float) -> str | None:
     with log.output() as out:
         done = client.run(rebuild_argv(action, tree, name), check=False, output=out, cwd=tree.parent, timeout=limit_s)
     if done.code != 0:
-        said = [one_line(line, 400) for line in log.tail(16 << 10).splitlines()[-15:]]
+        said = [one_line(line, 400) for line in log.tail(16 << 10).splitlines()[-15:]] or [done.output]
         how = f"did not end within {limit_s:.0f} s" if done.code is None else f"exit {done.code}"
         raise BentoError(
             "\n  ".join([f"nixos-rebuild {action}: {how}; all of it is in {log.path}, which ends:", *said])
@@ -928,8 +928,13 @@ def command_add(fleet: Fleet, name: str, key: str | None, flake: bool) -> int:
         )
     lines: list[str] = []
     if key is not None:
-        text = sys.stdin.read() if key == "-" else Path(key).read_text()
+        try:
+            text = sys.stdin.read() if key == "-" else Path(key).read_text()
+        except UnicodeDecodeError:
+            raise BentoError(f"{key}: not a public key: it is no text") from None
         lines = [" ".join(parse_key(line.strip(), key)).strip() for line in text.splitlines() if line.strip()]
+        if not lines:
+            raise BentoError(f"{key}: no key in it: put the output of 'bento-client key' there")
     host, public = fleet.host(name), fleet.directory / "hosts" / f"{name}.pub"
     if not host.exists():
         aside = host.with_name(f".{name}.new")
@@ -1176,11 +1181,13 @@ def read_lock(directory: str) -> dict[str, str]:
 def note_system(fleet: Fleet, name: str, release: str, system: str) -> None:
     """Adds what was built to `current.json`, if it was built from the release that is published."""
     with suppress(OSError, BentoError):
-        current = read_published(fleet.chroot(name), name)
-        if current is not None and current.release == release and current.system != system:
-            client.write_atomic(
-                fleet.chroot(name) / "current.json", client.encode(replace(current, system=system)), 0o644
-            )
+        if read_published(fleet.chroot(name), name) is None:
+            return
+        with populate_lock(fleet, wait=True):  # or it would undo what populate is about to publish
+            current = read_published(fleet.chroot(name), name)
+            if current is not None and current.release == release and current.system != system:
+                text = client.encode(replace(current, system=system))
+                client.write_atomic(fleet.chroot(name) / "current.json", text, 0o644)
 
 
 @dataclass(frozen=True)

@@ -1482,7 +1482,9 @@ def roll_back(settings: Settings, log: Log, pending: Pending, outcome: Outcome) 
     pending = replace(pending, verdict=outcome.result, reason=one_line(outcome.reason))
     with best_effort(log):
         pending = advance(settings, pending, Step.ROLLING_BACK, settings.activation_timeout + settings.confirm_timeout)
-    if not rebooted or running_system(settings) == pending.new:
+    if rebooted and running_system(settings) == pending.new and not can_go_live(settings, pending.old):
+        outcome = replace(outcome, reason=f"{outcome.reason}; the old system takes effect at the next reboot")
+    elif not rebooted or running_system(settings) == pending.new:
         code = switch(settings, log, pending.old, "test", pending.token)
         if code not in (0, 4) and running_system(settings) != pending.old:
             reason = f"{outcome.reason}; and going back to {pending.old} failed ({how_ended(code)}: {last_words(log)})"
@@ -1797,11 +1799,14 @@ def command_run(settings: Settings, *, force: bool) -> int:
 
 
 def end_lock_holder(settings: Settings, log: Log) -> None:
-    """Ends the run that holds the lock: it hangs, or a person wants it gone. Its children end with its unit."""
+    """Ends the run that holds the lock, and what it started: it hangs, or a person wants it gone."""
     with suppress(OSError, ValueError):
         holder = int((settings.state / "lock").read_text())
+        children = Path(f"/proc/{holder}/task/{holder}/children").read_text().split()
         log.say(f"ending the client that holds the lock (process {holder})")
         os.kill(holder, signal.SIGKILL)
+        for child in children:  # each leads a group, see `run`
+            os.killpg(int(child), signal.SIGKILL)
 
 
 def command_rollback(settings: Settings, *, token: str | None) -> int:

@@ -109,6 +109,7 @@ class Site:
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Site]:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(os, "sync", lambda: None)  # of all the disks of this machine, hundreds of times
     umask = os.umask(0o022)
     yield Site(tmp_path, capsys)
     os.umask(umask)
@@ -208,7 +209,7 @@ def test_the_format_of_a_release_does_not_drift(site: Site) -> None:
     (directory / "d/run").chmod(0o700)
     (directory / "nothing").mkdir()
     site.publish()
-    assert site.current().release == "@GOLDEN@"
+    assert site.current().release == "04eddbf42ff5e49d59d06bd08ee1ac7322aeaaa7907c187a965b915ce2f15648"
 
 
 def rebuild_elsewhere(top: Path, environment: Mapping[str, str], umask: int, python: str = sys.executable) -> str:
@@ -679,7 +680,7 @@ def forked(action: Callable[[], object]) -> int:
             os.dup2(silence, descriptor)
         action()
     except BaseException:
-        import traceback; open("/tmp/child_tb","a").write(traceback.format_exc()); os._exit(70)
+        os._exit(70)
     os._exit(0)
 
 
@@ -753,7 +754,7 @@ def test_killed_at_each_step(site: Site) -> None:
 
             def watch(event: str, arguments: object) -> None:
                 nonlocal left
-                if event.startswith(events) and event not in ("os.listdir", "os.scandir"):
+                if event.startswith(events) and event not in ("os.listdir", "os.scandir", "os.kill"):
                     left -= 1
                     if left < 0:
                         os.kill(os.getpid(), signal.SIGKILL)
@@ -800,6 +801,24 @@ def test_a_kill_then_a_change_of_mind(site: Site) -> None:
         site.publish()
         assert check_chroot(site.chroots / "a") == old
         check_tidy(site.chroots / "a", {old} if moment == "before" else {old, new})
+
+
+def test_all_is_on_disk_before_it_is_announced(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        site.host(name)
+    order: list[str] = []
+    rename = os.rename
+
+    def watch(source: Any, target: Any) -> None:
+        order.append(Path(target).name)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "sync", lambda: order.append("sync"))
+    monkeypatch.setattr(os, "rename", watch)
+    site.publish()
+    release = site.current().release
+    placed, announced = [release, f"{release}.tar"], ["current.json", "config"]
+    assert order == [*placed, *placed, "sync", *announced, *announced, "sync"]
 
 
 @pytest.fixture
@@ -1113,3 +1132,335 @@ def test_as_another_user(tmp_path: Path) -> None:
         release = check_chroot(Path(top, "fleet/chroot/a"))
         assert done.stdout.splitlines()[0].startswith(f"a: published {release[:12]} (")
         assert (Path(top) / "fleet/chroot/a/logs").stat().st_uid == 65534
+
+
+# --- checks and builds ---
+
+
+def toy_host(site: Site, name: str, *, flake: bool = True, **behaviour: Any) -> Path:
+    return write_config(site.fleet / "hosts" / name, flake=flake, host=name, client=None, **behaviour)
+
+
+def build_as_the_host(site: Site, name: str, work: Path) -> str:
+    """The system that a host builds from what is published for it."""
+    work.mkdir()
+    client.unpack(site.tar(name), work / "config")
+    settings = client.Settings(server=("s",), host=name, state_dir=str(work))
+    done = subprocess.run(client.build_argv(settings, work / "config"), cwd=work, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return os.path.realpath(work / "result")
+
+
+@pytest.mark.parametrize("action", ["--check", "--build"])
+def test_only_hosts_that_pass_are_published(action: str, site: Site, toys: Path) -> None:
+    for name in ("good", "channels"):
+        toy_host(site, name, flake=name == "good")
+    toy_host(site, "evaluation", build="eval-error")
+    toy_host(site, "compiler", build="fail")
+    ran = site.run("populate", action)
+    log = f"all of it is in {site.top}/state/bento/"
+    evaluation = [
+        f"bento: error: evaluation: nixos-rebuild {'build' if action == '--build' else 'dry-build'}: exit 1;"
+        f" {log}evaluation.log, which ends:",
+        "  building the system configuration...",
+        "  error: The option `services.toy' does not exist.",
+    ]
+    assert ran.code == 1
+    if action == "--check":
+        assert ran.errors == evaluation
+        assert site.current("good").system is None
+        check_chroot(site.chroots / "compiler")
+        return
+    assert ran.errors[-3:] == evaluation
+    assert ran.errors[0] == (
+        f"bento: error: compiler: nixos-rebuild build: exit 1; {log}compiler.log, which ends:"
+    )
+    assert "  toy.c:7:1: error: expected ';' before '}' token" in ran.errors
+    assert "make: *** [Makefile:3: toy.o] Error 1" in (site.top / "state/bento/compiler.log").read_text()
+    for name in ("good", "channels"):
+        check_chroot(site.chroots / name)
+        check_tidy(site.chroots / name, {site.current(name).release})
+        assert site.current(name).system == build_as_the_host(site, name, site.top / f"work-{name}")
+    for name in ("evaluation", "compiler"):
+        assert not (site.chroots / name / "current.json").exists()
+        assert list((site.chroots / name / "releases").iterdir()) == []
+
+
+def test_a_host_that_fails_its_check_keeps_its_release(site: Site, toys: Path) -> None:
+    toy_host(site, "a")
+    site.publish("--build")
+    before = snapshot(site.chroots / "a/releases" / site.current().release), site.current()
+    toy_host(site, "a", build="fail")
+    assert site.run("populate", "--build").code == 1
+    assert (snapshot(site.chroots / "a/releases" / site.current().release), site.current()) == before
+    check_tidy(site.chroots / "a", {site.current().release})
+
+
+def test_what_is_published_already_is_built_once(site: Site, toys: Path) -> None:
+    toy_host(site, "a")
+    site.publish()
+    before = site.current()
+    assert before.system is None
+    site.publish("--build")
+    assert site.current() == bento.replace(before, system=site.current().system)
+    assert str(site.current().system).startswith(f"{toys}/")
+    check_tidy(site.chroots / "a", {before.release})
+    snap = snapshot(site.chroots / "a")
+    site.publish("--build")
+    assert snapshot(site.chroots / "a") == snap
+
+
+@pytest.mark.parametrize("flake", [True, False])
+def test_with_nix_the_server_builds_what_the_host_builds(flake: bool, site: Site, toys: Path, request: Any) -> None:
+    request.getfixturevalue("monkeypatch").setenv("TOY_MODE", "nix")
+    os.geteuid = lambda: os.getuid()
+    need_nix()
+    os.geteuid = lambda: 1000
+    directory = toy_host(site, "a", flake=flake)
+    if not flake:
+        # The directory's own name gets into the system.
+        (directory / "configuration.nix").write_text(
+            """{ config.system.build.toplevel = derivation { name = "toy"; system = builtins.currentSystem;
+            builder = "/bin/sh"; args = [ "-c" "echo ${./.} > $out" ]; }; }\n"""
+        )
+    site.publish("--build")
+    system = site.current().system
+    assert system is not None and system.startswith("/nix/store/") and os.path.exists(system)
+    if not flake:
+        assert Path(system).read_text().strip().endswith("-config")
+    assert build_as_the_host(site, "a", site.top / "work") == system
+    ran = site.run("build")
+    assert re.fullmatch(rf"a: {site.current().release[:12]} {re.escape(system)} \([0-9]+s\)\n", ran.out)
+
+
+def test_check_and_build(site: Site, toys: Path) -> None:
+    toy_host(site, "a")
+    toy_host(site, "bad", build="eval-error")
+    (site.host("refused") / "x").symlink_to("gone")
+    ran = site.run("check", "-j", "3")
+    assert ran.code == 1
+    fleet = bento.Fleet(site.fleet, site.chroots)
+    release, _ = bento.write_release(bento.list_members(fleet, "a"), None)
+    assert re.fullmatch(rf"a: {release[:12]} evaluates \([0-9]+s\)\n", ran.out)
+    assert "bento: error: refused: hosts/refused/x: dangling link to gone" in ran.errors
+    assert any(line.startswith("bento: error: bad: nixos-rebuild dry-build: exit 1; ") for line in ran.errors)
+    assert not site.chroots.exists()
+    assert not toys.exists() or not list(toys.glob("*-nixos-system-*"))
+
+    ran = site.run("build", "a")
+    assert ran.code == 0
+    assert re.fullmatch(rf"a: {release[:12]} {toys}/[0-9a-z]{{32}}-nixos-system-a-v1 \([0-9]+s\)\n", ran.out)
+    assert not site.chroots.exists()
+
+
+def test_build_notes_the_system_of_what_is_published(site: Site, toys: Path) -> None:
+    toy_host(site, "a")
+    site.publish()
+    assert site.run("build").code == 0
+    system = site.current().system
+    assert system is not None and system.startswith(f"{toys}/")
+    toy_host(site, "a", label="v2")
+    assert site.run("build").code == 0
+    assert site.current().system == system  # of the release that is published, not of this one
+    check_tidy(site.chroots / "a", {site.current().release})
+
+
+def test_build_leaves_current_json_alone_while_populate_is_at_work(site: Site, toys: Path) -> None:
+    toy_host(site, "a")
+    site.publish()
+    with bento.populate_lock(bento.Fleet(site.fleet, site.chroots)):
+        (site.chroots / "a/.current.json.new").write_text("populate's")
+        done = subprocess.Popen([sys.executable, "-c", AS_ANYBODY, *site.argv("build")], env=os.environ | {"PYTHONPATH": str(REPO)})
+        time.sleep(1.5)
+        assert site.current().system is None
+        assert (site.chroots / "a/.current.json.new").read_text() == "populate's"
+    assert done.wait(20) == 0
+    assert site.current().system is not None
+
+
+def test_without_nixos_rebuild(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.host("a")
+    monkeypatch.setenv("PATH", "/nonexistent")
+    ran = site.run("populate", "--check")
+    assert ran.code == 1
+    assert "nixos-rebuild: No such file or directory" in ran.err
+    ran = site.run("check", "a")
+    assert ran.code == 1
+    assert "nixos-rebuild: No such file or directory" in ran.err
+
+
+def test_a_check_that_takes_too_long(site: Site, toys: Path) -> None:
+    toy_host(site, "a", build="hang")
+    ran = site.run("build", "--timeout", "1")
+    assert ran.code == 1
+    assert ran.errors[1].startswith(
+        f"bento: error: a: nixos-rebuild build: did not end within 1 s; all of it is in {site.top}/state/bento/a.log"
+    ) or any("did not end within 1 s" in line for line in ran.errors)
+
+
+# --- fleet.nix ---
+
+TEMPLATE = """\
+# @GENERATED@
+{
+  chrootDir = "@CHROOT_DIR@";
+  hosts = {
+    @HOSTS@
+  };
+}
+"""
+
+
+def test_fleet_nix(site: Site) -> None:
+    (site.fleet / "fleet.nix.in").write_text(TEMPLATE)
+    (site.fleet / "hosts/t470.pub").write_text(f"# the laptop\n\n{key('t470', 'root@t470')}\n{key('spare')}\n")
+    (site.fleet / "hosts/nas.pub").write_text(f"  {key('nas', 'a  b')}  \n")
+    site.host("no-key-yet")
+    ran = site.run("fleet")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out == "fleet.nix: written, 2 hosts; include it in this server's configuration and switch\n"
+    text = (site.fleet / "fleet.nix").read_text()
+    assert text == f"""\
+# Written by 'bento.py fleet' from fleet.nix.in and hosts/*.pub: edit those, not this file.
+{{
+  chrootDir = "{site.chroots}";
+  hosts = {{
+    "nas" = [
+      "{key("nas", "a  b")}"
+    ];
+    "t470" = [
+      "{key("t470", "root@t470")}"
+      "{key("spare")}"
+    ];
+  }};
+}}
+"""
+    before = snapshot(site.fleet)
+    assert site.run("fleet").out == "fleet.nix: unchanged, 2 hosts\n"
+    assert snapshot(site.fleet) == before
+
+
+METACHARACTERS = [
+    "''", "${builtins.abort \"x\"}", "$${x}", "\\${x}", '"', '" ]; evil = "', "\\", "\\\\", "\\n", "a\\", "$", "${", "é 日本",
+    "'' ${ \" \\ ''${ ''\\", "</script>", "@HOSTS@", "@CHROOT_DIR@", "# comment", "*/", "a=b; c",
+]  # fmt: skip
+
+
+def test_nothing_in_a_comment_is_nix(site: Site) -> None:
+    nix = need("nix-instantiate")
+    (site.fleet / "fleet.nix.in").write_text(TEMPLATE)
+    for number, comment in enumerate(METACHARACTERS):
+        (site.fleet / f"hosts/h{number}.pub").write_text(key(f"h{number}", comment) + "\n")
+    site.chroots = site.top / "with '' ${x} \" \\ in it"
+    assert site.run("fleet").code == 0
+    argv = [nix, "--eval", "--strict", "--json", site.fleet / "fleet.nix"]
+    environment = os.environ | {"NIX_CONFIG": "substitute = false"}
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["hosts"] == {f"h{n}": [key(f"h{n}", comment)] for n, comment in enumerate(METACHARACTERS)}
+    assert found["chrootDir"] == str(site.chroots)
+
+
+def test_control_characters_in_a_comment_are_dropped(site: Site) -> None:
+    (site.fleet / "fleet.nix.in").write_text(TEMPLATE)
+    (site.fleet / "hosts/a.pub").write_text(key("a", "x\x1b[31m\x00\u202ey\tz") + "\n")
+    assert site.run("fleet").code == 0
+    assert f'"{key("a", "x[31myz")}"' in (site.fleet / "fleet.nix").read_text()
+
+
+def test_the_real_template_is_nix(site: Site) -> None:
+    nix = need("nix-instantiate")
+    (site.fleet / "hosts/a.pub").write_text(key("a", "''${x}") + "\n")
+    assert site.run("fleet").code == 0
+    environment = os.environ | {"NIX_CONFIG": "substitute = false"}
+    done = subprocess.run([nix, "--parse", site.fleet / "fleet.nix"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "@" not in re.sub(r"sk-ssh\S*", "", (site.fleet / "fleet.nix").read_text().split("hosts = ")[0])
+
+
+# --- add ---
+
+
+def test_add(site: Site) -> None:
+    (site.fleet / "utils").mkdir()
+    (site.fleet / "utils/bento.nix").write_text("{ }\n")
+    ran = site.run("add", "laptop")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out == (
+        "hosts/laptop/: made; put the machine's own configuration there and set the server's name\n"
+        "next: 'bento-client key' on the machine, and its output into hosts/laptop.pub\n"
+    )
+    directory = site.fleet / "hosts/laptop"
+    assert set(os.listdir(directory)) == {"configuration.nix", "utils"}
+    assert os.readlink(directory / "utils") == "../../utils"
+    text = (directory / "configuration.nix").read_text()
+    assert 'networking.hostName = "laptop";' in text
+    assert "./utils/bento.nix" in text
+    assert set(os.listdir(site.fleet / "hosts")) == {"laptop"}
+    site.publish()
+
+    ran = site.run("add", "laptop")
+    assert (ran.code, ran.err) == (1, "bento: error: hosts/laptop is there already\n")
+    assert (directory / "configuration.nix").read_text() == text
+
+
+def test_add_a_flake_with_a_key(site: Site) -> None:
+    file = site.top / "key.pub"
+    file.write_text(key("nas", "root@nas") + "\n")
+    ran = site.run("add", "nas", "--flake", "--key", str(file))
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.splitlines()[1:] == [
+        "hosts/nas.pub: 1 key",
+        "next: 'bento.py fleet', switch this server to it, 'bento.py populate'",
+    ]
+    assert (site.fleet / "hosts/nas.pub").read_text() == key("nas", "root@nas") + "\n"
+    assert 'nixosConfigurations."nas"' in (site.fleet / "hosts/nas/flake.nix").read_text()
+    if nix := shutil.which("nix-instantiate"):
+        for name in ("flake.nix", "configuration.nix"):
+            subprocess.run([nix, "--parse", site.fleet / "hosts/nas" / name], check=True, capture_output=True)
+
+
+def test_add_a_key_from_standard_input_to_a_host_that_is_there(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    site.host("a")
+    before = snapshot(site.fleet / "hosts/a")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{key('a')}\n{key('b')}\n"))
+    ran = site.run("add", "a", "--key", "-")
+    assert (ran.code, ran.out.splitlines()[0]) == (0, "hosts/a.pub: 2 keys")
+    assert (site.fleet / "hosts/a.pub").read_text() == f"{key('a')}\n{key('b')}\n"
+    assert snapshot(site.fleet / "hosts/a") == before
+
+
+@pytest.mark.parametrize("name", ["", "with space", "../x", "-x", "a" * 27, "x/y", "é", "a\n"])
+def test_add_a_bad_name(name: str, site: Site) -> None:
+    ran = site.run("add", "--", name)
+    assert ran.code == 2
+    assert ran.err == (
+        f"bento: error: {client.one_line(name)}: no host name:"
+        " letters, digits, _ and -, at most 26, a letter or digit first\n"
+    )
+    assert list((site.fleet / "hosts").iterdir()) == []
+
+
+BAD_KEY_FILES: dict[str, tuple[bytes | None, str]] = {
+    "missing": (None, "No such file or directory"),
+    "private": (b"-----BEGIN OPENSSH PRIVATE KEY-----\n", "this is a private key"),
+    "no text": (b"\xff\xfe\x00", "not"),
+    "empty": (b"\n", "no key in it"),
+    "nonsense": (b"hello\n", "no SSH public key"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_KEY_FILES)
+def test_add_with_a_bad_key_makes_nothing(case: str, site: Site) -> None:
+    content, message = BAD_KEY_FILES[case]
+    file = site.top / "key.pub"
+    if content is not None:
+        file.write_bytes(content)
+    ran = site.run("add", "a", "--key", str(file))
+    assert ran.code == 1
+    assert len(ran.errors) == 1 and ran.errors[0].startswith(f"bento: error: {file}")
+    assert message in ran.errors[0]
+    assert list((site.fleet / "hosts").iterdir()) == []

@@ -85,7 +85,15 @@ class Server:
     process: subprocess.Popen[bytes] | None = None
 
     def bento(self, *args: str) -> Done:
-        argv = [sys.executable, SERVER, "--fleet", self.top / "fleet", "--chroot-dir", self.top / "chroots", *args]
+        argv: list[str | Path] = [
+            sys.executable,
+            SERVER,
+            "--fleet",
+            self.top / "fleet",
+            "--chroot-dir",
+            self.top / "chroots",
+            *args,
+        ]
         return subprocess.run(
             argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, check=False
         )
@@ -162,7 +170,7 @@ class Server:
 
     def start(self) -> None:
         """Stands in for loginLimits' nofile, which PAM sets for a host alone, with a limit that the listener bears."""
-        sshd = ["/usr/sbin/sshd", "-D", "-f", self.top / "sshd/config", "-E", self.top / "sshd/log"]
+        sshd: list[str | Path] = ["/usr/sbin/sshd", "-D", "-f", self.top / "sshd/config", "-E", self.top / "sshd/log"]
         self.process = subprocess.Popen(["prlimit", "--nofile=512:512", *sshd], stdin=subprocess.DEVNULL)
         deadline = time.monotonic() + 10
         while True:
@@ -244,13 +252,14 @@ class Line:
     """Forwards TCP connections on 127.0.0.1, as badly as it is told. Bytes are counted towards the client.
 
     cut_after: closes a connection after so many bytes; stall_after: goes silent; rate: bytes a second at most;
-    connections: refuses more than so many.
+    delay_s: for each piece; connections: refuses more than so many.
     """
 
     to_port: int
     cut_after: int | None = None
     stall_after: int | None = None
     rate: int | None = None
+    delay_s: float = 0.0
     connections: int | None = None
     accepted: int = 0
     carried: int = 0
@@ -297,6 +306,7 @@ class Line:
                     self.carried += len(data)
                     if self.rate is not None:
                         time.sleep(len(data) / self.rate)
+                    time.sleep(self.delay_s)
                 sink.sendall(data)
         for end in (source, sink):
             with suppress(OSError):
@@ -345,7 +355,7 @@ class Host:
         argv: list[str | Path] = [sys.executable, CLIENT]
         if stall_s is not None:
             code = f"import sys; sys.path.insert(0, {str(CLIENT.parent)!r}); import bento_client as c; "
-            argv = [sys.executable, "-c", f"{code}c.STALL_S = {stall_s}; sys.exit(c.main())"]
+            argv = [sys.executable, "-c", f"{code}c.Sftp.do.__defaults__ = ({stall_s}, None, 0); sys.exit(c.main())"]
         return self.machine.run(*argv, "--config", self.top / "client.json", command, *flags, env={"PATH": path})
 
     def run(self, *flags: str, stall_s: float | None = None) -> Done:
@@ -834,10 +844,313 @@ def test_after_all_that_the_reports_arrive_in_order(settled: Host) -> None:
     shutil.rmtree(settled.state / "partial", ignore_errors=True)
     before = settled.server.logs(GOOD)
     assert sorted(path.name for path in (settled.state / "outbox").iterdir()) == sorted(WAITING)
-    done = settled.run()
+    # With a delay, so that no two of them come in the same tick of the server's clock.
+    with Line(settled.server.port, delay_s=0.01) as line:
+        done = settled.run("--port", str(line.port))
     assert done.returncode == 0, done.stdout
     assert settled.machine.labels() == ("v2", "v2", "v2")
     *first, last = settled.server.logs(GOOD)[len(before) :]
     assert first == WAITING and last.endswith("_ok.log")
     assert (settled.server.chroot(GOOD) / "logs" / WAITING[0]).read_text() == f"log {WAITING[0]}\n"
     assert list((settled.state / "outbox").iterdir()) == []
+
+
+# --- a hostile host ---
+
+
+@pytest.fixture(scope="module")
+def trees(server: Server) -> dict[str, dict[str, tuple[object, ...]]]:
+    """What a hostile host must leave alone: its own chroot but the logs, and everything of another host."""
+    return {"evil": snapshot(server.chroot(EVIL), "logs"), "other": snapshot(server.chroot(OTHER))}
+
+
+@pytest.fixture(scope="module")
+def evil_peer(server: Server) -> Iterator[Peer]:
+    peer = Peer(server, f"bento-{EVIL}")
+    assert peer.write("logs/old.log", b"what I did\n") == "ok"
+    yield peer
+    peer.close_session()
+
+
+@pytest.fixture
+def evil(evil_peer: Peer, trees: dict[str, dict[str, tuple[object, ...]]]) -> Iterator[Peer]:
+    """After each thing that it tries, all is as it was."""
+    yield evil_peer
+    assert snapshot(evil_peer.server.chroot(EVIL), "logs") == trees["evil"]
+    assert snapshot(evil_peer.server.chroot(OTHER)) == trees["other"]
+
+
+@pytest.fixture(scope="module")
+def person(server: Server) -> Iterator[Peer]:
+    peer = Peer(server, PERSON)
+    yield peer
+    peer.close_session()
+
+
+def release_of(peer: Peer) -> str:
+    current = json.loads((peer.server.chroot(peer.host) / "current.json").read_text())
+    return f"releases/{current['release']}"
+
+
+# What sftp-server is asked, and what it says: "denied" and "no such file" where the answer is no.
+REQUESTS: dict[str, tuple[Callable[[Peer], str], str]] = {
+    # What a host may do.
+    "list its own logs": (lambda p: p.list("logs"), "old.log"),
+    "read its own old log": (lambda p: p.read("logs/old.log"), "what I did\n"),
+    "write a log": (lambda p: p.write("logs/new.log", b"x"), "ok"),
+    "rename it over another": (lambda p: p.ask(RENAME, text("logs/new.log"), text("logs/newer.log")), "ok"),
+    "rename it the POSIX way": (
+        lambda p: p.extended("posix-rename@openssh.com", text("logs/newer.log"), text("logs/new.log")), "ok",
+    ),
+    "remove it": (lambda p: p.ask(REMOVE, text("logs/new.log")), "ok"),
+    "list its own chroot": (lambda p: p.list("/"), "config current.json logs releases"),
+    # Writing elsewhere.
+    "overwrite current.json": (lambda p: p.open("current.json", WRITE | TRUNCATE), "denied"),
+    "append to current.json": (lambda p: p.open("current.json", WRITE | APPEND), "denied"),
+    "remove current.json": (lambda p: p.ask(REMOVE, text("current.json")), "denied"),
+    "rename a log over current.json": (lambda p: p.ask(RENAME, text("logs/old.log"), text("current.json")), "failure"),
+    "rename a log over current.json, the POSIX way": (
+        lambda p: p.extended("posix-rename@openssh.com", text("logs/old.log"), text("current.json")), "denied",
+    ),
+    "write beside current.json": (lambda p: p.open("x", WRITE | CREATE), "denied"),
+    "overwrite the release": (lambda p: p.open(f"{release_of(p)}.tar", WRITE), "denied"),
+    "remove the release": (lambda p: p.ask(REMOVE, text(f"{release_of(p)}.tar")), "denied"),
+    "add a release": (lambda p: p.open("releases/x.tar", WRITE | CREATE), "denied"),
+    "write in the release's tree": (lambda p: p.open("config/flake.nix", WRITE), "denied"),
+    "move the link to the release": (
+        lambda p: p.extended("posix-rename@openssh.com", text("logs/old.log"), text("config")), "denied",
+    ),
+    "plant a key for itself": (lambda p: p.open(".ssh/authorized_keys", WRITE | CREATE), "no such file"),
+    "write through ..": (lambda p: p.open("logs/../current.json", WRITE), "denied"),
+    # logs/ itself.
+    "rename logs": (lambda p: p.ask(RENAME, text("logs"), text("logs2")), "denied"),
+    "rename logs, the POSIX way": (lambda p: p.extended("posix-rename@openssh.com", text("logs"), text("x")), "denied"),
+    "remove logs as a file": (lambda p: p.ask(REMOVE, text("logs")), "failure"),
+    "remove logs as a directory": (lambda p: p.ask(RMDIR, text("logs")), "denied"),
+    "make a directory in logs": (lambda p: p.ask(MKDIR, text("logs/d"), bytes(4)), "denied"),
+    "make a directory elsewhere": (lambda p: p.ask(MKDIR, text("d"), bytes(4)), "denied"),
+    # Links.
+    "make a symlink": (lambda p: p.ask(SYMLINK, text("../current.json"), text("logs/l")), "denied"),
+    "make a symlink out": (lambda p: p.ask(SYMLINK, text("/etc/passwd"), text("logs/status.json")), "denied"),
+    "make a hard link": (
+        lambda p: p.extended("hardlink@openssh.com", text("current.json"), text("logs/l")), "denied",
+    ),
+    "read a link": (lambda p: p.ask(READLINK, text("config")), "denied"),
+    # Modes, owners, times.
+    "change the mode of logs": (lambda p: p.ask(SETSTAT, text("logs"), mode(0o777)), "denied"),
+    "change the mode of a log": (lambda p: p.ask(SETSTAT, text("logs/old.log"), mode(0o4777)), "denied"),
+    "give a log away": (lambda p: p.ask(SETSTAT, text("logs/old.log"), u32(2), u32(0), u32(0)), "denied"),
+    "set a log's time": (lambda p: p.ask(SETSTAT, text("logs/old.log"), u32(8), u32(2**31), u32(2**31)), "denied"),
+    "change the mode without following": (
+        lambda p: p.extended("lsetstat@openssh.com", text("logs/old.log"), mode(0o4777)), "denied",
+    ),
+    "change the mode of an open file": (lambda p: with_handle(p, lambda h: p.ask(FSETSTAT, h, mode(0o4777))), "denied"),
+    # Reading elsewhere.
+    "read /etc/passwd": (lambda p: p.open("/etc/passwd", READ), "no such file"),
+    "read /etc/shadow through ..": (lambda p: p.open("../../../../../../etc/shadow", READ), "no such file"),
+    "read /dev/zero": (lambda p: p.open("/dev/zero", READ), "no such file"),
+    "read /proc/self/environ": (lambda p: p.open("/proc/self/environ", READ), "no such file"),
+    "read another host's current.json": (lambda p: p.open(f"../{OTHER}/current.json", READ), "no such file"),
+    "read it by its real path": (lambda p: p.open(str(p.server.chroot(OTHER) / "current.json"), READ), "no such file"),
+    "write another host's log": (lambda p: p.open(f"../{OTHER}/logs/x", WRITE | CREATE), "no such file"),
+    "list what is above": (lambda p: p.list("../.."), "config current.json logs releases"),
+    "list what is above through logs": (lambda p: p.list("logs/../../../.."), "config current.json logs releases"),
+    # Extensions, and what is none.
+    "copy data in the server": (
+        lambda p: with_handle(p, lambda h: p.extended("copy-data", h, u64(0), u64(0), h, u64(0))), "denied",
+    ),
+    "sync to disk": (lambda p: with_handle(p, lambda h: p.extended("fsync@openssh.com", h)), "denied"),
+    "ask for the disk": (lambda p: p.extended("statvfs@openssh.com", text("/")), "denied"),
+    "ask for home directories": (lambda p: p.extended("expand-path@openssh.com", text("~root")), "denied"),
+    "an unknown extension": (lambda p: p.ask(EXTENDED, text("shell@example.org"), text("id")), "unsupported"),
+    "an unknown request": (lambda p: p.ask(99, text("x")), "unsupported"),
+    # Names.
+    "a name of 5000 bytes": (lambda p: p.open(b"logs/" + b"x" * 5000, WRITE | CREATE), "failure"),
+    "a path of 100000 bytes": (lambda p: p.open(b"logs/../" * 12500 + b"current.json", READ), "failure"),
+    "a deep path": (lambda p: p.open("logs/" + "d/" * 500 + "x", WRITE | CREATE), "no such file"),
+    "an empty name": (lambda p: p.open("", WRITE | CREATE), "no such file"),
+    "a name with a NUL": (lambda p: p.open(b"current.json\0logs", WRITE), "hung up"),
+    "a huge packet": (lambda p: p.open(b"x" * 300_000, READ), "hung up"),
+    "a handle that is not its own": (lambda p: p.ask(READ_DATA, text(u32(4711)), u64(0), u32(1)), "failure"),
+}  # fmt: skip
+
+
+def with_handle(peer: Peer, action: Callable[[bytes], str]) -> str:
+    what, handle = peer.request(OPEN, text("logs/old.log"), u32(READ | WRITE), bytes(4))
+    assert what == "handle"
+    what = action(handle)
+    assert peer.ask(CLOSE, handle) == "ok"
+    return what
+
+
+@pytest.mark.parametrize("request_", REQUESTS)
+def test_a_hostile_host_asks(evil: Peer, request_: str) -> None:
+    action, expected = REQUESTS[request_]
+    assert action(evil) == expected
+
+
+# Whether it was let to. Everybody else is: it is the block that makes the difference.
+
+
+def run_command(peer: Peer) -> bool:
+    return "ran 42" in peer.ssh(command="echo ran $((40 + 2))")
+
+
+def get_shell(peer: Peer) -> bool:
+    return "ran 42" in peer.ssh("-T", send=b"echo ran $((40 + 2))\n")
+
+
+def get_terminal(peer: Peer) -> bool:
+    return "PTY allocation request failed" not in peer.ssh("-tt", command="true", send=b"\4")
+
+
+def use_other_subsystem(peer: Peer) -> bool:
+    return "root:" in peer.ssh("-s", command="leak")
+
+
+def set_environment(peer: Peer) -> bool:
+    return "BENTO_X=1" in peer.ssh("-oSetEnv=BENTO_X=1", command="env")
+
+
+@contextmanager
+def secret(path: Path | None = None) -> Iterator[int]:
+    """Something that listens where only the server should reach it; its port."""
+    family = socket.AF_INET if path is None else socket.AF_UNIX
+    with socket.socket(family) as listener:
+        listener.bind(("127.0.0.1", 0) if path is None else str(path))
+        listener.listen()
+        if path is not None:
+            path.chmod(0o777)
+
+        def answer() -> None:
+            with suppress(OSError):
+                while True:
+                    accepted, _ = listener.accept()
+                    accepted.sendall(b"secret")
+                    accepted.close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        yield 0 if path is not None else listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def reach(peer: Peer, flags: list[str], port: int, greeting: bytes = b"") -> bool:
+    """Whether the secret can be read through a port that ssh forwards."""
+    ssh = subprocess.Popen([*peer.argv("-q", "-N", *flags), f"{peer.user}@127.0.0.1"], stdin=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 20
+        while True:
+            with suppress(ConnectionRefusedError):
+                line = socket.create_connection(("127.0.0.1", port), 20)
+                break
+            assert ssh.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        with line, suppress(ConnectionError):
+            line.sendall(greeting)
+            while data := line.recv(100):
+                if b"secret" in data:
+                    return True
+        return False
+    finally:
+        end(ssh)
+
+
+def forward_local(peer: Peer) -> bool:
+    with secret() as hidden:
+        port = free_port()
+        return reach(peer, [f"-L{port}:127.0.0.1:{hidden}"], port)
+
+
+def forward_stdio(peer: Peer) -> bool:
+    with secret() as hidden:
+        return "secret" in peer.ssh("-W", f"127.0.0.1:{hidden}")
+
+
+def forward_local_socket(peer: Peer) -> bool:
+    path = peer.server.top / "s"
+    try:
+        with secret(path):
+            port = free_port()
+            return reach(peer, [f"-L{port}:{path}"], port)
+    finally:
+        path.unlink()
+
+
+def forward_dynamic(peer: Peer) -> bool:
+    with secret() as hidden:
+        port = free_port()
+        socks4 = b"\4\1" + struct.pack(">H", hidden) + socket.inet_aton("127.0.0.1") + b"\0"
+        return reach(peer, [f"-D{port}"], port, socks4)
+
+
+def forward_remote(peer: Peer) -> bool:
+    return peer.says("remote forward success", "-N", "-R0:127.0.0.1:9")
+
+
+def forward_remote_socket(peer: Peer) -> bool:
+    path = Path("/tmp", f"{peer.user}.sock")
+    try:
+        return peer.says("remote forward success", "-N", f"-R{path}:127.0.0.1:9")
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def forward_agent(peer: Peer) -> bool:
+    """sshd offers an agent as a socket in its own /tmp, of that user."""
+    with tempfile.TemporaryDirectory() as directory:
+        agent = subprocess.Popen(["ssh-agent", "-D", "-a", f"{directory}/a"], stdout=subprocess.DEVNULL)
+        try:
+            while not Path(directory, "a").exists():
+                time.sleep(0.02)
+            session = peer.connect("-A", command="cat", SSH_AUTH_SOCK=f"{directory}/a")
+            assert session.stdin is not None and session.stdout is not None
+            # sftp-server answers this, cat sends it back: in either case the request for the agent came before.
+            session.stdin.write(b"\0\0\0\5\1\0\0\0\3")
+            read_exactly(session.stdout.fileno(), 9)
+            uid = pwd.getpwnam(peer.user).pw_uid
+            offered = any(path.stat().st_uid == uid for path in Path("/tmp").glob("ssh-*/agent.*"))
+            end(session)
+            return offered
+        finally:
+            agent.kill()
+            agent.wait()
+
+
+def forward_x11(peer: Peer) -> bool:
+    said = peer.ssh("-Y", command="true", DISPLAY="127.0.0.1:0")
+    return "X11 forwarding request failed" not in said
+
+
+def several_sessions(peer: Peer) -> bool:
+    """The second session of a connection. The port is a closed one, lest ssh make a connection of its own."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "c")
+        with master(peer, path):
+            shared = ["-S", str(path), f"-oControlPath={path}", f"-oPort={free_port()}"]
+            first = peer.connect(*shared, command="cat")
+            assert first.stdin is not None and first.stdout is not None
+            first.stdin.write(b"\0\0\0\5\1\0\0\0\3")
+            read_exactly(first.stdout.fileno(), 9)
+            said = peer.ssh(*shared, "-v", command="cat")
+            end(first)
+    refused = "Session open refused by peer" in said
+    assert refused or "Exit status 0" in said, said
+    return not refused
+
+
+PRIVILEGES = [
+    run_command, get_shell, get_terminal, use_other_subsystem, set_environment, forward_local, forward_stdio,
+    forward_local_socket, forward_dynamic, forward_remote, forward_remote_socket, forward_agent, forward_x11,
+    several_sessions,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("privilege", PRIVILEGES)
+def test_a_hostile_host_is_not_let(evil: Peer, privilege: Callable[[Peer], bool]) -> None:
+    assert privilege(evil) is False
+
+
+@pytest.mark.parametrize("privilege", PRIVILEGES)
+def test_a_person_is_let(person: Peer, privilege: Callable[[Peer], bool]) -> None:
+    """The block is for hosts only; and the test above can fail."""
+    assert privilege(person) is True
