@@ -29,6 +29,7 @@ import shutil
 import stat
 import sys
 import tarfile
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -247,12 +248,12 @@ def list_members(fleet: Fleet, name: str) -> list[Member]:
     if not top.is_dir():
         reason = "dangling link" if top.is_symlink() else "not a directory"
         raise BentoError(f"hosts/{name}: {reason}")
-    if not any((top / file).is_file() for file in ("flake.nix", "configuration.nix")):
-        raise BentoError(f"hosts/{name}: neither flake.nix nor configuration.nix in it")
     home = os.path.realpath(fleet.directory)
     bounds = (home + os.sep, os.path.realpath(top) + os.sep)
     members: list[Member] = []
     walk(f"hosts/{name}", os.path.realpath(top), "", bounds, (os.path.realpath(top),), members)
+    if not any(m.name in ("flake.nix", "configuration.nix") and not m.is_directory for m in members):
+        raise BentoError(f"hosts/{name}: neither flake.nix nor configuration.nix in it")
     members.sort(key=lambda member: member.name.encode())
     return members
 
@@ -518,7 +519,7 @@ def format_table(rows: Sequence[Row], now_s: float, width: int, *, decorated: bo
             colour = "31" if row.needs_a_person else COLOURS.get(row.state, "0")
             line = f"\x1b[{colour}m{SYMBOLS.get(row.state, '?')}\x1b[0m {line}"
         lines.append(line)
-    return "\n".join([*lines, format_summary(rows)])
+    return "\n".join([*lines, *textwrap.wrap(format_summary(rows), width)])
 
 
 def row_cells(row: Row, now_s: float) -> dict[str, str]:

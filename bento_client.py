@@ -113,8 +113,9 @@ class Phase(StrEnum):
 
 
 class Step(StrEnum):
-    """How far an activation has come, in the journal."""
+    """How far a deployment has come, in the journal."""
 
+    BUILDING = "building"
     ACTIVATING = "activating"
     PROVING = "proving"
     COMMITTING = "committing"
@@ -1185,8 +1186,8 @@ def fetch(session: Sftp, settings: Settings, current: Current) -> None:
         if other.name != name or other.stat().st_size > current.size:
             other.unlink()
     partial.mkdir(mode=0o700, exist_ok=True)
-    tar = session.get(f"releases/{name}", f"partial/{name}", current.size, resume=(partial / name).exists())
     try:
+        tar = session.get(f"releases/{name}", f"partial/{name}", current.size, resume=(partial / name).exists())
         size, digest = tar.stat().st_size, hash_file(tar)
         if size != current.size:
             raise BentoError(
@@ -1197,11 +1198,13 @@ def fetch(session: Sftp, settings: Settings, current: Current) -> None:
                 f"releases/{name}: its SHA-256 is {digest[:12]}…: damaged; remove it on the server, 'bento.py populate' makes it anew"
             )
         unpack(tar, settings.state / "config.new")
-    except BentoError:
+    except Unreachable:
+        raise  # the next run goes on where the line broke
+    except (BentoError, OSError):
         remove(settings.state / "config.new")
-        raise
-    finally:
         remove(partial)
+        raise
+    remove(partial)
 
 
 def hash_file(path: Path) -> str:
@@ -1561,11 +1564,12 @@ def traceback_text() -> str:
 def finish(settings: Settings, log: Log, state: State, pending: Pending, outcome: Outcome) -> State:
     """Writes the end of an activation down, and only then forgets that it was under way."""
     state = record(settings, log, state, outcome, pending.release, pending.published, pending.started, pending.attempt)
-    pending = read_journal(settings.state / "pending.json", parse_pending, log) or pending
-    if pending.step == Step.REBOOTING and pending.boot_id == boot_id(settings):
-        disarm(settings, pending)
-    elif outcome.result != Result.ROLLBACK_FAILED:
-        clear_pending(settings, pending)
+    left = read_journal(settings.state / "pending.json", parse_pending, log)
+    if left is not None and left.token == pending.token:
+        if left.step == Step.REBOOTING and left.boot_id == boot_id(settings):
+            disarm(settings, left)
+        elif outcome.result != Result.ROLLBACK_FAILED:
+            clear_pending(settings, left)
     return state
 
 
@@ -1575,6 +1579,10 @@ def finish(settings: Settings, log: Log, state: State, pending: Pending, outcome
 def recover(settings: Settings, log: Log, pending: Pending) -> Outcome | None:
     """Settles an activation that an earlier run could not. None: it waits for a reboot, or has just asked for one."""
     reached_new = running_system(settings) == pending.new
+    if pending.step == Step.BUILDING:
+        log.say("an update was cut short before it changed anything: starting over")
+        clear_pending(settings, pending)
+        return None
     if pending.boot_id == boot_id(settings):
         if pending.step in (Step.REBOOTING, Step.REVERTING):
             return None
@@ -1681,27 +1689,65 @@ def update(settings: Settings, log: Log, state: State, directory: str, *, force:
             return 0
         log.kept = True
         log.say(why)
-        report(settings, log, state, directory, session, Phase.BUILDING)
-        started = format_time(time.time())
+        pending = start_journal(settings, log, state, current)
         outcome: Outcome | None = None
-        if action == Action.FETCH or not (settings.state / "config").is_dir():
+        try:
             try:
+                deliver(session, settings, state, directory, Phase.BUILDING)
+            except Refused as error:
+                log.say(f"report kept for the next run: {error}")
+                session.close()
+                session, _ = poll(settings, directory, log)
+            if action == Action.FETCH or not (settings.state / "config").is_dir():
                 fetch(session, settings, current)
                 state = adopt(settings, state, current.release)
-            except Unreachable:
-                raise
-            except (BentoError, OSError) as error:
-                outcome = Outcome(Result.FETCH_FAILED, str(error))
+        except Unreachable:
+            forget(settings, log, pending)
+            raise
+        except (BentoError, OSError) as error:
+            outcome = Outcome(Result.FETCH_FAILED, str(error))
     finally:
         session.close()
-    tried = state.tried
-    number = tried.attempt + 1 if tried is not None and tried.release == current.release else 1
     if outcome is None:
-        state, outcome = deploy(settings, log, state, directory, current, started, number, force=force)
+        state, outcome = deploy(settings, log, state, directory, pending, force=force)
     else:
-        state = record(settings, log, state, outcome, current.release, current.published, started, number)
+        state = finish(settings, log, state, pending, outcome)
         report(settings, log, state, directory)
     return outcome.exit_code
+
+
+def start_journal(settings: Settings, log: Log, state: State, current: Current) -> Pending:
+    """The journal of a deployment, and a watchdog for the part that only fetches and builds: a client that hangs in
+    it would be the only one that ever runs. An older journal, of an activation that is not settled, stays in its place.
+    """
+    tried = state.tried
+    running = running_system(settings)
+    left = read_journal(settings.state / "pending.json", parse_pending, log)
+    # After a roll back that failed the machine runs something in between: the way back leads further back.
+    old = left.old if left is not None and left.step == Step.ROLLING_BACK else running
+    pending = Pending(
+        release=current.release,
+        published=current.published,
+        old=old,
+        new=running,
+        profile=profile_system(settings) if profile_path(settings).exists() else old,
+        step=Step.BUILDING,
+        boot_id=boot_id(settings),
+        token=os.urandom(4).hex(),
+        started=format_time(time.time()),
+        attempt=tried.attempt + 1 if tried is not None and tried.release == current.release else 1,
+    )
+    if left is None:
+        with best_effort(log):
+            pending = advance(settings, pending, Step.BUILDING, settings.build_timeout)
+    return pending
+
+
+def forget(settings: Settings, log: Log, pending: Pending) -> None:
+    """Ends the journal of a deployment that came to nothing, if it is ours."""
+    left = read_journal(settings.state / "pending.json", parse_pending, log)
+    if left is not None and left.token == pending.token:
+        clear_pending(settings, left)
 
 
 def deploy(
@@ -1709,21 +1755,15 @@ def deploy(
     log: Log,
     state: State,
     directory: str,
-    current: Current,
-    started: str,
-    number: int,
+    pending: Pending,
     *,
     force: bool,
 ) -> tuple[State, Outcome]:
     """Builds config/ and puts the result to work."""
-    left = read_journal(settings.state / "pending.json", parse_pending, log)
-    # After a roll back that failed the machine runs something in between: the way back leads further back.
-    old = left.old if left is not None and left.step == Step.ROLLING_BACK else running_system(settings)
     session: Sftp | None = None
-    pending: Pending | None = None
     try:
         new = build(settings, log)
-        outcome = refuse_to_activate(settings, new, old, force=force)
+        outcome = refuse_to_activate(settings, new, pending.old, force=force)
     except (BentoError, OSError) as error:
         outcome = Outcome(Result.BUILD_FAILED, str(error))
     if outcome is None:
@@ -1734,16 +1774,10 @@ def deploy(
             outcome = Outcome(Result.POSTPONED, reason, new, unreachable=True)
     if outcome is None:
         report(settings, log, state, directory, session, Phase.ACTIVATING)
-        profile = profile_system(settings) if profile_path(settings).exists() else old
-        pending = Pending(
-            release=current.release, published=current.published, old=old, new=new, profile=profile,
-            step=Step.ACTIVATING, boot_id=boot_id(settings), token=os.urandom(4).hex(), started=started, attempt=number,
-        )  # fmt: skip
-        outcome = replace(activate(settings, log, pending), system=new)
-    if pending is not None:
-        state = finish(settings, log, state, pending, outcome)
-    else:
-        state = record(settings, log, state, outcome, current.release, current.published, started, number)
+        left = read_journal(settings.state / "pending.json", parse_pending, log)
+        ours = left if left is not None and left.token == pending.token else pending
+        outcome = replace(activate(settings, log, replace(ours, new=new)), system=new)
+    state = finish(settings, log, state, pending, outcome)
     report(settings, log, state, directory, session)
     if session is not None:
         session.close()
@@ -1832,7 +1866,7 @@ def command_rollback(settings: Settings, *, token: str | None) -> int:
                     return go_back(settings, log, state, pending, directory, by_hand=token is None)
         if pending is None:
             raise BentoError(
-                "an update is at work on this machine, and activates nothing yet: wait for its end, or stop it"
+                "another client is at work on this machine, and activates nothing: wait for its end, or stop it"
             )
         end_lock_holder(settings, log)
         if time.monotonic() > give_up:
@@ -1843,9 +1877,12 @@ def command_rollback(settings: Settings, *, token: str | None) -> int:
 def go_back(
     settings: Settings, log: Log, state: State, pending: Pending | None, directory: str, *, by_hand: bool
 ) -> int:
-    if pending is None:
+    if by_hand and (pending is None or pending.step == Step.BUILDING):
+        if pending is not None:
+            clear_pending(settings, pending)
         pending = step_back(settings, state)
         save_pending(settings, pending)
+    assert pending is not None  # the watchdog has the token of one
     if by_hand:
         outcome: Outcome | None = roll_back(settings, log, pending, Outcome(Result.ROLLED_BACK, "by hand"))
     else:

@@ -287,23 +287,24 @@ def test_may_reboot(setting: str, yes: list[tuple[int, int]], no: list[tuple[int
 
 # --- formats ---
 
-GOLDEN_CURRENT = """{"format": 1, "host": "toy", "release": "%s", "size": 10240,
- "published": "2026-11-23T10:15:02Z", "system": "/nix/store/x-nixos", "from_next_year": [1]}""" % A
+GOLDEN_CURRENT = """{"format": 1, "host": "toy", "release": "RELEASE", "size": 10240,
+ "published": "2026-11-23T10:15:02Z", "system": "/nix/store/x-nixos", "from_next_year": [1]}""".replace("RELEASE", A)
 
-GOLDEN_LAST = """{"release": "%s", "result": "rolled-back", "reason": "no way", "system": null, "log":
+GOLDEN_LAST = """{"release": "RELEASE", "result": "rolled-back", "reason": "no way", "system": null, "log":
  "20261123T101502Z_aaaaaaaaaaaa_rolled-back.log", "started": "2026-11-23T10:15:00Z", "more": {},
- "finished": "2026-11-23T10:15:02Z", "attempt": 2}""" % A
+ "finished": "2026-11-23T10:15:02Z", "attempt": 2}""".replace("RELEASE", A)
 
 GOLDEN_REPORT = """{"format": 1, "host": "toy", "client": "1.0", "polled": "2026-11-23T10:15:02Z", "phase": "idle",
- "release": null, "system": "/nix/store/x-nixos", "needs_reboot": true, "last": %s, "more": 1}""" % GOLDEN_LAST
+ "release": null, "system": "/nix/store/x-nixos", "needs_reboot": true, "last": LAST, "more": 1}""".replace("LAST", GOLDEN_LAST)
 
 GOLDEN_STATE = """{"format": 1, "release": null, "system": "/nix/store/x", "previous": null, "published": null,
- "unpacked": "%s", "rebooted": null, "interruptions": 1, "tried": %s, "last": null, "more": 1}""" % (A, GOLDEN_LAST)
+ "unpacked": "RELEASE", "rebooted": null, "interruptions": 1, "tried": LAST, "last": null,
+ "more": 1}""".replace("LAST", GOLDEN_LAST).replace("RELEASE", A)
 
-GOLDEN_PENDING = """{"format": 1, "release": "%s", "published": "2026-11-23T10:15:02Z", "old": "/nix/store/o",
+GOLDEN_PENDING = """{"format": 1, "release": "RELEASE", "published": "2026-11-23T10:15:02Z", "old": "/nix/store/o",
  "new": "/nix/store/n", "profile": "/nix/store/o", "step": "proving", "boot_id": "b", "token": "t",
  "started": "2026-11-23T10:15:02Z", "attempt": 1, "deadline_s": 12.5, "watchdog": null, "verdict": "", "reason": "",
- "more": 1}""" % A
+ "more": 1}""".replace("RELEASE", A)
 
 LAST = Last(A, "rolled-back", "no way", None, "2026-11-23T10:15:00Z", "2026-11-23T10:15:02Z", 2,
             "20261123T101502Z_aaaaaaaaaaaa_rolled-back.log")  # fmt: skip
@@ -774,7 +775,7 @@ def test_endless_build(lab: Lab) -> None:
 def test_cut_line_is_rolled_back(lab: Lab) -> None:
     release = lab.publish("v1", cut_network=True)
     said = lab.client("run", code=1)
-    assert "rolled-back: the new system cannot reach its server" in said
+    assert "rolled-back: new system: cannot reach server.example" in said
     assert lab.labels() == ("v0", "v0", "v0")
     assert lab.machine.network() == "up"
     assert (lab.last().result, lab.last().release) == (Result.ROLLED_BACK, release)
@@ -855,10 +856,10 @@ def test_roll_back_that_fails_is_settled_later(tmp_path: Path) -> None:
     lab = Lab.create(tmp_path, fails_from="bad", fails_from_times=1)
     release = lab.publish("bad", cut_network=True)
     said = lab.client("run", code=1)
-    assert "rollback-failed: the new system cannot reach its server" in said
+    assert "rollback-failed: new system: cannot reach server.example" in said
     assert lab.labels() == ("bad", "v0", "v0")
     assert (lab.state / "pending.json").exists()
-    assert [name.name.endswith("_rollback-failed.log") for name in (lab.state / "outbox").iterdir()] == [True]
+    assert lab.last().result == Result.ROLLBACK_FAILED, "over the connection made before"
 
     assert "waiting for a new release" in lab.client("run")
     assert lab.labels() == ("v0", "v0", "v0")
@@ -895,7 +896,7 @@ def test_status(lab: Lab) -> None:
     assert re.search(rf"(?m)^host +{HOST}$", said)
     assert re.search(r"(?m)^release +none of Bento's$", said)
     assert re.search(rf"(?m)^last +rolled-back, release {release[:12]}, attempt 1, 20", said)
-    assert re.search(r"(?m)^reason +the new system cannot reach its server", said)
+    assert re.search(r"(?m)^reason +new system: cannot reach server", said)
     release = lab.publish("v2")
     lab.client("run")
     said = lab.client("status")
@@ -933,3 +934,531 @@ def test_run_without_a_key(lab: Lab) -> None:
     (lab.state / "id_ed25519").unlink()
     assert "make one with 'bento-client key'" in lab.client("run", code=75)
     assert lab.labels() == ("v0", "v0", "v0")
+
+
+# --- the server or the line goes away ---
+
+
+def test_server_down(lab: Lab) -> None:
+    lab.publish("v1")
+    lab.down.touch()
+    before = tree(lab.state)
+    assert "cannot reach server.example: connection refused" in lab.client("run", code=75)
+    assert tree(lab.state).keys() - {"lock"} == before.keys()
+    assert lab.labels() == ("v0", "v0", "v0")
+    lab.down.unlink()
+    lab.client("run")
+    assert lab.labels() == ("v1", "v1", "v1")
+
+
+def test_server_comes_back_while_the_client_waits(lab: Lab) -> None:
+    lab.publish("v1")
+    lab.down.touch()
+    lab.settings["connect_timeout"] = 20
+    process = lab.start("run")
+    time.sleep(0.5)
+    assert process.poll() is None
+    lab.down.unlink()
+    assert lab.finish(process) == 0
+    assert lab.labels() == ("v1", "v1", "v1")
+
+
+def test_server_down_during_the_build(lab: Lab) -> None:
+    """Built, not activated; reported when the server is back, in order."""
+    lab.publish("v1", build_touch=lab.file("building"), build_wait=lab.file("go"))
+    process = lab.start("run")
+    wait_until(Path(lab.file("building")).exists)
+    lab.down.touch()
+    Path(lab.file("go")).touch()
+    assert lab.finish(process) == 75
+    assert lab.labels() == ("v0", "v0", "v0")
+    assert "last       postponed" in lab.client("status")
+    assert "built, but not activated, because the server went away" in lab.client("status")
+    assert "outbox     1 not delivered yet" in lab.client("status")
+    assert lab.logs() == []
+    lab.client("run", code=75)
+    assert lab.logs() == []
+
+    lab.down.unlink()
+    lab.client("run")
+    assert lab.labels() == ("v1", "v1", "v1")
+    assert (lab.last().result, lab.last().attempt) == (Result.OK, 2)
+    assert [name.split("_")[2] for name in lab.logs()] == ["postponed.log", "ok.log"]
+    assert "outbox" not in lab.client("status")
+
+
+def test_server_down_during_the_proof(lab: Lab) -> None:
+    """The old system cannot reach it either: the release is not to blame, and is tried again."""
+    lab.publish("v1", switch_touch=lab.file("switching"), switch_wait=lab.file("go"))
+    process = lab.start("run")
+    wait_until(Path(lab.file("switching")).exists)
+    assert lab.report().phase == "activating"
+    lab.down.touch()
+    Path(lab.file("go")).touch()
+    assert lab.finish(process) == 75
+    assert lab.labels() == ("v0", "v0", "v0")
+    assert "last       postponed" in lab.client("status")
+    lab.down.unlink()
+    lab.client("run")
+    assert lab.labels() == ("v1", "v1", "v1")
+    assert (lab.last().result, lab.last().attempt) == (Result.OK, 2)
+
+
+def test_outbox_is_delivered_in_order(lab: Lab) -> None:
+    """And the server keeps the newest twenty logs."""
+    lab.publish("v1")
+    outbox = lab.state / "outbox"
+    outbox.mkdir()
+    names = [log_name(NOON - 10**8 + number, B, "postponed") for number in range(30)]
+    for name in names[10:]:
+        (outbox / name).write_text(f"this is {name}\n")
+    for name in names[:10]:
+        (lab.chroot / "logs" / name).write_text("delivered before\n")
+    (lab.chroot / "logs/notes.txt").write_text("not one of ours\n")
+    lab.client("run")
+    assert list(outbox.iterdir()) == []
+    logs = sorted((lab.chroot / "logs").glob("*.log"))
+    assert len(logs) == 20
+    arrived = [path.stat().st_mtime_ns for path in logs]
+    assert arrived == sorted(arrived) and arrived[0] < arrived[-1]
+    assert logs[-1].name == lab.last().log
+    assert logs[-2].read_text() == f"this is {names[-1]}\n"
+    assert (lab.chroot / "logs/notes.txt").exists()
+
+
+def sftp_by_server(lab: Lab, **chroots: Path | None) -> str:
+    """A PATH on which `sftp` knows several servers; the directory that each serves, or None for one that is down."""
+    cases = "".join(
+        f"*@{name}) {'export TOY_CHROOT=' + str(chroot) if chroot else 'export TOY_SERVER_DOWN=/'} ;;\n"
+        for name, chroot in chroots.items()
+    )
+    toy = lab.machine.env()["PATH"]
+    fake = lab.directory / "path/sftp"
+    fake.parent.mkdir(exist_ok=True)
+    fake.write_text(f'#!/bin/sh\nfor word; do :; done\ncase $word in\n{cases}esac\nPATH={toy}\nexec sftp "$@"\n')
+    fake.chmod(0o755)
+    return f"{fake.parent}:{toy}"
+
+
+def test_second_server_when_the_first_is_down(lab: Lab) -> None:
+    lab.settings["server"] = ["first", "second"]
+    path = sftp_by_server(lab, first=None, second=lab.chroot)
+    lab.publish("v1")
+    lab.client("run", PATH=path, TOY_SERVER="")
+    assert lab.labels() == ("v1", "v1", "v1")
+    assert lab.last().result == Result.OK
+    said = lab.client("run", code=75, PATH=sftp_by_server(lab, first=None, second=None), TOY_SERVER="")
+    assert "cannot reach first: connection refused" in said and "cannot reach second: connection refused" in said
+
+
+def test_server_that_lags_behind(lab: Lab) -> None:
+    """A replica with an older release never takes a host back; its newer one is taken."""
+    lab.settings["server"] = ["first", "second"]
+    lab.publish("v1")
+    stale = lab.directory / "stale"
+    shutil.copytree(lab.chroot, stale, symlinks=True)
+    path = sftp_by_server(lab, first=stale, second=lab.chroot)
+    lab.publish("v2")
+    current = json.loads((lab.chroot / "current.json").read_text())
+    (stale / "current.json").write_text(
+        json.dumps(json.loads((stale / "current.json").read_text()) | {"published": "2020-01-01T00:00:00Z"})
+    )
+    lab.client("run", PATH=sftp_by_server(lab, first=lab.chroot, second=stale), TOY_SERVER="")
+    assert lab.labels() == ("v2", "v2", "v2")
+    said = lab.client("run", PATH=sftp_by_server(lab, first=stale, second=lab.chroot), TOY_SERVER="")
+    assert "first is behind" in said and f"up to date with release {current['release'][:12]}" in said
+    said = lab.client("run", PATH=sftp_by_server(lab, first=stale, second=None), TOY_SERVER="")
+    assert "the server is behind: it publishes a release of 2020-01-01T00:00:00Z" in said
+    lab.client("run", "--force", PATH=path, TOY_SERVER="")
+    assert lab.labels() == ("v2", "v2", "v2")
+
+
+# --- killed, unplugged ---
+
+
+def test_killed_in_the_build(lab: Lab) -> None:
+    lab.publish("v1", build_touch=lab.file("building"), build_wait=lab.file("go"))
+    process = lab.start("run")
+    wait_until(Path(lab.file("building")).exists)
+    kill_tree(process)
+    assert lab.labels() == ("v0", "v0", "v0")
+    assert list(lab.state.glob(".tmp-*")) != []
+    Path(lab.file("go")).touch()
+    lab.client("run")
+    assert lab.labels() == ("v1", "v1", "v1")
+    assert (lab.last().result, lab.last().attempt) == (Result.OK, 1)
+    assert lab.log().count("nixos-rebuild build") == 2
+    assert list(lab.state.glob(".tmp-*")) == []
+
+
+@pytest.mark.parametrize("power_cut", [False, True], ids=["killed", "power-cut"])
+@pytest.mark.parametrize("step", ["activating", "proving"])
+def test_killed_twice(lab: Lab, step: str, power_cut: bool) -> None:
+    """Before the commit: back to the old system, tried once more, then given up."""
+    reached = Path(lab.file("reached"))
+    if step == "activating":
+        release = lab.publish("v1", switch_touch=str(reached), switch_wait=lab.file("never"))
+    else:
+        check = f"touch {reached}; while ! [ -e {lab.file('never')} ]; do sleep 0.05; done"
+        release = lab.publish("v1", settings={"health_checks": [check]})
+
+    for interruptions in (1, 2):
+        process = lab.start("run", "--confirm-timeout", "20")
+        wait_until(reached.exists)
+        kill_tree(process)
+        reached.unlink()
+        pending = parse_pending((lab.state / "pending.json").read_bytes(), "pending.json")
+        assert (pending.step, pending.release, pending.attempt) == (step, release, interruptions)
+        if power_cut:
+            lab.machine.power_cycle()
+
+    assert "interrupted twice: waiting for a new release" in lab.client("run")
+    assert lab.labels() == ("v0", "v0", "v0")
+    assert not (lab.state / "pending.json").exists()
+    assert (lab.last().result, lab.last().attempt) == (Result.INTERRUPTED, 2)
+    how = "the machine was restarted" if power_cut else "the client was ended"
+    assert lab.last().reason == f"{how} while {step}"
+    assert [name.split("_")[2] for name in lab.logs()] == ["interrupted.log"] * len(lab.logs())
+
+    lab.publish("v2")
+    lab.client("run")
+    assert lab.labels() == ("v2", "v2", "v2")
+
+
+@pytest.mark.parametrize("power_cut", [False, True], ids=["killed", "power-cut"])
+def test_killed_in_the_commit(lab: Lab, power_cut: bool) -> None:
+    """The profile is new, the boot loader is not: finished if the new system runs, else undone."""
+    lab.publish("v1", boot_touch=lab.file("committing"), boot_wait=lab.file("go"))
+    process = lab.start("run")
+    wait_until(Path(lab.file("committing")).exists)
+    kill_tree(process)
+    assert lab.labels() == ("v1", "v1", "v0")
+    if power_cut:
+        lab.machine.power_cycle()
+        lab.down.touch()  # so that the run ends after the recovery
+        lab.client("run", code=75)
+        assert lab.labels() == ("v0", "v0", "v0")
+        assert not (lab.state / "pending.json").exists()
+        lab.down.unlink()
+    Path(lab.file("go")).touch()
+    lab.client("run")
+    assert lab.labels() == ("v1", "v1", "v1")
+    assert (lab.last().result, lab.last().attempt) == (Result.OK, 2 if power_cut else 1)
+    assert not (lab.state / "pending.json").exists()
+
+
+# --- reboots ---
+
+
+def test_system_that_needs_a_reboot(tmp_path: Path) -> None:
+    lab = Lab.create(tmp_path, inhibitors="dbus 1")
+    release = lab.publish("v1", inhibitors="dbus 2", kernel="6.13")
+    lab.client("run")
+    assert lab.labels() == ("v0", "v1", "v1")
+    assert (lab.last().result, lab.last().release) == (Result.OK, release)
+    assert lab.last().reason == "it cannot go live: it takes effect at the next reboot, and is proven then"
+    assert lab.report().needs_reboot
+    assert "up to date" in lab.client("run")
+    assert lab.report().needs_reboot and (lab.state / "pending.json").exists()
+
+    lab.machine.power_cycle()
+    assert lab.labels() == ("v1", "v1", "v1")
+    assert "up to date" in lab.client("run")
+    assert not lab.report().needs_reboot
+    assert lab.report().release == release
+    assert not (lab.state / "pending.json").exists()
+
+
+def test_kernel_that_breaks_the_network(tmp_path: Path) -> None:
+    lab = Lab.create(tmp_path, inhibitors="dbus 1")
+    lab.publish("v1", inhibitors="dbus 2", kernel="broken")
+    lab.client("run")
+    lab.machine.power_cycle()
+    assert lab.labels() == ("v1", "v1", "v1")
+    assert lab.machine.network() == "down"
+    lab.client("run", code=75)
+    assert lab.labels()[1:] == ("v0", "v0")
+    lab.machine.power_cycle()
+    assert lab.labels() == ("v0", "v0", "v0")
+    assert lab.machine.network() == "up"
+    lab.publish("v2", inhibitors="dbus 1")
+    lab.client("run")
+    assert lab.labels() == ("v2", "v2", "v2")
+
+
+# --- what is refused ---
+
+
+def archive(*members: tarfile.TarInfo, content: bytes = b"content\n") -> bytes:
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for member in members:
+            member.size = len(content) if member.isreg() else 0
+            tar.addfile(member, io.BytesIO(content))
+    return raw.getvalue()
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "", **pax: str) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    info.pax_headers = {name.replace("_", "."): value for name, value in pax.items()}
+    return info
+
+
+FLAKE_NIX = member("flake.nix")
+GOOD_TAR = archive(FLAKE_NIX)
+
+
+@pytest.fixture(scope="module")
+def settled(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """A machine that has deployed v1. For tests after which it still runs just that."""
+    lab = Lab.create(tmp_path_factory.mktemp("settled"))
+    lab.publish("v1")
+    lab.client("run")
+    assert lab.labels() == ("v1", "v1", "v1")
+    return lab
+
+
+def check_refused(lab: Lab, words: str, release: str | None) -> None:
+    before = tree(lab.state / "config")
+    said = lab.client("run", code=1)
+    assert re.search(words, said), said
+    assert re.search(r"(?m)^bento: error: ", said)
+    assert tree(lab.state / "config") == before
+    assert lab.labels() == ("v1", "v1", "v1")
+    assert (lab.last().result, lab.last().release) == (Result.FETCH_FAILED, release)
+    assert re.search(words, lab.last().reason)
+    assert lab.last().log in lab.logs()
+    left = {path.name for path in lab.state.iterdir()}
+    assert left <= {"config", "id_ed25519", "lock", "outbox", "result", "state.json"}
+
+
+@pytest.mark.parametrize(
+    ("tar", "words"),
+    [
+        (archive(FLAKE_NIX, member("/tmp/bento-absolute")), "unsafe name '/tmp/bento-absolute'"),
+        (archive(FLAKE_NIX, member("../bento-dots")), r"unsafe name '\.\./bento-dots'"),
+        (archive(FLAKE_NIX, member("a/../../bento-dots")), "unsafe name"),
+        (archive(FLAKE_NIX, member("./a")), "unsafe name"),
+        (archive(FLAKE_NIX, member("link", tarfile.SYMTYPE, "/etc")), "'link', which is neither a file nor a directory"),
+        (archive(FLAKE_NIX, member("link", tarfile.SYMTYPE, "."), member("link/x")), "'link', which is neither"),
+        (archive(FLAKE_NIX, member("hard", tarfile.LNKTYPE, "flake.nix")), "'hard', which is neither"),
+        (archive(FLAKE_NIX, member("null", tarfile.CHRTYPE)), "'null', which is neither"),
+        (archive(FLAKE_NIX, member("disk", tarfile.BLKTYPE)), "'disk', which is neither"),
+        (archive(FLAKE_NIX, member("fifo", tarfile.FIFOTYPE)), "'fifo', which is neither"),
+        (archive(FLAKE_NIX, member("sparse", GNU_sparse_size="1000000000", GNU_sparse_map="0,8")), "'sparse', which is"),
+        (archive(FLAKE_NIX, FLAKE_NIX), "no valid archive: File exists"),
+        (archive(FLAKE_NIX, member("flake.nix/x")), "no valid archive: Not a directory"),
+        (archive(FLAKE_NIX, member("no/parent")), "no valid archive: No such file or directory"),
+        (archive(FLAKE_NIX, member("x" * 300)), "File name too long"),
+        (archive(FLAKE_NIX, member("\x1b[2Jbell\x07\n", tarfile.FIFOTYPE)), r"has '\\x1b\[2Jbell\\x07\\n', which is neither"),
+        (b"this is no tar at all\n" * 100, "no valid archive"),
+        (GOOD_TAR[:700], "no valid archive"),
+        (b"", "no valid archive"),
+    ],
+    ids=["absolute", "dots", "inner-dots", "dot", "symlink", "through-symlink", "hardlink", "char", "block", "fifo", "sparse",
+         "duplicate", "file-as-directory", "no-parent", "long-name", "escape", "no-tar", "short-tar", "empty"],
+)  # fmt: skip
+def test_hostile_archive(settled: Lab, tar: bytes, words: str) -> None:
+    check_refused(settled, words, settled.publish_raw(tar))
+    assert not Path("/tmp/bento-absolute").exists()
+    assert not (settled.state / "bento-dots").exists() and not (settled.state.parent / "bento-dots").exists()
+
+
+def test_wrong_checksum(settled: Lab) -> None:
+    digest = hashlib.sha256(GOOD_TAR).hexdigest()[:12]
+    check_refused(settled, f"its SHA-256 is {digest}…: damaged", settled.publish_raw(GOOD_TAR, release="c" * 64))
+
+
+def test_truncated_archive(settled: Lab) -> None:
+    release = hashlib.sha256(GOOD_TAR).hexdigest()
+    settled.publish_raw(GOOD_TAR[:5000], release=release, size=len(GOOD_TAR))
+    check_refused(settled, f"5000 bytes came, {len(GOOD_TAR)} were announced", release)
+
+
+def test_archive_larger_than_announced(settled: Lab) -> None:
+    tar = archive(FLAKE_NIX, content=os.urandom(100_000))
+    check_refused(settled, "the announced 5000 bytes", settled.publish_raw(tar, size=5000))
+
+
+def test_archive_beyond_all_limits(settled: Lab) -> None:
+    release = settled.publish_raw(GOOD_TAR, release="d" * 64, size=5 << 30)
+    check_refused(settled, "more than the limit of 4294967296", release)
+
+
+def test_archive_that_is_not_there(settled: Lab) -> None:
+    release = settled.publish_raw(GOOD_TAR, release="e" * 64)
+    (settled.chroot / "releases" / f"{release}.tar").unlink()
+    check_refused(settled, "not found", release)
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (None, f"nothing is published for {HOST} there: run 'bento.py populate {HOST}'"),
+        (b"", "not JSON"),
+        (b'{"format": 1, "host": "t', "not JSON"),
+        (b"<html>", "not JSON"),
+        (b'{"format": 1, "size": NaN}', "NaN is not JSON"),
+        (b"[" * 50_000, "not JSON"),
+        (b'{"format": 9, "host": "toy"}', "format 9, this version of Bento knows format 1: update Bento"),
+        (bento_client.encode(Current("another", A, 1, "2026-11-23T10:00:00Z")), f"it is for host 'another', not for '{HOST}'"),
+        (bento_client.encode(Current("../x", A, 1, "2026-11-23T10:00:00Z")), "field 'host' is missing or malformed"),
+        (b" " * 100_000, "65536 bytes"),
+    ],
+    ids=["none", "empty", "cut", "html", "nan", "deep", "newer", "other-host", "bad-host", "huge"],
+)  # fmt: skip
+def test_unusable_current(settled: Lab, raw: bytes | None, words: str) -> None:
+    if raw is None:
+        (settled.chroot / "current.json").unlink()
+    else:
+        (settled.chroot / "current.json").write_bytes(raw)
+    check_refused(settled, re.escape(words), None)
+    count = len(settled.logs())
+    settled.client("run", code=1)
+    assert len(settled.logs()) == count, "said once, not at each poll"
+
+
+def test_good_release_after_bad_ones(settled: Lab) -> None:
+    settled.publish_raw(b"bad")
+    settled.client("run", code=1)
+    settled.populate()
+    settled.client("run")
+    assert (settled.last().result, settled.last().reason) == (Result.OK, "nothing to activate: this system runs already")
+    assert settled.labels() == ("v1", "v1", "v1")
+
+
+def test_glitch_makes_no_rolled_back_release_good(lab: Lab) -> None:
+    lab.publish("v1", cut_network=True)
+    lab.client("run", code=1)
+    current = lab.chroot / "current.json"
+    good = current.read_bytes()
+    current.write_bytes(good[:40])
+    lab.client("run", code=1)
+    assert lab.last().result == Result.FETCH_FAILED
+    current.write_bytes(good)
+    assert "was rolled back" in lab.client("run")
+    assert lab.labels() == ("v0", "v0", "v0")
+    lab.publish("v2")
+    lab.client("run")
+    assert lab.labels() == ("v2", "v2", "v2")
+
+
+@pytest.mark.parametrize("name", ["state.json", "pending.json"])
+@pytest.mark.parametrize("content", [b"", b'{"format": 1, "release": 7}'])
+def test_damaged_journal_is_set_aside(settled: Lab, name: str, content: bytes) -> None:
+    settled.populate()
+    (settled.state / name).write_bytes(content)
+    said = settled.client("run")
+    assert f"set aside as {name}.damaged" in said
+    assert (settled.state / f"{name}.damaged").read_bytes() == content
+    (settled.state / f"{name}.damaged").unlink()
+    assert settled.labels() == ("v1", "v1", "v1")
+    assert settled.last().result == Result.OK
+    assert "damaged" not in settled.client("run")
+
+
+# --- what arrives ---
+
+
+def test_download_goes_on_where_it_stopped(lab: Lab) -> None:
+    release = lab.publish("v1")
+    tar = (lab.chroot / "releases" / f"{release}.tar").read_bytes()
+    (lab.state / "partial").mkdir()
+    (lab.state / "partial" / f"{release}.tar").write_bytes(tar[: len(tar) // 2])
+    (lab.state / "partial" / f"{B}.tar").write_bytes(b"of an older release")
+    lab.client("run")
+    assert lab.labels() == ("v1", "v1", "v1")
+    assert tree(lab.state / "config") == tree(lab.config)
+
+
+def test_odd_file_names(lab: Lab) -> None:
+    lab.publish("v1")
+    names = [
+        "with space", "it's", 'a "quote"', "new\nline", "tab\t", "-rf", "--help", "*", "[a-z]?", "{a,b}", "$HOME", "`id`", "a;b",
+        "back\\slash", "#hash", "~", "x" * 200, "Grüße", "日本語", "e\u0301", " ", "...", "a|b", "%s", ".hidden",
+    ]  # fmt: skip
+    for name in names:
+        (lab.config / name).write_text(f"content of {name}")
+        (lab.config / f"{name[:90]}.d" / name / "deep").mkdir(parents=True)
+        (lab.config / f"{name[:90]}.d" / name / "deep" / name).write_text(name)
+    (lab.config / "empty file").touch()
+    (lab.config / "empty directory").mkdir()
+    (lab.config / "program").write_text("#!/bin/sh\n")
+    (lab.config / "program").chmod(0o700)
+    (lab.config / "secret").write_text("mode 0600")
+    (lab.config / "secret").chmod(0o600)
+    (lab.config / "bytes").write_bytes(bytes(range(256)))
+    lab.populate()
+    lab.client("run")
+    assert lab.labels() == ("v1", "v1", "v1")
+    arrived = tree(lab.state / "config")
+    assert arrived == tree(lab.config)
+    assert arrived["program"][0] == "program" and arrived["secret"][0] == "file"
+    assert arrived["empty directory"][0] == "directory" and arrived["empty file"] == ("file", b"")
+    assert ("x" * 200) in arrived
+
+
+PEAK = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:], stdin=subprocess.DEVNULL).returncode
+print("peak", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, "KiB")
+sys.exit(code)
+"""
+
+
+def test_huge_file_in_little_memory(lab: Lab) -> None:
+    """300 MB. The build fails early, for the toy's own reads it whole."""
+    lab.publish("v1", build="eval-error")
+    with open(lab.config / "huge", "wb") as file:
+        file.write(b"begin")
+        file.truncate(300_000_000)
+    lab.populate()
+    done = lab.machine.run(sys.executable, "-I", "-c", PEAK, *lab.argv("run"), env=lab.env())
+    assert done.returncode == 1, done.stdout
+    assert lab.last().result == Result.BUILD_FAILED
+    huge = lab.state / "config/huge"
+    assert huge.stat().st_size == 300_000_000
+    assert bento_client.hash_file(huge) == bento_client.hash_file(lab.config / "huge")
+    found = re.search(r"peak (\d+) KiB", done.stdout)
+    assert found is not None
+    assert 5_000 < int(found[1]) < 64_000
+    shutil.rmtree(lab.directory)  # pytest keeps the directories of three runs
+
+
+# --- alone ---
+
+# What NixOS' python3Minimal has not.
+MISSING = ["zlib", "gzip", "bz2", "lzma", "ctypes", "ssl", "sqlite3", "pyexpat", "readline", "curses"]
+MINIMAL = f"""
+import sys
+missing = {MISSING!r}
+sys.modules.update(dict.fromkeys(missing + ["_" + name for name in missing] + ["_hashlib", "_tkinter", "_dbm", "_gdbm"]))
+import runpy
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_alone_with_a_minimal_python(lab: Lab) -> None:
+    """One file in an empty directory."""
+    lab.publish("v1")
+    alone = lab.directory / "alone"
+    alone.mkdir()
+    shutil.copyfile(CLIENT, alone / "bento_client.py")
+    interpreter, isolated, _, *words = lab.argv("run")
+    argv = [interpreter, isolated, "-c", MINIMAL, str(alone / "bento_client.py"), *words]
+    done = lab.machine.run(*argv, cwd=alone, env=lab.env())
+    assert done.returncode == 0, done.stdout
+    assert lab.labels() == ("v1", "v1", "v1")
+    assert lab.last().result == Result.OK
+    assert [path.name for path in alone.iterdir()] == ["bento_client.py"]
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_minimal_python_is_minimal(name: str) -> None:
+    """That the test above would notice."""
+    argv = [sys.executable, "-I", "-c", MINIMAL, os.devnull]
+    argv[3] = MINIMAL.replace("import runpy", f"import {name}")
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=30)
+    assert "ModuleNotFoundError" in done.stderr or "ImportError" in done.stderr

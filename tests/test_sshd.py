@@ -8,7 +8,9 @@ loginLimits, and for its sake /run/sshd, the accounts and a directory in /var/li
 import grp
 import json
 import os
+import pwd
 import re
+import select
 import shutil
 import signal
 import socket
@@ -397,6 +399,15 @@ def settled(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Host:
     return host
 
 
+@pytest.fixture
+def settled_and_done(settled: Host) -> Host:
+    """The same, after it has run v2."""
+    if settled.machine.current_label() != "v2":
+        done = settled.run()
+        assert done.returncode == 0, done.stdout
+    return settled
+
+
 # The older one has the later name, in the alphabet of results.
 WAITING = ["20200101T000000Z_aaaaaaaaaaaa_postponed.log", "20200102T000000Z_aaaaaaaaaaaa_build-failed.log"]
 
@@ -514,9 +525,6 @@ class Peer:
         return self.request(kind, *parts)[0]
 
     def extended(self, name: str, *parts: bytes) -> str:
-        """An extension, which the server has to know: else that it is refused would say nothing."""
-        self.request(REALPATH, text("."))
-        assert name.encode() in self.extensions, f"{name}: sshd does not know it"
         return self.ask(EXTENDED, text(name), *parts)
 
     def open(self, path: str | bytes, flags: int, attributes: bytes = bytes(4)) -> str:
@@ -556,6 +564,7 @@ class Peer:
 OPEN, CLOSE, READ_DATA, WRITE_DATA, LSTAT, FSTAT, SETSTAT, FSETSTAT, OPENDIR, READDIR = range(3, 13)
 REMOVE, MKDIR, RMDIR, REALPATH, STAT, RENAME, READLINK, SYMLINK = range(13, 21)
 EXTENDED = 200
+HELLO = struct.pack(">IBI", 5, 1, 3)
 READ, WRITE, APPEND, CREATE, TRUNCATE = 1, 2, 4, 8, 16
 STATUS = {0: "ok", 1: "end", 2: "no such file", 3: "denied", 4: "failure", 5: "bad message", 8: "unsupported"}
 
@@ -605,6 +614,8 @@ def names(raw: bytes) -> list[str]:
 def read_exactly(descriptor: int, size: int) -> bytes:
     data = b""
     while len(data) < size:
+        ready, _, _ = select.select([descriptor], [], [], 20)
+        assert ready, "no answer"
         chunk = os.read(descriptor, size - len(data))
         if not chunk:
             raise EOFError
@@ -925,7 +936,7 @@ REQUESTS: dict[str, tuple[Callable[[Peer], str], str]] = {
     # logs/ itself.
     "rename logs": (lambda p: p.ask(RENAME, text("logs"), text("logs2")), "denied"),
     "rename logs, the POSIX way": (lambda p: p.extended("posix-rename@openssh.com", text("logs"), text("x")), "denied"),
-    "remove logs as a file": (lambda p: p.ask(REMOVE, text("logs")), "failure"),
+    "remove logs as a file": (lambda p: p.ask(REMOVE, text("logs")), "denied"),
     "remove logs as a directory": (lambda p: p.ask(RMDIR, text("logs")), "denied"),
     "make a directory in logs": (lambda p: p.ask(MKDIR, text("logs/d"), bytes(4)), "denied"),
     "make a directory elsewhere": (lambda p: p.ask(MKDIR, text("d"), bytes(4)), "denied"),
@@ -963,10 +974,9 @@ REQUESTS: dict[str, tuple[Callable[[Peer], str], str]] = {
     "ask for the disk": (lambda p: p.extended("statvfs@openssh.com", text("/")), "denied"),
     "ask for home directories": (lambda p: p.extended("expand-path@openssh.com", text("~root")), "denied"),
     "an unknown extension": (lambda p: p.ask(EXTENDED, text("shell@example.org"), text("id")), "unsupported"),
-    "an unknown request": (lambda p: p.ask(99, text("x")), "unsupported"),
     # Names.
-    "a name of 5000 bytes": (lambda p: p.open(b"logs/" + b"x" * 5000, WRITE | CREATE), "failure"),
-    "a path of 100000 bytes": (lambda p: p.open(b"logs/../" * 12500 + b"current.json", READ), "failure"),
+    "a name of 5000 bytes": (lambda p: p.open(b"logs/" + b"x" * 5000, WRITE | CREATE), "bad message"),
+    "a path of 100000 bytes": (lambda p: p.open(b"logs/../" * 12500 + b"current.json", READ), "bad message"),
     "a deep path": (lambda p: p.open("logs/" + "d/" * 500 + "x", WRITE | CREATE), "no such file"),
     "an empty name": (lambda p: p.open("", WRITE | CREATE), "no such file"),
     "a name with a NUL": (lambda p: p.open(b"current.json\0logs", WRITE), "hung up"),
@@ -981,6 +991,14 @@ def with_handle(peer: Peer, action: Callable[[bytes], str]) -> str:
     what = action(handle)
     assert peer.ask(CLOSE, handle) == "ok"
     return what
+
+
+def test_a_host_is_offered_no_more_than_it_needs(evil: Peer, person: Peer) -> None:
+    for peer in (evil, person):
+        peer.open_session()
+    assert evil.extensions.keys() == {b"posix-rename@openssh.com", b"limits@openssh.com"}
+    tried = {name for name in re.findall(rb'p\.extended\("([a-z@.-]+)"', Path(__file__).read_bytes()) if b"@" in name}
+    assert len(tried) > 5 and tried <= person.extensions.keys()  # else that sshd refuses them would say nothing
 
 
 @pytest.mark.parametrize("request_", REQUESTS)
@@ -1104,8 +1122,8 @@ def forward_agent(peer: Peer) -> bool:
                 time.sleep(0.02)
             session = peer.connect("-A", command="cat", SSH_AUTH_SOCK=f"{directory}/a")
             assert session.stdin is not None and session.stdout is not None
-            # sftp-server answers this, cat sends it back: in either case the request for the agent came before.
-            session.stdin.write(b"\0\0\0\5\1\0\0\0\3")
+            # cat sends this back, and a host is told that it may not. The request for the agent came before.
+            session.stdin.write(HELLO)
             read_exactly(session.stdout.fileno(), 9)
             uid = pwd.getpwnam(peer.user).pw_uid
             offered = any(path.stat().st_uid == uid for path in Path("/tmp").glob("ssh-*/agent.*"))
@@ -1127,15 +1145,15 @@ def several_sessions(peer: Peer) -> bool:
         path = Path(directory, "c")
         with master(peer, path):
             shared = ["-S", str(path), f"-oControlPath={path}", f"-oPort={free_port()}"]
-            first = peer.connect(*shared, command="cat")
+            first = peer.connect(*shared)
             assert first.stdin is not None and first.stdout is not None
-            first.stdin.write(b"\0\0\0\5\1\0\0\0\3")
+            first.stdin.write(HELLO)
             read_exactly(first.stdout.fileno(), 9)
-            said = peer.ssh(*shared, "-v", command="cat")
+            said = peer.ssh(*shared, "-s", command="sftp", send=HELLO)
             end(first)
-    refused = "Session open refused by peer" in said
-    assert refused or "Exit status 0" in said, said
-    return not refused
+    let = "limits@openssh.com" in said
+    assert let or "Session open refused by peer" in said, said
+    return let
 
 
 PRIVILEGES = [
@@ -1154,3 +1172,159 @@ def test_a_hostile_host_is_not_let(evil: Peer, privilege: Callable[[Peer], bool]
 def test_a_person_is_let(person: Peer, privilege: Callable[[Peer], bool]) -> None:
     """The block is for hosts only; and the test above can fail."""
     assert privilege(person) is True
+
+
+def test_a_hostile_host_uses_no_password(evil: Peer, person: Peer) -> None:
+    ways = ["-oPubkeyAuthentication=no", "-oPreferredAuthentications=password,keyboard-interactive"]
+    assert "Permission denied (publickey)." in evil.ssh(*ways, command="sftp")
+    assert "password" in person.ssh(*ways, command="sftp")
+
+
+@pytest.mark.parametrize("user", [f"bento-{OTHER}", "root", PERSON, "nobody", f"bento-{EVIL}x"])
+def test_a_hostile_host_is_nobody_else(evil: Peer, user: str) -> None:
+    assert evil.ssh("-s", user=user, command="sftp", send=HELLO).endswith("Permission denied (publickey).\r\n") or (
+        "Permission denied (publickey," in evil.ssh("-s", user=user, command="sftp", send=HELLO)
+    )
+
+
+def test_a_hostile_host_makes_no_tunnel(evil: Peer) -> None:
+    if not Path("/dev/net/tun").exists():
+        _missing("needs /dev/net/tun, for ssh to ask for a tunnel")
+    assert evil.says(r"open failed: administratively prohibited", "-N", "-wany:any")
+
+
+def test_a_hostile_host_is_not_moved_by_its_environment(evil: Peer) -> None:
+    evil.open_session("-oSetEnv=HOME=/etc LD_PRELOAD=/logs/old.log TZ=:/logs/old.log USER=root")
+    assert evil.list(".") == "config current.json logs releases"
+    what, raw = evil.request(REALPATH, text("."))
+    assert (what, names(raw)) == ("names", ["/"])
+    evil.close_session()
+
+
+def test_a_hostile_host_makes_plain_files_only(evil: Peer) -> None:
+    """Whatever type and mode it asks for: no FIFO, no device, nothing that runs."""
+    for bits in (stat.S_IFIFO, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFLNK, stat.S_IFREG):
+        assert evil.open("logs/x", WRITE | CREATE, mode(bits | 0o6777)) == "handle"
+        made = (evil.server.chroot(EVIL) / "logs/x").lstat()
+        assert stat.S_ISREG(made.st_mode) and made.st_mode & 0o137 == 0
+        assert evil.ask(REMOVE, text("logs/x")) == "ok"
+
+
+def test_a_hostile_host_s_words_are_made_harmless(evil: Peer) -> None:
+    """Names and contents with escapes, newlines and lies: sshd takes them, and `bento.py` shows none of it."""
+    hostile = [
+        "20991231T235959Z_aaaaaaaaaaaa_ok.log\n\x1b[2Jlie",
+        "\x1b]0;lie\x07",
+        "-rf",
+        "$(id)",
+        "\xff".encode("latin-1"),
+    ]
+    real = "20991231T235959Z_aaaaaaaaaaaa_ok.log"
+    report = {"format": 1, "host": "\x1b[2Jlie", "client": "\n", "polled": "", "phase": "\x1b[2Jlie", "last": None}
+    try:
+        for name in hostile:
+            raw = name.encode() if isinstance(name, str) else name
+            assert evil.write(b"logs/" + raw, b"x") == "ok"
+        assert evil.write(f"logs/{real}", b"\x1b[2Jlie\r\n\x9b1m\0") == "ok"
+        assert evil.write("logs/status.json", json.dumps(report).encode()) == "ok"
+        shown = [evil.server.bento(*args).stdout for args in (["status"], ["log", EVIL], ["log", EVIL, "--list"])]
+        for text_ in shown:
+            assert "Traceback" not in text_ and all(c.isprintable() or c == "\n" for c in text_), text_
+        assert "?[2Jlie" in shown[1] and shown[2].count("\n") == 1
+        assert "malformed" in evil.server.status(EVIL)["problem"]
+        done = evil.server.bento("populate", EVIL)
+        assert done.returncode == 0, done.stdout
+    finally:
+        clear(evil)
+
+
+def clear(peer: Peer) -> None:
+    for path in (peer.server.chroot(peer.host) / "logs").iterdir():
+        if path.name != "old.log":
+            path.unlink()
+
+
+def test_a_hostile_host_writes_a_terabyte(evil: Peer) -> None:
+    """A sparse file, here without the limits that PAM sets: what reads it stops early."""
+    try:
+        what, handle = evil.request(OPEN, text("logs/status.json"), u32(WRITE | CREATE), bytes(4))
+        assert what == "handle" and evil.ask(WRITE_DATA, handle, u64(1 << 40), text("x")) == "ok"
+        assert evil.ask(CLOSE, handle) == "ok"
+        assert evil.ask(RENAME, text("logs/status.json"), text("logs/20990101T000000Z_aaaaaaaaaaaa_ok.log")) == "ok"
+        assert evil.write("logs/status.json", b"{" * 100_000) == "ok"
+        started = time.monotonic()
+        assert "larger than" in evil.server.status(EVIL)["problem"]
+        assert evil.server.bento("log", EVIL).returncode == 0
+        assert time.monotonic() - started < 20
+    finally:
+        clear(evil)
+
+
+def test_a_hostile_host_fills_its_logs(evil: Peer) -> None:
+    """`populate` keeps 200 of what looks like a log."""
+    try:
+        for index in range(300):
+            assert evil.open(f"logs/20200101T{index:06d}Z_aaaaaaaaaaaa_ok.log", WRITE | CREATE) == "handle"
+        done = evil.server.bento("populate", EVIL)
+        assert done.returncode == 0, done.stdout
+        assert len(evil.server.logs(EVIL)) == 200
+    finally:
+        clear(evil)
+
+
+# What one host holds, the others do not lack.
+
+
+def poll_of_another(settled: Host) -> None:
+    """Another host's poll, as the timer starts it."""
+    done = settled.run("--connect-timeout", "20")
+    assert done.returncode == 0 and "up to date" in done.stdout, done.stdout
+
+
+def test_a_hostile_host_holds_thousands_of_handles(evil: Peer, settled_and_done: Host) -> None:
+    evil.open_session()
+    handles = []
+    for _ in range(3000):
+        what, handle = evil.request(OPEN, text("logs/old.log"), u32(READ), bytes(4))
+        if what != "handle":
+            break
+        handles.append(handle)
+    assert 0 < len(handles) < 512 and what == "failure"
+    poll_of_another(settled_and_done)
+    assert evil.ask(CLOSE, handles[0]) == "ok" and evil.read("logs/old.log") == "what I did\n"
+    evil.close_session()
+
+
+def test_a_hostile_host_holds_many_connections(evil: Peer, settled_and_done: Host) -> None:
+    with ExitStack() as stack:
+        for _ in range(12):
+            session = evil.connect()
+            stack.callback(end, session)
+            assert session.stdin is not None and session.stdout is not None
+            session.stdin.write(HELLO)
+            read_exactly(session.stdout.fileno(), 9)
+        poll_of_another(settled_and_done)
+
+
+def test_connections_held_open_without_a_key(evil: Peer, settled_and_done: Host) -> None:
+    """More than MaxStartups: sshd drops them after LoginGraceTime, and the client tries again until then."""
+    with ExitStack() as stack:
+        held = [stack.enter_context(socket.create_connection(("127.0.0.1", evil.server.port), 20)) for _ in range(150)]
+        time.sleep(0.5)
+        turned_away = 0
+        for each in held:
+            each.setblocking(False)
+            with suppress(BlockingIOError, ConnectionError):
+                turned_away += not each.recv(100).startswith(b"SSH-")
+        assert 10 < turned_away < 140
+        poll_of_another(settled_and_done)
+
+
+def test_after_all_that_the_others_are_served(
+    settled_and_done: Host, server: Server, trees: dict[str, dict[str, tuple[object, ...]]]
+) -> None:
+    poll_of_another(settled_and_done)
+    assert server.status(GOOD)["state"] == "up-to-date" and server.status(OTHER)["state"] == "new"
+    assert snapshot(server.chroot(EVIL), "logs") == trees["evil"]
+    assert snapshot(server.chroot(OTHER)) == trees["other"]
+    assert Peer(server, f"bento-{EVIL}").read("logs/old.log") == "what I did\n"

@@ -35,6 +35,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -149,13 +150,12 @@ def cgroup_root() -> Path:
 
 def end_cgroup(top: Path) -> None:
     """Kills all in a control group and removes it."""
-    if not top.exists():
-        return
-    with contextlib.suppress(FileNotFoundError), open(top / "cgroup.kill", "r+", encoding="utf-8") as kill:
-        kill.write("1")  # version 1 has no such file; but there is no process there that is not in version 2's
 
     def gone() -> bool:
+        # Again and again: one may just have joined. Version 1 has no such file, and no process that version 2 has not.
         with contextlib.suppress(FileNotFoundError):
+            if (kill := top / "cgroup.kill").exists():
+                kill.write_text("1", encoding="utf-8")
             for directory, _, _ in os.walk(top, topdown=False):
                 try:
                     os.rmdir(directory)
@@ -174,7 +174,8 @@ def why_not() -> str | None:
     """What is missing to run the lab here, or None. The root filesystem is made, if need be."""
     if os.geteuid() != 0:
         return "the lab needs root"
-    os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+    if "/usr/sbin" not in os.environ.get("PATH", "").split(":"):
+        os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
     missing = [name for name in TOOLS if shutil.which(name) is None]
     if not image_path().is_dir() and shutil.which("debootstrap") is None:
         missing.append("debootstrap")
@@ -511,7 +512,8 @@ class Machine:
         if thread is None:
             return
         # It may have been on its way up, with no init to be killed yet.
-        end_cgroup(self.cgroup) if handle is None else None
+        if handle is None:
+            end_cgroup(self.cgroup)
         thread.join(END_TIMEOUT_S)
         if thread.is_alive():
             raise LabError(f"{self.name} does not end\n{self.console_tail()}")
@@ -551,9 +553,10 @@ class Machine:
         socket_path.unlink(missing_ok=True)
         uptime_s = int(time.clock_gettime(time.CLOCK_BOOTTIME))
         monotonic_s = int(time.monotonic())
+        # nspawn mounts /sys before it joins the network namespace: it has to be there already, or it shows ours.
         argv = [
-            "sh", "-c", 'echo $$ >"$1/cgroup.procs"; shift; exec "$@"', "lab", str(self.cgroup),
-            "unshare", "--time", f"--boottime=-{uptime_s}", f"--monotonic=-{monotonic_s}", "--",
+            "sh", "-c", 'echo $$ >"$1/cgroup.procs" && shift && exec "$@"', "lab", str(self.cgroup),
+            "nsenter", f"--net={NETNS}/{self.netns}", "--", "unshare", "--time", f"--boottime=-{uptime_s}", f"--monotonic=-{monotonic_s}", "--",
             "systemd-nspawn", "--quiet", f"--directory={self.root}", f"--machine={self.container}",
             f"--hostname={self.name}", "--register=no", "--keep-unit", f"--network-namespace-path={NETNS}/{self.netns}",
             "--capability=CAP_NET_ADMIN", "--resolv-conf=off", "--timezone=off", "--link-journal=no",
@@ -625,18 +628,25 @@ class Machine:
             "sh", "-c", 'mkdir "$1" && echo $$ >"$1/cgroup.procs" && shift && exec "$@"', "lab", str(group),
             "nsenter", f"--target={leader}", "--all", "--", "/usr/bin/env", "-i", f"--chdir={cwd}", *environment, *words,
         ]  # fmt: skip
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
-        )
-        try:
-            out, err = process.communicate(stdin, timeout_s)
-        except subprocess.TimeoutExpired:
-            end_cgroup(group)
-            out, err = process.communicate()
-            raise LabError(f"{self.name}: {shlex.join(words)}: not in {timeout_s:g} s\n{out}{err}") from None
-        finally:
-            end_cgroup(group)
-            process.wait()
+        # Files, not pipes: a process that is left behind would keep those open.
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in range(3)]
+            files[0].write(stdin)
+            files[0].seek(0)
+            process = subprocess.Popen(command, stdin=files[0], stdout=files[1], stderr=files[2])
+            late = False
+            try:
+                process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                late = True
+            finally:
+                end_cgroup(group)
+                process.wait()
+            for file in files[1:]:
+                file.seek(0)
+            out, err = files[1].read(), files[2].read()
+        if late:
+            raise LabError(f"{self.name}: {shlex.join(words)}: not in {timeout_s:g} s\n{out}{err}")
         if check and process.returncode != 0:
             raise LabError(f"{self.name}: {shlex.join(words)}: exit {process.returncode}\n{out}{err}".rstrip())
         return subprocess.CompletedProcess(words, process.returncode, out, err)
@@ -753,7 +763,6 @@ def host_units(name: str, settings: dict[str, Any], *, slot_s: int, boot_s: int)
         "Description": service["description"],
         "After": " ".join(service["after"]),
         "Wants": " ".join(service["wants"]),
-        "StartLimitIntervalSec": service["startLimitIntervalSec"],
         "X-RestartIfChanged": service["restartIfChanged"],
     } | service["unitConfig"]
     service_section = service["serviceConfig"] | {
@@ -1014,8 +1023,9 @@ class Lab:
 def remove_run(run: str) -> None:
     """Everything of a run, from whatever state it is in: processes, namespaces, mounts, files."""
     name = f"bento-lab-{run}"
+    end_cgroup(cgroup_root() / name)
     for place, kind in mounts():
-        if kind in ("cgroup", "cgroup2"):  # nspawn makes groups in version 1's hierarchy too, if there is one
+        if kind == "cgroup":  # nspawn makes groups in version 1's hierarchy too, if there is one
             end_cgroup(place / name)
     for netns in sorted(NETNS.glob(f"{name}*")):
         sh("ip", "netns", "delete", netns.name)
