@@ -1486,8 +1486,9 @@ def roll_back(settings: Settings, log: Log, pending: Pending, outcome: Outcome) 
     with best_effort(log):
         pending = advance(settings, pending, Step.ROLLING_BACK, settings.activation_timeout + settings.confirm_timeout)
     if rebooted and running_system(settings) == pending.new and not can_go_live(settings, pending.old):
-        outcome = replace(outcome, reason=f"{outcome.reason}; the old system takes effect at the next reboot")
-    elif not rebooted or running_system(settings) == pending.new:
+        # Its kernel goes on until then, so nothing that is tried now tells whose fault it was.
+        return Outcome(Result.INTERRUPTED, f"{outcome.reason}; the old system takes effect at the next reboot")
+    if not rebooted or running_system(settings) == pending.new:
         code = switch(settings, log, pending.old, "test", pending.token)
         if code not in (0, 4) and running_system(settings) != pending.old:
             reason = f"{outcome.reason}; and going back to {pending.old} failed ({how_ended(code)}: {last_words(log)})"

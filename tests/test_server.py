@@ -821,6 +821,19 @@ def test_a_kill_then_a_change_of_mind(site: Site) -> None:
         check_tidy(site.chroots / "a", {old} if moment == "before" else {old, new})
 
 
+def test_half_a_release_is_not_kept(site: Site) -> None:
+    """A kill while older content was published again leaves its tar without its tree, or its tree without its tar."""
+    releases = []
+    for number in range(3):
+        site.host("a", {"configuration.nix": f"{{ }} # {number}\n"})
+        site.publish()
+        releases.append(site.current().release)
+    shutil.rmtree(site.chroots / "a/releases" / releases[0])
+    (site.chroots / "a/releases" / f"{releases[1]}.tar").unlink()
+    site.publish()
+    check_tidy(site.chroots / "a", {releases[2]})
+
+
 def test_all_is_on_disk_before_it_is_announced(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b"):
         site.host(name)

@@ -1,0 +1,297 @@
+"""No machine is lost: updates of a booted machine, cut short by every event in every phase.
+
+    tests/run tests/lab/test_matrix.py            a part of the matrix, as in CI
+    BENTO_MATRIX=all tests/run tests/lab/test_matrix.py -s      all of it, and the table at the end
+    BENTO_POWER_CUTS=200 tests/run tests/lab/test_matrix.py -k power_cuts
+
+After each cell, within three timer slots, the machine reaches its server; profile, boot default and running system
+agree; the report says what happened; and the next good release is deployed.
+"""
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toynixos import write_config
+
+from lab.lab import TESTS, Host, Lab, Layer, MachineOff, Server
+
+SLOT_S = 5
+EVENTS = ("kill", "hang", "power", "server", "link", "var-full", "boot-full", "clock")
+PHASES = ("fetch", "build", "before", "activate", "prove", "commit", "report")
+# In CI: every event and every phase at least once, and what has hurt others most.
+PART = {
+    ("kill", "activate"), ("kill", "commit"), ("hang", "prove"), ("power", "activate"), ("power", "prove"),
+    ("power", "commit"), ("server", "prove"), ("server", "build"), ("link", "activate"), ("var-full", "build"),
+    ("boot-full", "commit"), ("clock", "prove"), ("kill", "fetch"), ("power", "before"), ("kill", "report"),
+}  # fmt: skip
+CELLS = [(e, p) for e in EVENTS for p in PHASES if os.environ.get("BENTO_MATRIX") == "all" or (e, p) in PART]
+RESULTS = {"ok", "rolled-back", "postponed", "interrupted", "build-failed", "fetch-failed"}
+
+table: dict[tuple[str, str], str] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def summary() -> Iterator[None]:
+    yield
+    if table:
+        print("\n\n| event | " + " | ".join(PHASES) + " |\n|" + " --- |" * (len(PHASES) + 1))
+        for event in EVENTS:
+            print(f"| {event} | " + " | ".join(table.get((event, phase), "") for phase in PHASES) + " |")
+
+
+@pytest.fixture(scope="module")
+def server(lab: Lab) -> Server:
+    machine = lab.machine("server", Server)
+    machine.boot()
+    machine.path("/srv/fleet/hosts").mkdir(parents=True, exist_ok=True)
+    machine.write("/srv/fleet/fleet.nix.in", (TESTS.parent / "fleet.nix.in").read_text(encoding="utf-8"))
+    return machine
+
+
+@pytest.fixture(scope="module")
+def installed(lab: Lab, server: Server) -> Layer:
+    """A host at its first release, known to the server, with small file systems that can be filled."""
+    host = lab.machine("h1", Host)
+    host.set_small_fs("/var/lib/bento", "64m")
+    host.set_small_fs("/boot", "4m")
+    host.prepare_clock()
+    host.boot()
+    write_config(host.path("/etc/nixos"), flake=True, host="h1", **{"label": "v0"} | behaviour(host))
+    host.install("/etc/nixos")
+    host.power_cut()
+    host.boot()
+    server.write("/srv/fleet/hosts/h1.pub", host.client("key").stdout)
+    publish(server, host, "v1")
+    server.apply_fleet()
+    server.bento("populate")
+    settled(host, server, "v1")
+    return host.freeze()
+
+
+@pytest.fixture
+def host(lab: Lab, server: Server, installed: Layer) -> Host:
+    machine = lab.machine("h1", Host, installed)
+    publish(server, machine, "v1")
+    server.bento("populate")
+    machine.boot()
+    settled(machine, server, "v1")
+    return machine
+
+
+def behaviour(host: Host, **settings: Any) -> dict[str, Any]:
+    quick = {"confirm_timeout": 6, "activation_timeout": 15, "build_timeout": 20, "connect_timeout": 3}
+    return host.behaviour(slot_s=SLOT_S, boot_s=1, **quick | settings)
+
+
+def publish(server: Server, host: Host, label: str, extra: bytes = b"", **more: Any) -> None:
+    settings = more.pop("settings", {})
+    config = server.path("/srv/fleet/hosts/h1")
+    write_config(config, flake=True, host="h1", **{"label": label} | behaviour(host, **settings) | more)
+    (config / "extra").write_bytes(extra)
+    if server.exists("/home/chroot/h1"):
+        server.bento("populate")
+
+
+def last(server: Server) -> dict[str, Any]:
+    path = "/home/chroot/h1/logs/status.json"
+    found: dict[str, Any] = json.loads(server.read(path))["last"] if server.exists(path) else {}
+    return found or {}
+
+
+def labels(host: Host) -> tuple[str, ...]:
+    systems = (host.current_system(), host.profile_system(), host.default_system())
+    return tuple(host.label(system) for system in systems)
+
+
+def wait(condition: Callable[[], bool], timeout_s: float) -> bool:
+    give_up = time.monotonic() + timeout_s
+    while time.monotonic() < give_up:
+        try:
+            if condition():
+                return True
+        except (OSError, ValueError, KeyError, MachineOff):
+            pass  # the machine is in the middle of something
+        time.sleep(0.05)
+    return False
+
+
+def at_rest(host: Host) -> bool:
+    """No journal, no run at work, and running system, profile and boot default agree."""
+    idle = host.run("systemctl", "is-active", "bento.service", check=False).stdout.strip() != "activating"
+    return idle and not host.exists(f"{host.state}/pending.json") and len(set(labels(host))) == 1
+
+
+def settled(host: Host, server: Server, label: str, timeout_s: float = 60) -> None:
+    good = wait(lambda: at_rest(host) and labels(host)[0] == label and last(server).get("result") == "ok", timeout_s)
+    assert good, (labels(host), last(server), host.console_tail(40))
+
+
+def wait_for_phase(host: Host, phase: str) -> None:
+    """Until the update is in the middle of this phase. The toy's hooks hold it there, where there is something to hold."""
+    state = host.path(host.state)
+    marks: dict[str, Callable[[], bool]] = {
+        "fetch": lambda: any((state / "partial").iterdir()),
+        "build": host.path("/root/at-build").exists,
+        "before": lambda: (state / "result").is_symlink() and (state / "result").lstat().st_mtime > started,
+        "activate": host.path("/root/at-switch").exists,
+        "prove": host.path("/root/at-prove").exists,
+        "commit": host.path("/root/at-boot").exists,
+        "report": lambda: any((state / "outbox").glob("*.log")),
+    }
+    started = time.time() - 1
+    give_up = time.monotonic() + 40
+    while time.monotonic() < give_up:
+        try:
+            if marks[phase]():
+                return
+        except OSError:
+            pass
+        time.sleep(0.001)
+    raise AssertionError(f"never came to the phase {phase}: {host.console_tail(40)}")
+
+
+def strike(event: str, host: Host, server: Server) -> Callable[[], None]:
+    """Lets the event happen; what it gives back ends it."""
+    if event == "kill":
+        host.run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", "bento.service", check=False)
+    elif event == "hang":
+        host.run("systemctl", "kill", "--kill-whom=main", "--signal=STOP", "bento.service", check=False)
+    elif event == "power":
+        host.power_cut()
+        host.boot()
+    elif event == "server":
+        server.stop_sshd()
+        return server.start_sshd
+    elif event == "link":
+        host.link_down()
+        return host.link_up
+    elif event == "var-full":
+        host.fill("/var/lib/bento")
+        return lambda: host.unfill("/var/lib/bento")
+    elif event == "boot-full":
+        host.fill("/boot")
+        return lambda: host.unfill("/boot")
+    elif event == "clock":
+        host.clock_jump(366 * 86400)
+    return lambda: None
+
+
+@pytest.mark.parametrize(("event", "phase"), CELLS, ids=["-".join(cell) for cell in CELLS])
+def test_matrix(host: Host, server: Server, event: str, phase: str) -> None:
+    hold = {"build": "build", "activate": "switch", "commit": "boot"}.get(phase)
+    hooks: dict[str, Any] = {}
+    if hold:
+        hooks = {f"{hold}_touch": f"/root/at-{hold}", f"{hold}_wait": "/root/go"}
+    if phase == "prove":
+        check = "touch /root/at-prove; for i in $(seq 40); do [ -e /root/go ] && exit 0; sleep 0.1; done"
+        hooks = {"settings": {"health_checks": [check]}}
+    began = time.monotonic()
+    publish(server, host, "v2", os.urandom(12_000_000) if phase == "fetch" else b"", **hooks)
+    wait_for_phase(host, phase)
+    calm = strike(event, host, server)
+    time.sleep(2)
+    host.write("/root/go", "")
+    time.sleep(4)
+    calm()
+    # A hung client holds its lock until the watchdog ends it, at the phase's own limit.
+    limit_s = 3 * SLOT_S + 25 + (60 if event == "hang" else 0)
+    assert wait(lambda: at_rest(host) and last(server).get("result") in RESULTS, limit_s), (
+        labels(host), last(server), host.console_tail(60),
+    )  # fmt: skip
+    assert host.client("probe").stdout.startswith("the server is reached")
+    report, running = last(server), labels(host)[0]
+    assert running in ("v1", "v2")
+    outcome = f"{report['result']} {running} {time.monotonic() - began:.0f}s"
+    publish(server, host, "v3")
+    settled(host, server, "v3")
+    assert labels(host) == ("v3",) * 3
+    table[event, phase] = outcome
+
+
+def test_power_cuts(host: Host, server: Server) -> None:
+    """Power cuts at random moments of updates, seeded; none of them loses the machine."""
+    seed = int(os.environ.get("BENTO_SEED", "1"))
+    cuts = int(os.environ.get("BENTO_POWER_CUTS", "12"))
+    dice = random.Random(seed)
+    for number in range(cuts):
+        label = f"cut-{seed}-{number}"
+        publish(server, host, label, dice.randbytes(1_000_000))
+        host.run("systemctl", "start", "--no-block", "bento.service")
+        time.sleep(dice.uniform(0.0, 2.5))
+        host.power_cut()
+        host.boot()
+        assert wait(lambda: at_rest(host), 30), (number, labels(host), host.console_tail(60))
+        assert set(labels(host)) <= {label, *(f"cut-{seed}-{n}" for n in range(number)), "v1"}
+    publish(server, host, "after")
+    settled(host, server, "after")
+
+
+def single(host: Host, server: Server, expected: str, words: str, **release: Any) -> None:
+    """A release that must not stay, and the next one that must."""
+    publish(server, host, "v2", **release)
+    assert wait(lambda: at_rest(host) and last(server).get("result") == expected, 70), (
+        labels(host), last(server), host.console_tail(60),
+    )  # fmt: skip
+    assert words in last(server)["reason"], last(server)
+    assert labels(host) == ("v1",) * 3
+    publish(server, host, "v3")
+    settled(host, server, "v3")
+
+
+@pytest.mark.parametrize(
+    ("expected", "words", "release"),
+    [
+        ("rolled-back", "new system: ", {"cut_network": True}),
+        ("rolled-back", "its name cannot be resolved", {"settings": {"server": "typo.invalid"}}),
+        ("rolled-back", "no SSH key at /nowhere", {"settings": {"identity": "/nowhere"}}),
+        ("rolled-back", "new system: ", {"broken_client": True}),
+        ("build-failed", "import ./utils/bento.nix", {"no_bento": True}),
+        ("rolled-back", "no end in time", {"switch_hang": "after"}),
+        ("rolled-back", "health check failed", {"settings": {"health_checks": ["false"]}}),
+        ("rolled-back", "bento.timer is not active", {"no_timer": True}),
+    ],
+    ids=["network", "server-name", "identity", "client", "no-bento", "hang", "health", "timer"],
+)
+def test_bad_release(host: Host, server: Server, expected: str, words: str, release: dict[str, Any]) -> None:
+    single(host, server, expected, words, **release)
+
+
+def test_unit_that_fails_for_another_reason(host: Host, server: Server) -> None:
+    publish(server, host, "v2", switch_exit=4, failed_units=["cups.service"])
+    settled(host, server, "v2")
+    assert "cups.service" in last(server)["reason"]
+
+
+def test_new_kernel_is_booted_and_proven(host: Host, server: Server) -> None:
+    publish(server, host, "v2", kernel="6.18", settings={"reboot": "when-needed"})
+    boots = host.boots
+    assert wait(lambda: host.boots > boots and at_rest(host) and labels(host)[0] == "v2", 60), host.console_tail(60)
+    assert host.booted_system() == host.current_system()
+
+
+def test_kernel_without_network_is_left_again(host: Host, server: Server) -> None:
+    publish(server, host, "v2", kernel="broken", settings={"reboot": "when-needed"})
+    boots = host.boots
+    assert wait(lambda: host.boots >= boots + 2 and at_rest(host) and last(server)["result"] == "rolled-back", 90), (
+        host.boots - boots, labels(host), last(server), host.console_tail(80),
+    )  # fmt: skip
+    assert labels(host) == ("v1",) * 3
+    publish(server, host, "v3")
+    settled(host, server, "v3")
+
+
+def test_slept_through_four_releases(host: Host, server: Server) -> None:
+    host.link_down()
+    for number in range(2, 6):
+        publish(server, host, f"v{number}")
+    host.link_up()
+    settled(host, server, "v5")
+
+
+assert Path(TESTS, "lab").is_dir()
