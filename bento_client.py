@@ -1495,6 +1495,8 @@ def roll_back(settings: Settings, log: Log, pending: Pending, outcome: Outcome) 
             return Outcome(Result.ROLLBACK_FAILED, f"{reason}: tried again at the next run")
     if outcome.result == Result.ROLLED_BACK:
         failure = until_confirm_timeout(settings, lambda: can_reach(settings, log, pending.old))
+        if failure is not None and os.path.realpath(settings.system_path("/run/booted-system")) == pending.new:
+            return Outcome(Result.INTERRUPTED, f"{outcome.reason}; nor can the old one on its kernel")
         if failure is not None:
             reason = f"{outcome.reason}; nor can the old one: not the release's fault, tried again later"
             return Outcome(Result.POSTPONED, reason, unreachable=True)

@@ -906,12 +906,14 @@ REQUESTS: dict[str, tuple[Callable[[Peer], str], str]] = {
     # What a host may do.
     "list its own logs": (lambda p: p.list("logs"), "old.log"),
     "read its own old log": (lambda p: p.read("logs/old.log"), "what I did\n"),
-    "write a log": (lambda p: p.write("logs/new.log", b"x"), "ok"),
-    "rename it over another": (lambda p: p.ask(RENAME, text("logs/new.log"), text("logs/newer.log")), "ok"),
-    "rename it the POSIX way": (
-        lambda p: p.extended("posix-rename@openssh.com", text("logs/newer.log"), text("logs/new.log")), "ok",
+    "write a log": (lambda p: with_log(p, lambda: p.write("logs/new.log", b"y")), "ok"),
+    "rename a log": (lambda p: with_log(p, lambda: p.ask(RENAME, text("logs/new.log"), text("logs/newer.log"))), "ok"),
+    "replace a log": (
+        lambda p: with_log(
+            p, lambda: p.extended("posix-rename@openssh.com", text("logs/new.log"), text("logs/newest.log"))
+        ), "ok",
     ),
-    "remove it": (lambda p: p.ask(REMOVE, text("logs/new.log")), "ok"),
+    "remove a log": (lambda p: with_log(p, lambda: p.ask(REMOVE, text("logs/new.log"))), "ok"),
     "list its own chroot": (lambda p: p.list("/"), "config current.json logs releases"),
     # Writing elsewhere.
     "overwrite current.json": (lambda p: p.open("current.json", WRITE | TRUNCATE), "denied"),
@@ -981,6 +983,15 @@ REQUESTS: dict[str, tuple[Callable[[Peer], str], str]] = {
     "a huge packet": (lambda p: p.open(b"x" * 300_000, READ), "hung up"),
     "a handle that is not its own": (lambda p: p.ask(READ_DATA, text(u32(4711)), u64(0), u32(1)), "failure"),
 }  # fmt: skip
+
+
+def with_log(peer: Peer, action: Callable[[], str]) -> str:
+    for name in ("logs/new.log", "logs/newest.log"):
+        assert peer.write(name, b"x") == "ok"
+    try:
+        return action()
+    finally:
+        clear(peer)
 
 
 def with_handle(peer: Peer, action: Callable[[bytes], str]) -> str:

@@ -29,6 +29,7 @@ import json
 import os
 import re
 import secrets
+import select
 import shlex
 import shutil
 import signal
@@ -566,7 +567,6 @@ class Machine:
         environment |= {"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1", "LC_ALL": "C"}
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, open(self.console, "ab") as console:
             notify.bind(str(socket_path))
-            notify.settimeout(0.05)
             with self._changed:
                 if not self._wanted:
                     return 0
@@ -577,7 +577,7 @@ class Machine:
                     argv, env=environment, stdin=subprocess.DEVNULL, stdout=console, stderr=console
                 )
             try:
-                self._find_leader(nspawn, notify)
+                self._listen(nspawn, notify)
                 code = nspawn.wait()
             finally:
                 with self._changed:
@@ -592,19 +592,23 @@ class Machine:
         shutil.rmtree(NSPAWN / "propagate" / self.container, ignore_errors=True)
         return code
 
-    def _find_leader(self, nspawn: "subprocess.Popen[bytes]", notify: socket.socket) -> None:
-        while nspawn.poll() is None:
-            try:
-                message = notify.recv(4096).decode()
-            except TimeoutError:
-                continue
-            if found := re.search(r"^X_NSPAWN_LEADER_PID=([0-9]+)$", message, re.MULTILINE):
-                with self._changed, contextlib.suppress(ProcessLookupError):
-                    self._handle = os.pidfd_open(int(found[1]))
-                    self._leader = int(found[1])
-                    if not self._wanted:  # the power was cut meanwhile
-                        signal.pidfd_send_signal(self._handle, signal.SIGKILL)
-                return
+    def _listen(self, nspawn: "subprocess.Popen[bytes]", notify: socket.socket) -> None:
+        """Learns the pid of the init. Then on, until nspawn's end: it stops, and its machine, when nobody listens."""
+        ended = os.pidfd_open(nspawn.pid)
+        try:
+            while ended not in (ready := select.select([notify, ended], [], [])[0]):
+                message = notify.recv(4096).decode(errors="replace") if ready else ""
+                if found := re.search(r"^X_NSPAWN_LEADER_PID=([0-9]+)$", message, re.MULTILINE):
+                    self._found_leader(int(found[1]))
+        finally:
+            os.close(ended)
+
+    def _found_leader(self, pid: int) -> None:
+        with self._changed, contextlib.suppress(ProcessLookupError):
+            self._handle = os.pidfd_open(pid)
+            self._leader = pid
+            if not self._wanted:  # the power was cut meanwhile
+                signal.pidfd_send_signal(self._handle, signal.SIGKILL)
 
     # -- inside --
 
