@@ -1764,6 +1764,10 @@ def deploy(
 ) -> tuple[State, Outcome]:
     """Builds config/ and puts the result to work."""
     session: Sftp | None = None
+    left = read_journal(settings.state / "pending.json", parse_pending, log)
+    if left is not None and left.token == pending.token:
+        with best_effort(log):  # the download may have taken its time
+            advance(settings, left, Step.BUILDING, settings.build_timeout)
     try:
         new = build(settings, log)
         outcome = refuse_to_activate(settings, new, pending.old, force=force)

@@ -433,7 +433,8 @@ class Machine:
 
         By libfaketime, in every process of bento.service and of transient units named bento-...: they see another
         CLOCK_REALTIME, and the times of files shifted as much. Not seen by it: systemd itself (OnCalendar timers keep
-        to the real time), the journal, the kernel's own idea of file times, static programs, and what is run by run().
+        to the real time), the journal, the kernel's own idea of file times, systemd-run and systemctl, static
+        programs, and what is run by run().
         CLOCK_MONOTONIC and CLOCK_BOOTTIME do not jump, as they do not on a real machine.
         """
         library = next(self.root.glob("usr/lib/*/faketime/libfaketime.so.1"), None)
@@ -444,7 +445,9 @@ class Machine:
             "LD_PRELOAD": f"/{library.relative_to(self.root)}",
             "FAKETIME_TIMESTAMP_FILE": CLOCK,
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-            "FAKETIME_CACHE_DURATION": "1",
+            "FAKETIME_NO_CACHE": "1",
+            # Their event loops fail over it ("Invalid argument"), as they would not on a real machine.
+            "FAKETIME_SKIP_CMDS": "systemd-run,systemctl",
         }
         words = " ".join(f"{name}={value}" for name, value in environment.items())
         for directory in CLOCK_DROP_INS:
@@ -596,7 +599,8 @@ class Machine:
         """Learns the pid of the init. Then on, until nspawn's end: it stops, and its machine, when nobody listens."""
         ended = os.pidfd_open(nspawn.pid)
         try:
-            while ended not in (ready := select.select([notify, ended], [], [])[0]):
+            watched: list[Any] = [notify, ended]
+            while ended not in (ready := select.select(watched, [], [])[0]):
                 message = notify.recv(4096).decode(errors="replace") if ready else ""
                 if found := re.search(r"^X_NSPAWN_LEADER_PID=([0-9]+)$", message, re.MULTILINE):
                     self._found_leader(int(found[1]))
