@@ -623,7 +623,7 @@ input:checked + label {{ background: #8883; font-weight: 600; }}
 input:focus-visible + label {{ outline: 2px solid; }}
 table {{ border-collapse: collapse; width: 100%; margin-top: .8rem; }}
 th, td {{ text-align: left; vertical-align: top; padding: .25rem .6rem .25rem 0; border-top: 1px solid var(--line); }}
-td.notes {{ overflow-wrap: anywhere; }}
+td {{ white-space: nowrap; }} td.notes {{ white-space: normal; overflow-wrap: anywhere; }}
 code {{ font-size: .9em; }}
 .failing b, .rolled-back b, .mark {{ color: var(--bad); }}
 .pending b, .building b, .new b {{ color: var(--wait); }}
@@ -631,6 +631,7 @@ code {{ font-size: .9em; }}
 @media (max-width: 40rem) {{
   thead {{ display: none; }} tr {{ display: block; border-top: 1px solid var(--line); padding: .4rem 0; }}
   td {{ display: inline-block; border: 0; padding: 0 .6rem 0 0; }} td.notes {{ display: block; }}
+  td.since {{ display: none; }} td.seen::before {{ content: "seen "; }}
 }}
 {filters}
 </style>
@@ -661,7 +662,7 @@ def format_html(rows: Sequence[Row], now_s: float, logs_url: str) -> str:
         if word != "all":
             filters.append(f"#show-{word}:checked ~ table tbody tr:not(.{word}) {{ display: none; }}")
     return PAGE.format(
-        title=html.escape(format_summary(rows)),
+        title=f"{len(rows)} hosts, {kinds[1][2]} for a person to look at",
         time=format_time(now_s),
         filters="\n".join(filters),
         buttons="\n".join(buttons),
@@ -675,7 +676,7 @@ def html_row(row: Row, now_s: float, logs_url: str) -> str:
     url = html.escape(f"{logs_url}/{row.host}/logs/")
     return (
         f'<tr class="{" ".join(classes)}"><td>{cells["HOST"]}<td><b>{SYMBOLS.get(row.state, "?")} {cells["STATE"]}</b>'
-        f"<td><code>{cells['RUNS']}</code><td>{cells['SINCE']}<td>{cells['SEEN']}"
+        f"<td><code>{cells['RUNS']}</code><td class=since>{cells['SINCE']}<td class=seen>{cells['SEEN']}"
         f'<td class="notes">{html.escape("; ".join(notes(row, now_s)))}<td><a href="{url}">logs</a></tr>'
     )
 
