@@ -890,7 +890,7 @@ def rebuild(action: str, tree: Path, name: str, limit_s: float) -> str | None:
     log = client.Log(log_directory() / f"{name}.log")
     client.remove(log.path)
     link = tree.parent / "result"
-    with log.output() as out:
+    with log.output() as out, client.unchanged_lock(tree):
         done = client.run(rebuild_argv(action, tree, name), check=False, output=out, cwd=tree.parent, timeout=limit_s)
     if done.code != 0:
         said = [one_line(line, 400) for line in log.tail(16 << 10).splitlines()[-15:]] or [done.output]

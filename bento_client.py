@@ -1273,13 +1273,30 @@ def build_argv(settings: Settings, config: Path) -> list[str]:
     return [*argv, "--upgrade"] if settings.upgrade_channels else argv
 
 
+@contextmanager
+def unchanged_lock(tree: Path) -> Iterator[None]:
+    """Takes back what Nix writes into flake.lock while it builds: the tree stays the release, byte for byte."""
+    path = tree / "flake.lock"
+    before = path.read_bytes() if path.exists() else None
+    try:
+        yield
+    finally:
+        if (path.read_bytes() if path.exists() else None) != before:
+            if before is None:
+                path.unlink()
+            else:
+                write_atomic(path, before, 0o644)
+                os.utime(path, (1, 1))
+            os.utime(tree, (1, 1))
+
+
 def build(settings: Settings, log: Log) -> str:
     """Builds config/ and returns the new system's store path. The running system is not touched."""
     link = settings.state / "result"
     remove(link)
     argv = build_argv(settings, settings.state / "config")
     log.say(shlex.join(argv))
-    with log.output() as out:
+    with log.output() as out, unchanged_lock(settings.state / "config"):
         code = run(argv, check=False, output=out, cwd=settings.state, timeout=settings.build_timeout).code
     if code is None:
         raise BentoError(f"nixos-rebuild build did not end within {settings.build_timeout} s")

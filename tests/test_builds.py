@@ -97,3 +97,40 @@ def test_ctrl_c_ends_the_children(fleet: Path) -> None:
     time.sleep(0.5)
     assert not [line for line in alive("nixos-rebuild") if "hangs" in line]
     Path("/var/log/bento/hangs.log").unlink(missing_ok=True)
+
+
+LOCKLESS = """\
+{
+  inputs.thing.url = "path:@THING@";
+  outputs = { thing, ... }: { nixosConfigurations = import ./toy.nix; description = builtins.toJSON thing; };
+}
+"""
+
+
+@pytest.mark.parametrize("locked", [False, True], ids=["no lock", "lock"])
+def test_one_flake_for_two_hosts_is_published_as_it_is(tmp_path: Path, locked: bool) -> None:
+    """Nix writes a flake.lock where one is missing; that must not get into the published tree."""
+    need_nix()
+    mark = os.urandom(4).hex()
+    write_config(tmp_path / "all", flake=True, host={"a": {}, "b": {"label": f"b-{mark}"}}, label=f"a-{mark}")
+    (tmp_path / "thing").mkdir()
+    (tmp_path / "thing/flake.nix").write_text("{ outputs = _: { }; }\n")
+    (tmp_path / "all/flake.nix").write_text(LOCKLESS.replace("@THING@", str(tmp_path / "thing")))
+    (tmp_path / "hosts").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "hosts" / name).symlink_to("../all")
+    if locked:
+        done = subprocess.run(command(tmp_path, "update"), env=environment(tmp_path), capture_output=True, check=False)
+        assert done.returncode == 0 and (tmp_path / "all/flake.lock").exists(), done.stderr
+    before = {path.name: path.read_bytes() for path in (tmp_path / "all").iterdir() if path.is_file()}
+    start = "import os, sys; os.geteuid = lambda: 1; import bento; sys.exit(bento.main(sys.argv[1:]))"
+    argv: list[str | Path] = [sys.executable, "-c", start, *command(tmp_path, "populate", "--build")[2:]]
+    done = subprocess.run(
+        argv, env=environment(tmp_path) | {"PYTHONPATH": str(REPO), "HOME": str(tmp_path)}, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("a", "b"):
+        tree = tmp_path / "chroot" / name / "config"
+        assert {path.name: path.read_bytes() for path in tree.iterdir() if path.is_file()} == before
+        assert f"-nixos-system-{name}-{name}-{mark}" in (tmp_path / "chroot" / name / "current.json").read_text()
+        assert tree.stat().st_mtime == 1
