@@ -1141,7 +1141,7 @@ def test_a_missing_account(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = site.run("populate")
     assert ran.code == 1
     assert ran.errors == [
-        "bento: error: no-such-account: 'bento-no-such-account' does not exist here: run 'bento.py fleet',"
+        "bento: error: no-such-account: the account or group 'bento-no-such-account' does not exist here: run 'bento.py fleet',"
         " include fleet.nix in this server's configuration and switch to it"
     ]
     assert set(os.listdir(site.chroots)) == {".lock"}
