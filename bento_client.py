@@ -1315,11 +1315,10 @@ def save_pending(settings: Settings, pending: Pending) -> None:
     write_atomic(settings.state / "pending.json", encode(pending))
 
 
-def clear_pending(settings: Settings, pending: Pending) -> None:
-    """The end of an activation, whichever way it went: the journal goes first, so that a late watchdog finds none."""
+def clear_pending(settings: Settings) -> None:
+    """The end of an activation, whichever way it went: a watchdog that comes late finds no journal."""
     remove(settings.state / "pending.json")
     sync_directory(settings.state)
-    disarm(settings, pending)
 
 
 def arm(settings: Settings, pending: Pending, limit_s: float) -> Pending:
@@ -1581,15 +1580,26 @@ def traceback_text() -> str:
     return traceback.format_exc()
 
 
-def finish(settings: Settings, log: Log, state: State, pending: Pending, outcome: Outcome) -> State:
-    """Writes the end of an activation down, and only then forgets that it was under way."""
+def finish(
+    settings: Settings,
+    log: Log,
+    state: State,
+    directory: str,
+    pending: Pending,
+    outcome: Outcome,
+    session: Sftp | None = None,
+) -> State:
+    """Writes the end of a deployment down, and only then forgets that it was under way; reports it, and only then lets
+    its watchdog go: a client may hang in its report too.
+    """
     state = record(settings, log, state, outcome, pending.release, pending.published, pending.started, pending.attempt)
     left = read_journal(settings.state / "pending.json", parse_pending, log)
-    if left is not None and left.token == pending.token:
-        if left.step == Step.REBOOTING and left.boot_id == boot_id(settings):
-            disarm(settings, left)
-        elif outcome.result != Result.ROLLBACK_FAILED:
-            clear_pending(settings, left)
+    ours = left is not None and left.token == pending.token and outcome.result != Result.ROLLBACK_FAILED
+    if ours and left is not None and (left.step != Step.REBOOTING or left.boot_id != boot_id(settings)):
+        clear_pending(settings)
+    report(settings, log, state, directory, session)
+    if ours and left is not None:
+        disarm(settings, left)
     return state
 
 
@@ -1601,7 +1611,8 @@ def recover(settings: Settings, log: Log, pending: Pending) -> Outcome | None:
     reached_new = running_system(settings) == pending.new
     if pending.step == Step.BUILDING:
         log.say("an update was cut short before it changed anything: starting over")
-        clear_pending(settings, pending)
+        clear_pending(settings)
+        disarm(settings, pending)
         return None
     if pending.boot_id == boot_id(settings):
         if pending.step in (Step.REBOOTING, Step.REVERTING):
@@ -1731,8 +1742,7 @@ def update(settings: Settings, log: Log, state: State, directory: str, *, force:
     if outcome is None:
         state, outcome = deploy(settings, log, state, directory, pending, force=force)
     else:
-        state = finish(settings, log, state, pending, outcome)
-        report(settings, log, state, directory)
+        state = finish(settings, log, state, directory, pending, outcome)
     return outcome.exit_code
 
 
@@ -1757,6 +1767,8 @@ def start_journal(settings: Settings, log: Log, state: State, current: Current) 
         started=format_time(time.time()),
         attempt=tried.attempt + 1 if tried is not None and tried.release == current.release else 1,
     )
+    # The lock says whose work it guards, for a watchdog that finds the journal gone and its client still there.
+    (settings.state / "lock").write_text(f"{os.getpid()} {pending.token}\n")
     if left is None:
         with best_effort(log):
             pending = advance(settings, pending, Step.BUILDING, settings.build_timeout)
@@ -1767,7 +1779,8 @@ def forget(settings: Settings, log: Log, pending: Pending) -> None:
     """Ends the journal of a deployment that came to nothing, if it is ours."""
     left = read_journal(settings.state / "pending.json", parse_pending, log)
     if left is not None and left.token == pending.token:
-        clear_pending(settings, left)
+        clear_pending(settings)
+        disarm(settings, left)
 
 
 def deploy(
@@ -1801,8 +1814,7 @@ def deploy(
         left = read_journal(settings.state / "pending.json", parse_pending, log)
         ours = left if left is not None and left.token == pending.token else pending
         outcome = replace(activate(settings, log, replace(ours, new=new)), system=new)
-    state = finish(settings, log, state, pending, outcome)
-    report(settings, log, state, directory, session)
+    state = finish(settings, log, state, directory, pending, outcome, session)
     if session is not None:
         session.close()
     reboot_if_due(settings, log, state, directory)
@@ -1843,8 +1855,7 @@ def command_run(settings: Settings, *, force: bool) -> int:
             if pending is not None:
                 outcome = recover(settings, log, pending)
                 if outcome is not None:
-                    state = finish(settings, log, state, pending, outcome)
-                    report(settings, log, state, directory)
+                    state = finish(settings, log, state, directory, pending, outcome)
                 elif (
                     now := read_journal(settings.state / "pending.json", parse_pending, log)
                 ) and now.step == Step.REVERTING:
@@ -1858,8 +1869,8 @@ def command_run(settings: Settings, *, force: bool) -> int:
 
 def end_lock_holder(settings: Settings, log: Log) -> None:
     """Ends the run that holds the lock, and what it started: it hangs, or a person wants it gone."""
-    with suppress(OSError, ValueError):
-        holder = int((settings.state / "lock").read_text())
+    with suppress(OSError, ValueError, IndexError):
+        holder = int((settings.state / "lock").read_text().split()[0])
         children = Path(f"/proc/{holder}/task/{holder}/children").read_text().split()
         log.say(f"ending the client that holds the lock (process {holder})")
         os.kill(holder, signal.SIGKILL)
@@ -1874,7 +1885,12 @@ def command_rollback(settings: Settings, *, token: str | None) -> int:
     path = settings.state / "pending.json"
     pending = read_journal(path, parse_pending, log)
     if token is not None and (pending is None or pending.token != token):
-        print("this activation has ended already: nothing to do")
+        with lock(settings) as free:
+            if not free and (settings.state / "lock").read_text().split()[1:] == [token]:
+                end_lock_holder(settings, log)
+                print("this deployment has ended; its client, which hung, is ended too")
+                return 0
+        print("this deployment has ended already: nothing to do")
         return 0
     give_up = time.monotonic() + 30
     while True:
@@ -1884,7 +1900,7 @@ def command_rollback(settings: Settings, *, token: str | None) -> int:
                 log.kept = True
                 pending = read_journal(path, parse_pending, log)
                 if token is not None and (pending is None or pending.token != token):
-                    print("this activation ended just now: nothing to do")
+                    print("this deployment ended just now: nothing to do")
                     return 0
                 with scratch(settings) as directory:
                     return go_back(settings, log, state, pending, directory, by_hand=token is None)
@@ -1903,7 +1919,7 @@ def go_back(
 ) -> int:
     if by_hand and (pending is None or pending.step == Step.BUILDING):
         if pending is not None:
-            clear_pending(settings, pending)
+            disarm(settings, pending)
         pending = step_back(settings, state)
         save_pending(settings, pending)
     assert pending is not None  # the watchdog has the token of one
@@ -1915,8 +1931,7 @@ def go_back(
         outcome = recover(settings, log, pending)
     if outcome is None:
         return 0
-    state = finish(settings, log, state, pending, outcome)
-    report(settings, log, state, directory)
+    state = finish(settings, log, state, directory, pending, outcome)
     good = outcome.result != Result.ROLLBACK_FAILED
     print(f"{outcome.result}: {outcome.reason}; this machine runs {running_system(settings)}")
     return 0 if good else 1
