@@ -723,8 +723,8 @@ def find_owner(name: str) -> Owner | None:
         return Owner(pwd.getpwnam(f"bento-{name}").pw_uid, grp.getgrnam("bento").gr_gid)
     except KeyError as error:
         raise BentoError(
-            f"the account or group {error.args[0].split(':')[-1].strip()} does not exist here: run 'bento.py fleet', include fleet.nix in this"
-            " server's configuration and switch to it"
+            f"the account or group {error.args[0].split(':')[-1].strip()} does not exist here: run 'bento.py fleet',"
+            " include fleet.nix in this server's configuration and switch to it"
         ) from None
 
 

@@ -1315,6 +1315,10 @@ def save_pending(settings: Settings, pending: Pending) -> None:
     write_atomic(settings.state / "pending.json", encode(pending))
 
 
+def load_pending(settings: Settings, log: Log) -> Pending | None:
+    return read_journal(settings.state / "pending.json", parse_pending, log)
+
+
 def clear_pending(settings: Settings) -> None:
     """The end of an activation, whichever way it went: a watchdog that comes late finds no journal."""
     remove(settings.state / "pending.json")
@@ -1368,6 +1372,14 @@ def probe(settings: Settings, log: Log) -> None:
         session.close()
 
 
+def probe_failure(settings: Settings, log: Log) -> str | None:
+    try:
+        probe(settings, log)
+    except Unreachable as error:
+        return str(error)
+    return None
+
+
 def probe_system(settings: Settings, log: Log, system: str, limit_s: float) -> str | None:
     """None when the system's own client, with the system's own settings, reaches the server; else why not.
 
@@ -1375,11 +1387,7 @@ def probe_system(settings: Settings, log: Log, system: str, limit_s: float) -> s
     """
     client = Path(system, "sw/bin/bento-client")
     if not client.exists():
-        try:
-            probe(settings, log)
-        except Unreachable as error:
-            return str(error)
-        return None
+        return probe_failure(settings, log)
     done = run([str(client), "probe"], check=False, timeout=limit_s)
     with log.output() as out:
         out.write(done.output.encode())
@@ -1396,13 +1404,7 @@ def can_reach(settings: Settings, log: Log, system: str) -> str | None:
     wrong settings, or be run with other settings than the system's.
     """
     failure = probe_system(settings, log, system, settings.confirm_timeout)
-    if failure is None:
-        return None
-    try:
-        probe(settings, log)
-    except Unreachable as error:
-        return str(error)
-    return None
+    return None if failure is None else probe_failure(settings, log)
 
 
 def until_confirm_timeout(settings: Settings, check: Callable[[], str | None]) -> str | None:
@@ -1593,7 +1595,7 @@ def finish(
     its watchdog go: a client may hang in its report too.
     """
     state = record(settings, log, state, outcome, pending.release, pending.published, pending.started, pending.attempt)
-    left = read_journal(settings.state / "pending.json", parse_pending, log)
+    left = load_pending(settings, log)
     ours = left is not None and left.token == pending.token and outcome.result != Result.ROLLBACK_FAILED
     if ours and left is not None and (left.step != Step.REBOOTING or left.boot_id != boot_id(settings)):
         clear_pending(settings)
@@ -1675,7 +1677,7 @@ def reboot_if_due(settings: Settings, log: Log, state: State, directory: str) ->
     if not has_systemd(settings):
         log.say("a reboot is due, but systemd does not run here")
         return
-    pending = read_journal(settings.state / "pending.json", parse_pending, log)
+    pending = load_pending(settings, log)
     if pending is None:
         booted = os.path.realpath(settings.system_path("/run/booted-system"))
         tried = state.tried
@@ -1752,7 +1754,7 @@ def start_journal(settings: Settings, log: Log, state: State, current: Current) 
     """
     tried = state.tried
     running = running_system(settings)
-    left = read_journal(settings.state / "pending.json", parse_pending, log)
+    left = load_pending(settings, log)
     # After a roll back that failed the machine runs something in between: the way back leads further back.
     old = left.old if left is not None and left.step == Step.ROLLING_BACK else running
     pending = Pending(
@@ -1777,7 +1779,7 @@ def start_journal(settings: Settings, log: Log, state: State, current: Current) 
 
 def forget(settings: Settings, log: Log, pending: Pending) -> None:
     """Ends the journal of a deployment that came to nothing, if it is ours."""
-    left = read_journal(settings.state / "pending.json", parse_pending, log)
+    left = load_pending(settings, log)
     if left is not None and left.token == pending.token:
         clear_pending(settings)
         disarm(settings, left)
@@ -1794,7 +1796,7 @@ def deploy(
 ) -> tuple[State, Outcome]:
     """Builds config/ and puts the result to work."""
     session: Sftp | None = None
-    left = read_journal(settings.state / "pending.json", parse_pending, log)
+    left = load_pending(settings, log)
     if left is not None and left.token == pending.token:
         with best_effort(log):  # the download may have taken its time
             advance(settings, left, Step.BUILDING, settings.build_timeout)
@@ -1811,7 +1813,7 @@ def deploy(
             outcome = Outcome(Result.POSTPONED, reason, new, unreachable=True)
     if outcome is None:
         report(settings, log, state, directory, session, Phase.ACTIVATING)
-        left = read_journal(settings.state / "pending.json", parse_pending, log)
+        left = load_pending(settings, log)
         ours = left if left is not None and left.token == pending.token else pending
         outcome = replace(activate(settings, log, replace(ours, new=new)), system=new)
     state = finish(settings, log, state, directory, pending, outcome, session)
@@ -1851,14 +1853,12 @@ def command_run(settings: Settings, *, force: bool) -> int:
             return 0
         log, state = begin(settings)
         with scratch(settings) as directory:
-            pending = read_journal(settings.state / "pending.json", parse_pending, log)
+            pending = load_pending(settings, log)
             if pending is not None:
                 outcome = recover(settings, log, pending)
                 if outcome is not None:
                     state = finish(settings, log, state, directory, pending, outcome)
-                elif (
-                    now := read_journal(settings.state / "pending.json", parse_pending, log)
-                ) and now.step == Step.REVERTING:
+                elif (now := load_pending(settings, log)) and now.step == Step.REVERTING:
                     return 1
             code = update(settings, log, state, directory, force=force)
             if code == 0:
@@ -1984,7 +1984,7 @@ def command_status(settings: Settings) -> int:
     if not os.access(settings.state, os.R_OK | os.X_OK) and settings.state.exists():
         raise BentoError(f"{settings.state} cannot be read: run this as root")
     state = read_journal(settings.state / "state.json", parse_state, log) or State()
-    pending = read_journal(settings.state / "pending.json", parse_pending, log)
+    pending = load_pending(settings, log)
     waiting = len(list((settings.state / "outbox").glob("*.log")))
     print(format_status(make_report(settings, state, Phase.IDLE), pending, waiting))
     return 0
