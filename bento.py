@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import bento_client as client
-from bento_client import BentoError, Current, Phase, Report, Result, UsageError, format_time, one_line
+from bento_client import BentoError, Current, Part, Phase, Report, Result, UsageError, format_time, one_line
 
 CHROOT_DIR = "/home/chroot"
 GCROOTS = Path("/nix/var/nix/gcroots/bento")
@@ -53,6 +53,8 @@ MAX_LOG_BYTES = 4 << 20
 # So many hosts are published with the same two syncs of the disk: syncs for each would cost more than the copying.
 BATCH = 256
 SMALL_FILE = 64 << 10
+# Files of this size are parts of a release of their own, the largest ones if there are many.
+LARGE_FILE, MAX_LARGE_FILES = 1 << 20, 100
 
 KEY_TYPES = {
     "ssh-ed25519", "ssh-rsa", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521",
@@ -749,13 +751,15 @@ def prepare_chroot(chroot: Path, owner: Owner | None) -> None:
                 client.remove(directory / left)
 
 
-def is_whole(chroot: Path, release: str, size: int) -> bool:
-    releases = f"{chroot}/releases/{release}"
+def is_whole(chroot: Path, current: Current) -> bool:
+    """Whether all files of what is published are there, by their sizes."""
+    release = f"{chroot}/releases/{current.release}"
+    files = [(f"{release}.tar", current.size), *((f"{release}.parts/{p.sha256}", p.size) for p in current.parts)]
     try:
-        found = os.lstat(f"{releases}.tar")
+        whole = all(stat.S_ISREG((found := os.lstat(path)).st_mode) and found.st_size == size for path, size in files)
     except OSError:
         return False
-    return stat.S_ISREG(found.st_mode) and found.st_size == size and os.path.isdir(releases)
+    return whole and os.path.isdir(release)
 
 
 @dataclass(frozen=True)
@@ -767,6 +771,7 @@ class Staged:
     size: int
     tar: Path
     tree: Path
+    parts: tuple[Part, ...] = ()
 
 
 def stage(chroot: Path, name: str, members: Sequence[Member]) -> Staged:
@@ -779,26 +784,71 @@ def stage(chroot: Path, name: str, members: Sequence[Member]) -> Staged:
             os.fchmod(file.fileno(), 0o644)
             # The tree's name matters: a channel configuration that says ./. gets it into a store path.
             release, size = write_release(members, file, directory / "config")
+        parts = cut_release(members, directory / "release.tar", directory / "config", directory / "parts")
     except BaseException:
         client.remove(directory)  # on a full disk, the first thing that is needed is room
         raise
-    return Staged(name, release, size, directory / "release.tar", directory / "config")
+    return Staged(name, release, size, directory / "release.tar", directory / "config", parts)
+
+
+def cut_release(members: Sequence[Member], tar: Path, tree: Path, directory: Path) -> tuple[Part, ...]:
+    """Cuts the archive before and after each large file, for hosts that have that file already.
+
+    Each part lies in `directory` under its SHA-256; a large one is a hard link to the file in `tree`, and costs
+    no room. A release without large files has no parts.
+    """
+    large = sorted((m for m in members if m.size >= LARGE_FILE), key=lambda m: m.size)[-MAX_LARGE_FILES:]
+    parts: list[Part] = []
+    if not large:
+        return ()
+    directory.mkdir(mode=0o755)
+    names = {member.name for member in large}
+    with open(tar, "rb") as file:
+        position = cut = 0
+        for member in members:
+            position += len(header(member.name, member.size, member.is_directory, member.executable))
+            if member.name in names:
+                parts.append(copy_part(file, cut, position, directory))
+                parts.append(Part(client.hash_file(tree / member.name), member.size))
+                with suppress(FileExistsError):  # the same content twice
+                    os.link(tree / member.name, directory / parts[-1].sha256)
+                cut = position + member.size
+            position += member.size + -member.size % tarfile.BLOCKSIZE
+        parts.append(copy_part(file, cut, os.fstat(file.fileno()).st_size, directory))
+    return tuple(parts)
+
+
+def copy_part(archive: BinaryIO, start: int, end: int, directory: Path) -> Part:
+    """Copies the bytes from `start` to `end` of an archive into a file that is named by their SHA-256."""
+    digest = hashlib.sha256()
+    archive.seek(start)
+    with open(directory / "part", "wb") as file:
+        while chunk := archive.read(min(1 << 20, end - archive.tell())):
+            digest.update(chunk)
+            file.write(chunk)
+        os.fchmod(file.fileno(), 0o644)
+    os.rename(directory / "part", directory / digest.hexdigest())
+    return Part(digest.hexdigest(), end - start)
 
 
 def place(chroot: Path, staged: Staged, system: str | None, before: Current | None, now_s: float) -> Current:
     """Gives the staged release its names, and writes current.json aside. No host is told yet."""
     releases = chroot / "releases"
     tar, tree = releases / f"{staged.release}.tar", releases / staged.release
+    parts = releases / f"{staged.release}.parts"
     # Never earlier than the one before, even if the clock was set back: hosts with several servers compare them.
     published = format_time(now_s)
     if before is not None and before.published >= published:
         published = format_time(client.parse_time(before.published) + 1)
     os.utime(staged.tar, (client.parse_time(published),) * 2)  # for prune_releases
     client.remove(tree)
+    client.remove(parts)
     os.rename(staged.tree, tree)
     os.rename(staged.tar, tar)
+    if staged.parts:
+        os.rename(releases / ".new/parts", parts)
     client.remove(releases / ".new")
-    current = Current(staged.name, staged.release, staged.size, published, system)
+    current = Current(staged.name, staged.release, staged.size, published, system, staged.parts)
     aside = chroot / ".current.json.new"
     aside.write_bytes(client.encode(current))
     aside.chmod(0o644)
@@ -834,7 +884,7 @@ def prune_releases(releases: Path, current: str) -> None:
     earlier = [release for release, when in times.items() if when < latest and (releases / release).is_dir()]
     keep = {current, *sorted(earlier, key=times.__getitem__, reverse=True)[: KEEP_RELEASES - 1]}
     for path in releases.iterdir():
-        if path.name.removesuffix(".tar") not in keep:
+        if path.name.partition(".")[0] not in keep:
             client.remove(path)
 
 
@@ -1269,7 +1319,7 @@ def prepare(fleet: Fleet, name: str, plan: Plan) -> tuple[Staged, str | None, Cu
     except BentoError as error:
         print(f"{name}: {error}: published anew", file=sys.stderr)
         before = None
-    unchanged = before is not None and before.release == release and is_whole(chroot, release, size)
+    unchanged = before is not None and before.release == release and is_whole(chroot, before)
     if unchanged and (plan.action != "build" or (before is not None and before.system is not None)):
         if not plan.dry_run:
             prepare_chroot(chroot, owner)

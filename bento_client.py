@@ -131,14 +131,27 @@ class Action(StrEnum):
 
 
 @dataclass(frozen=True)
+class Part:
+    """A stretch of a release's archive: a large file, or what lies between two. `size` in bytes."""
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
 class Current:
-    """`current.json`: the release that a host is to run. `size` in bytes."""
+    """`current.json`: the release that a host is to run. `size` in bytes.
+
+    `parts`, one after the other, are the archive; there are none when it has no large file. A host that has one
+    of them already needs only the others.
+    """
 
     host: str
     release: str
     size: int
     published: str
     system: str | None = None
+    parts: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -330,10 +343,19 @@ def parse_current(raw: bytes, what: str, host: str | None = None) -> Current:
         size=take(data, "size", int, what),
         published=take(data, "published", TIME, what),
         system=take(data, "system", STORE_PATH, what, null=True),
+        parts=tuple(parse_part(part, what) for part in take(data, "parts", list, what, null=True) or ()),
     )
+    if current.parts and sum(part.size for part in current.parts) != current.size:
+        raise BentoError(f"{what}: its parts do not add up to its size")
     if host is not None and current.host != host:
         raise BentoError(f"{what}: it is for host {current.host!r}, not for {host!r}")
     return current
+
+
+def parse_part(data: object, what: str) -> Part:
+    if not isinstance(data, dict):
+        raise BentoError(f"{what}: field 'parts' is malformed")
+    return Part(take(data, "sha256", RELEASE_ID, what), take(data, "size", int, what))
 
 
 def parse_last(data: Mapping[str, Any], what: str) -> Last:
@@ -392,7 +414,10 @@ def parse_pending(raw: bytes, what: str) -> Pending:
 
 
 def encode(record: Current | Report | State | Pending) -> bytes:
-    return (json.dumps({"format": FORMAT} | asdict(record), indent=1, ensure_ascii=False) + "\n").encode()
+    data = {"format": FORMAT} | asdict(record)
+    if not data.get("parts", True):
+        del data["parts"]
+    return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 # --- settings ---
@@ -1169,8 +1194,11 @@ def record(
 # --- fetch and build ---
 
 
-def fetch(session: Sftp, settings: Settings, current: Current) -> None:
-    """Downloads, checks and unpacks a release into config/. Whatever goes wrong, config/ is an old tree or a new one."""
+def fetch(session: Sftp, settings: Settings, current: Current, *, thrifty: bool) -> None:
+    """Downloads, checks and unpacks a release into config.new. Whatever goes wrong, config/ stays what it is.
+
+    `thrifty`: what lies in config/ already is not downloaded again.
+    """
     if current.size > MAX_RELEASE_BYTES:
         raise BentoError(
             f"release {current.release[:12]} has {current.size} bytes, more than the limit of {MAX_RELEASE_BYTES}"
@@ -1181,13 +1209,18 @@ def fetch(session: Sftp, settings: Settings, current: Current) -> None:
             f"{settings.state}: {free} bytes free, {2 * current.size + MIN_FREE_BYTES} needed: free some space"
         )
     partial = settings.state / "partial"
-    name = f"{current.release}.tar"
-    for other in partial.glob("*") if partial.exists() else ():
-        if other.name != name or other.stat().st_size > current.size:
-            other.unlink()
     partial.mkdir(mode=0o700, exist_ok=True)
+    name = f"{current.release}.tar"
+    wanted = {name: current.size} | {part.sha256: part.size for part in current.parts}
+    for left in partial.iterdir():
+        if left.stat().st_size > wanted.get(left.name, -1):
+            left.unlink()
     try:
-        tar = session.get(f"releases/{name}", f"partial/{name}", current.size, resume=(partial / name).exists())
+        if thrifty:
+            join_parts(session, settings, current, partial / name)
+        tar = partial / name
+        if not tar.exists() or tar.stat().st_size < current.size:
+            session.get(f"releases/{name}", f"partial/{name}", current.size, resume=tar.exists())
         size, digest = tar.stat().st_size, hash_file(tar)
         if size != current.size:
             raise BentoError(
@@ -1205,6 +1238,42 @@ def fetch(session: Sftp, settings: Settings, current: Current) -> None:
         remove(partial)
         raise
     remove(partial)
+
+
+def join_parts(session: Sftp, settings: Settings, current: Current, tar: Path) -> None:
+    """Puts the archive together from what config/ has of it and from downloads of its other parts.
+
+    Nothing here has to be right: the archive is checked as a whole. It is left alone when there is nothing to save.
+    """
+    here = find_parts(settings.state / "config", current.parts)
+    if not here:
+        return
+    with open(tar, "ab") as file:
+        end = 0
+        for part in current.parts:
+            start, end = end, end + part.size
+            if file.tell() >= end:
+                continue  # an earlier run came so far
+            file.seek(start)
+            file.truncate()
+            name = part.sha256
+            fetched = tar.with_name(name)
+            if name not in here:
+                session.get(
+                    f"releases/{current.release}.parts/{name}", f"partial/{name}", part.size, resume=fetched.exists()
+                )
+            with open(here.get(name, fetched), "rb") as source:
+                shutil.copyfileobj(source, file, 1 << 20)
+            file.flush()
+            fetched.unlink(missing_ok=True)
+
+
+def find_parts(tree: Path, parts: Sequence[Part]) -> dict[str, Path]:
+    """Which files of the tree are parts of a release, by SHA-256. Only files of the right size are read."""
+    sizes = {part.size for part in parts}
+    paths = [Path(top, name) for top, _, names in os.walk(tree) for name in names] if parts else []
+    found = {hash_file(path): path for path in paths if path.is_file() and path.stat().st_size in sizes}
+    return {part.sha256: found[part.sha256] for part in parts if part.sha256 in found}
 
 
 def hash_file(path: Path) -> str:
@@ -1732,7 +1801,8 @@ def update(settings: Settings, log: Log, state: State, directory: str, *, force:
                 session.close()
                 session, _ = poll(settings, directory, log)
             if action == Action.FETCH or not (settings.state / "config").is_dir():
-                fetch(session, settings, current)
+                # What failed once is fetched whole: the fault may lie in the parts.
+                fetch(session, settings, current, thrifty=pending.attempt == 1)
                 state = adopt(settings, state, current.release)
         except Unreachable:
             forget(settings, log, pending)

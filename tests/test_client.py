@@ -1372,6 +1372,94 @@ def test_download_goes_on_where_it_stopped(lab: Lab) -> None:
     assert tree(lab.state / "config") == tree(lab.config)
 
 
+BIG = 1 << 20
+
+
+@pytest.fixture
+def heavy(lab: Lab) -> Lab:
+    """A machine that runs a release with large files."""
+    lab.publish("v1")
+    for number in range(3):
+        (lab.config / f"big{number}").write_bytes(os.urandom(BIG + 1000 * number))
+    lab.populate()
+    lab.client("run")
+    assert lab.labels() == ("v1", "v1", "v1")
+    return lab
+
+
+def parts(lab: Lab) -> list[tuple[str, int]]:
+    return [(p.sha256, p.size) for p in parse_current((lab.chroot / "current.json").read_bytes(), "current.json").parts]
+
+
+def test_large_files_that_are_here_are_not_fetched_again(heavy: Lab) -> None:
+    kept = (heavy.config / "big0").read_bytes()
+    (heavy.config / "big1").write_bytes(os.urandom(BIG))
+    (heavy.config / "big2").rename(heavy.config / "elsewhere")
+    (heavy.config / "also").write_bytes(kept)
+    release = heavy.publish("v2")
+    there = heavy.chroot / "releases" / f"{release}.parts"
+    for path in (heavy.config / "big0", heavy.config / "elsewhere"):
+        (there / hashlib.sha256(path.read_bytes()).hexdigest()).unlink()
+    (heavy.chroot / "releases" / f"{release}.tar").unlink()
+    heavy.client("run")
+    assert heavy.labels() == ("v2", "v2", "v2")
+    assert tree(heavy.state / "config") == tree(heavy.config)
+    assert not (heavy.state / "partial").exists()
+
+
+def test_a_large_file_that_changed_here_is_fetched(heavy: Lab) -> None:
+    ours = heavy.state / "config/big0"
+    ours.write_bytes(bytes(ours.stat().st_size))
+    heavy.publish("v2")
+    heavy.client("run")
+    assert heavy.labels() == ("v2", "v2", "v2")
+    assert tree(heavy.state / "config") == tree(heavy.config)
+
+
+def test_a_damaged_part_is_met_with_the_whole_archive(heavy: Lab) -> None:
+    release = heavy.publish("v2")
+    changed = heavy.chroot / "releases" / f"{release}.parts" / parts(heavy)[-1][0]
+    changed.write_bytes(bytes(changed.stat().st_size))
+    assert "damaged" in heavy.client("run", code=1)
+    assert heavy.labels() == ("v1", "v1", "v1")
+    assert heavy.last().result == Result.FETCH_FAILED
+    heavy.client("run")
+    assert heavy.labels() == ("v2", "v2", "v2")
+    assert heavy.last().attempt == 2
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2000, BIG, BIG + 40_000, 3 * BIG])
+def test_parts_go_on_where_it_stopped(heavy: Lab, keep: int) -> None:
+    """Cut short anywhere: in a part from here, in one that came, while one is coming."""
+    (heavy.config / "big1").write_bytes(os.urandom(BIG))
+    release = heavy.publish("v2")
+    archive = (heavy.chroot / "releases" / f"{release}.tar").read_bytes()
+    changed = hashlib.sha256((heavy.config / "big1").read_bytes()).hexdigest()
+    (heavy.state / "partial").mkdir()
+    (heavy.state / "partial" / f"{release}.tar").write_bytes(archive[:keep])
+    (heavy.state / "partial" / changed).write_bytes((heavy.config / "big1").read_bytes()[: keep // 2])
+    heavy.client("run")
+    assert heavy.labels() == ("v2", "v2", "v2")
+    assert heavy.last().attempt == 1
+    assert tree(heavy.state / "config") == tree(heavy.config)
+
+
+@pytest.mark.parametrize(
+    "part", [7, None, {}, {"sha256": "../../etc/passwd", "size": 1}, {"sha256": A, "size": -1}, {"sha256": A, "size": 1.5}]
+)
+def test_malformed_parts(heavy: Lab, part: object) -> None:
+    path = heavy.chroot / "current.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"parts": [part]}))
+    assert "current.json: field" in heavy.client("run", code=1)
+    assert heavy.labels() == ("v1", "v1", "v1")
+
+
+def test_parts_of_another_size(heavy: Lab) -> None:
+    path = heavy.chroot / "current.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"parts": [{"sha256": A, "size": 1}]}))
+    assert "do not add up" in heavy.client("run", code=1)
+
+
 def test_odd_file_names(lab: Lab) -> None:
     lab.publish("v1")
     names = [
