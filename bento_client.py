@@ -1669,6 +1669,8 @@ def finish(
     if ours and left is not None and (left.step != Step.REBOOTING or left.boot_id != boot_id(settings)):
         clear_pending(settings)
     report(settings, log, state, directory, session)
+    if session is not None:
+        session.close()
     if ours and left is not None:
         disarm(settings, left)
     return state
@@ -1886,11 +1888,7 @@ def deploy(
         left = load_pending(settings, log)
         ours = left if left is not None and left.token == pending.token else pending
         outcome = replace(activate(settings, log, replace(ours, new=new)), system=new)
-    state = finish(settings, log, state, directory, pending, outcome, session)
-    if session is not None:
-        session.close()
-    reboot_if_due(settings, log, state, directory)
-    return state, outcome
+    return finish(settings, log, state, directory, pending, outcome, session), outcome
 
 
 def refuse_to_activate(settings: Settings, new: str, old: str, *, force: bool) -> Outcome | None:

@@ -11,8 +11,10 @@ agree; the report says what happened; and the next good release is deployed.
 import json
 import os
 import random
+import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -131,8 +133,21 @@ def settled(host: Host, server: Server, label: str, timeout_s: float = 60) -> No
     assert good, (labels(host), last(server), host.console_tail(40))
 
 
-def wait_for_phase(host: Host, phase: str) -> None:
-    """Until the update is in the middle of this phase. The toy's hooks hold it there, where there is something to hold."""
+def find_client(host: Host) -> int:
+    """The pid, out here, of the client that is at work in bento.service; 0 if there is none."""
+    for service in host.cgroup.rglob("bento.service"):
+        for pid in (service / "cgroup.procs").read_text(encoding="utf-8").split():
+            argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if b"run" in argv and any(word.endswith(b"/bento_client.py") for word in argv):
+                return int(pid)
+    return 0
+
+
+def wait_for_phase(host: Host, phase: str) -> int:
+    """Until the update is in the middle of this phase, to a few milliseconds; the pid of the client.
+
+    The toy's hooks hold it there, where there is something to hold.
+    """
     state = host.path(host.state)
     marks: dict[str, Callable[[], bool]] = {
         "fetch": lambda: any((state / "partial").iterdir()),
@@ -145,22 +160,23 @@ def wait_for_phase(host: Host, phase: str) -> None:
     }
     started = time.time() - 1
     give_up = time.monotonic() + 40
+    client = 0
     while time.monotonic() < give_up:
         try:
-            if marks[phase]():
-                return
+            if not client and (state / "pending.json").exists():
+                client = find_client(host)
+            if client and marks[phase]():
+                return client
         except OSError:
             pass
         time.sleep(0.001)
     raise AssertionError(f"never came to the phase {phase}: {host.console_tail(40)}")
 
 
-def strike(event: str, host: Host, server: Server) -> Callable[[], None]:
+def strike(event: str, host: Host, server: Server, client: int) -> Callable[[], None]:
     """Lets the event happen; what it gives back ends it."""
-    if event == "kill":
-        host.run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", "bento.service", check=False)
-    elif event == "hang":
-        host.run("systemctl", "kill", "--kill-whom=main", "--signal=STOP", "bento.service", check=False)
+    if event in ("kill", "hang"):
+        os.kill(client, signal.SIGKILL if event == "kill" else signal.SIGSTOP)
     elif event == "power":
         host.power_cut()
         host.boot()
@@ -192,8 +208,8 @@ def test_matrix(host: Host, server: Server, event: str, phase: str) -> None:
         hooks = {"settings": {"health_checks": [check]}}
     began = time.monotonic()
     publish(server, host, "v2", os.urandom(12_000_000) if phase == "fetch" else b"", **hooks)
-    wait_for_phase(host, phase)
-    calm = strike(event, host, server)
+    client = wait_for_phase(host, phase)
+    calm = strike(event, host, server, client)
     time.sleep(2)
     host.write("/root/go", "")
     time.sleep(4)
@@ -281,6 +297,60 @@ def test_kernel_without_network_is_left_again(host: Host, server: Server) -> Non
         host.boots - boots, labels(host), last(server), host.console_tail(80),
     )  # fmt: skip
     assert labels(host) == ("v1",) * 3
+    publish(server, host, "v3")
+    settled(host, server, "v3")
+
+
+def test_release_that_changes_the_bento_unit(host: Host, server: Server) -> None:
+    """The switch reloads the unit that it runs in, and restarts its timer."""
+    changed = behaviour(host)["units"]
+    changed["bento.service"] += "Environment=CHANGED=1\n"
+    changed["bento.timer"] = changed["bento.timer"].replace("AccuracySec=100ms", "AccuracySec=200ms")
+    publish(server, host, "v2", units=changed)
+    settled(host, server, "v2")
+    assert "CHANGED=1" in host.run("systemctl", "show", "--property=Environment", "bento.service").stdout
+    assert "200ms" in host.run("systemctl", "show", "--property=AccuracyUSec", "bento.timer").stdout
+    publish(server, host, "v3")
+    settled(host, server, "v3")
+    assert "CHANGED=1" not in host.run("systemctl", "show", "--property=Environment", "bento.service").stdout
+
+
+def test_way_back_that_fails_is_said_and_tried_again(host: Host, server: Server) -> None:
+    publish(server, host, "old", fails_from="v2", fails_from_times=2)
+    settled(host, server, "old")
+    publish(server, host, "v2", settings={"health_checks": ["false"]})
+    assert wait(lambda: last(server).get("result") == "rollback-failed", 60), (last(server), host.console_tail(60))
+    assert "going back to" in last(server)["reason"] and "tried again at the next run" in last(server)["reason"]
+    assert wait(lambda: at_rest(host) and last(server).get("result") == "rolled-back", 60), (
+        labels(host), last(server), host.console_tail(60),
+    )  # fmt: skip
+    assert labels(host) == ("old",) * 3
+    publish(server, host, "v3")
+    settled(host, server, "v3")
+
+
+def test_two_runs_at_once(host: Host, server: Server) -> None:
+    publish(server, host, "v2", build_touch="/root/at-build", build_wait="/root/go")
+    wait_for_phase(host, "build")
+    assert "another run is at work" in host.client("run").stdout
+    host.write("/root/go", "")
+    settled(host, server, "v2")
+
+
+@pytest.mark.parametrize("event", ["kill", "power"])
+def test_interrupted_again_is_given_up(host: Host, server: Server, event: str) -> None:
+    publish(server, host, "v2", switch_touch="/root/at-switch", switch_wait="/root/go")
+    for _ in range(2):
+        client = wait_for_phase(host, "activate")
+        strike(event, host, server, client)
+        host.path("/root/at-switch").unlink()
+    assert wait(lambda: at_rest(host) and (last(server)["result"], last(server)["attempt"]) == ("interrupted", 2), 60), (
+        labels(host), last(server), host.console_tail(60),
+    )  # fmt: skip
+    time.sleep(2 * SLOT_S)
+    assert not host.path("/root/at-switch").exists()  # not tried a third time
+    assert (labels(host), last(server)["attempt"]) == (("v1",) * 3, 2)
+    assert "interrupted twice" in host.client("run").stdout
     publish(server, host, "v3")
     settled(host, server, "v3")
 
