@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -1277,6 +1276,8 @@ def find_parts(tree: Path, parts: Sequence[Part]) -> dict[str, Path]:
 
 
 def hash_file(path: Path) -> str:
+    import hashlib  # only a new release needs it; a poll is mostly start-up
+
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -1287,7 +1288,7 @@ def unpack(tar_path: Path, target: Path) -> None:
     A release has only directories and regular files, so this is stricter than tarfile's `data` filter, which
     Python 3.11.2 does not have.
     """
-    import tarfile  # only a new release needs it; a poll is mostly start-up
+    import tarfile  # as late as hashlib
 
     remove(target)
     target.mkdir(mode=0o755)
