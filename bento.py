@@ -1064,11 +1064,20 @@ class Progress:
         self.live = sys.stderr.isatty()
         self.running: dict[str, tuple[str, float]] = {}
         self.drawn = 0
+        self.due_s = time.monotonic() + 1
 
     def set(self, name: str, phase: str) -> None:
         self.running[name] = (phase, time.monotonic())
         if not self.live:
             print(f"{name}: {phase}", file=sys.stderr)
+
+    def tell(self, name: str, phase: str, *, at_once: bool) -> None:
+        """On a terminal only: the one host that is at work, if the whole takes more than a moment."""
+        now_s = time.monotonic()
+        if self.live and (at_once or now_s > self.due_s):
+            self.due_s = now_s + 0.1
+            self.running = {name: (phase, now_s)}
+            self.draw()
 
     def end(self, name: str) -> None:
         self.running.pop(name, None)
@@ -1265,14 +1274,9 @@ def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: boo
         if prune and fleet.chroot_dir.is_dir():
             prune_chroots(fleet, hosts, plan.dry_run)
         good = [name for name in hosts if name not in bad_keys]
-        progress, began = Progress(), time.monotonic()
+        progress = Progress()
         for first in range(0, len(good), BATCH):
-            if progress.live and time.monotonic() - began > 1:
-                progress.set(f"{first} of {len(good)} hosts", "publishing")
-                progress.draw()
-                progress.running.clear()
-            publish(fleet, good[first : first + BATCH], plan, counts, failures)
-        progress.clear()
+            publish(fleet, good[first : first + BATCH], plan, counts, failures, progress)
     would = "would be " if plan.dry_run else ""
     print(
         f"{len(hosts)} hosts: {counts['published']} {would}published, {counts['unchanged']} unchanged, {len(failures)} failed"
@@ -1280,12 +1284,16 @@ def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: boo
     return complain(failures)
 
 
-def publish(fleet: Fleet, names: Sequence[str], plan: Plan, counts: dict[str, int], failures: list[str]) -> None:
+def publish(
+    fleet: Fleet, names: Sequence[str], plan: Plan, counts: dict[str, int], failures: list[str], progress: Progress
+) -> None:
     """Publishes what is new of some hosts, with two syncs for them all. One host's failure stops no other."""
     placed: list[Current] = []
+    working = {"build": "building", "dry-build": "checking"}.get(plan.action or "", "publishing")
     for name in names:
+        progress.tell(name, working, at_once=plan.action is not None)
         try:
-            found = prepare(fleet, name, plan)
+            found = prepare(fleet, name, plan, progress)
             if found is None:
                 counts["unchanged"] += 1
             elif plan.dry_run:
@@ -1296,6 +1304,7 @@ def publish(fleet: Fleet, names: Sequence[str], plan: Plan, counts: dict[str, in
             failures.append(f"{name}: {error}")
     if placed:
         os.sync()
+    progress.clear()
     for current in placed:
         try:
             reveal(fleet.chroot(current.host), current.release)
@@ -1308,7 +1317,9 @@ def publish(fleet: Fleet, names: Sequence[str], plan: Plan, counts: dict[str, in
         os.sync()
 
 
-def prepare(fleet: Fleet, name: str, plan: Plan) -> tuple[Staged, str | None, Current | None] | None:
+def prepare(
+    fleet: Fleet, name: str, plan: Plan, progress: Progress
+) -> tuple[Staged, str | None, Current | None] | None:
     """Stages what is new of a host, after it passed its check. None: nothing is."""
     owner = find_owner(name)
     chroot = fleet.chroot(name)
@@ -1317,6 +1328,7 @@ def prepare(fleet: Fleet, name: str, plan: Plan) -> tuple[Staged, str | None, Cu
     try:
         before = read_published(chroot, name)
     except BentoError as error:
+        progress.clear()
         print(f"{name}: {error}: published anew", file=sys.stderr)
         before = None
     unchanged = before is not None and before.release == release and is_whole(chroot, before)
@@ -1326,9 +1338,11 @@ def prepare(fleet: Fleet, name: str, plan: Plan) -> tuple[Staged, str | None, Cu
             tidy(chroot, release)
             prune_logs(chroot)
         if plan.verbose:
+            progress.clear()
             print(f"{name}: unchanged, {release[:12]}")
         return None
     if plan.dry_run:
+        progress.clear()
         print(f"{name}: would publish {release[:12]} ({size} bytes)")
         return Staged(name, release, size, chroot, chroot), None, before
     prepare_chroot(chroot, owner)

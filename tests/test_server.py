@@ -1716,6 +1716,48 @@ def in_terminal(argv: list[str], columns: int, **environment: str) -> tuple[int,
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), shown.decode().replace("\r\n", "\n")
 
 
+def on_screen(shown: str) -> list[str]:
+    """The lines that stay, of a program that only goes up and clears from there on."""
+    lines = [""]
+    for part in re.split("(\x1b\\[F|\x1b\\[J|\n)", shown):
+        if part == "\x1b[F":
+            lines.pop()
+            lines[-1] = ""
+        elif part == "\n":
+            lines.append("")
+        elif part != "\x1b[J":
+            lines[-1] += part
+    return [line for line in lines if line]
+
+
+HURRIED = "import time; real = time.monotonic; time.monotonic = lambda: 1000 * real(); "
+
+
+def test_populate_shows_progress_on_a_terminal_when_it_takes_long(site: Site) -> None:
+    for name in "abc":
+        site.host(name)
+    argv = [sys.executable, "-c", HURRIED + AS_ANYBODY, *site.argv("populate")]
+    code, shown = in_terminal(argv, 80)
+    assert code == 0 and "b: publishing, 0s\n" in shown
+    lines = [f"{name}: published {site.current(name).release[:12]} ({site.current(name).size} bytes)" for name in "abc"]
+    assert on_screen(shown) == [NOT_ROOT, *lines, "3 hosts: 3 published, 0 unchanged, 0 failed"]
+    site.host("b", {"new": "1"})
+    code, shown = in_terminal([*argv, "--dry-run"], 80)
+    assert [line.split()[:3] for line in on_screen(shown)[1:-1]] == [["b:", "would", "publish"]]
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    quick = subprocess.run(argv, capture_output=True, text=True, env=environment)
+    assert quick.stderr.splitlines() == [NOT_ROOT]
+
+
+def test_populate_shows_which_host_it_builds(site: Site, toys: Path) -> None:
+    for name in "ab":
+        write_config(site.fleet / "hosts" / name, flake=True, host=name)
+    code, shown = in_terminal([sys.executable, "-c", AS_ANYBODY, *site.argv("populate", "--build")], 80)
+    assert code == 0, shown
+    assert "a: building, 0s\n" in shown and "b: building, 0s\n" in shown
+    assert [line.split(":")[0] for line in on_screen(shown)] == ["not root", "a", "b", "2 hosts"]
+
+
 def test_status_in_a_terminal(site: Site) -> None:
     name = "n" * 26
     site.host(name)
