@@ -1,7 +1,7 @@
 """No machine is lost: updates of a booted machine, cut short by every event in every phase.
 
     tests/run tests/lab/test_matrix.py            a part of the matrix, as in CI
-    BENTO_MATRIX=all tests/run tests/lab/test_matrix.py -s      all of it, and the table at the end
+    BENTO_MATRIX=all tests/run tests/lab/test_matrix.py -s      all of it, and its table in tests/lab/matrix.md
     BENTO_POWER_CUTS=200 tests/run tests/lab/test_matrix.py -k power_cuts
 
 After each cell, within three timer slots, the machine reaches its server; profile, boot default and running system
@@ -46,10 +46,29 @@ table: dict[tuple[str, str], str] = {}
 @pytest.fixture(scope="module", autouse=True)
 def summary() -> Iterator[None]:
     yield
+    lines = ["| event | " + " | ".join(PHASES) + " |", "|" + " --- |" * (len(PHASES) + 1)]
+    for event in EVENTS:
+        lines.append(f"| {event} | " + " | ".join(table.get((event, phase), "") for phase in PHASES) + " |")
+    text = "\n".join(lines) + "\n"
     if table:
-        print("\n\n| event | " + " | ".join(PHASES) + " |\n|" + " --- |" * (len(PHASES) + 1))
-        for event in EVENTS:
-            print(f"| {event} | " + " | ".join(table.get((event, phase), "") for phase in PHASES) + " |")
+        print(f"\n\n{text}")
+    if len(table) == len(EVENTS) * len(PHASES):
+        (TESTS / "lab/matrix.md").write_text(TABLE + text, encoding="utf-8")
+
+
+TABLE = """\
+# Event × phase → what the host reported, and how long it took
+
+Written by `BENTO_MATRIX=all tests/run -s tests/lab/test_matrix.py`. Each cell is an update of a booted machine that was
+hit in that phase: the reports of the release, in order, and the seconds from its publication until the machine was at
+rest. In every cell the release that was hit runs in the end (profile, boot default and running system agree, the
+server is reached), and so does the next one. Server, line and disk come back, or are emptied, six seconds after the
+event; a timer slot is five seconds, the limits are 3 to 20 s. A hung client is ended at its phase's limit and 30 s.
+
+kill: SIGKILL of the client. hang: SIGSTOP of it. power: the machine is off at once, and boots. server: its sshd is down.
+link: the cable is out. var-full, boot-full: the disk with /var/lib/bento, with /boot is full. clock: a year ahead.
+
+"""
 
 
 @pytest.fixture(scope="module")
