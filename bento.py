@@ -147,6 +147,10 @@ def find_hosts(fleet: Fleet, wanted: Sequence[str]) -> tuple[list[str], list[str
     return ([name for name in hosts if name in wanted] if wanted else hosts), ([] if wanted else errors)
 
 
+def count_hosts(number: int) -> str:
+    return f"{number} host{'' if number == 1 else 's'}"
+
+
 def parse_key(line: str, where: str) -> tuple[str, str, str]:
     """Type, base64 and comment of a public key line. BentoError for what sshd would not take as just a key."""
     parts = line.split(None, 2)
@@ -686,13 +690,15 @@ def html_row(row: Row, now_s: float, logs_url: str) -> str:
 def row_json(row: Row) -> dict[str, object]:
     """A host in `status --json`. Every string that a host wrote is one line of printable characters."""
     last = row.report.last if row.report else None
+    published = asdict(replace(row.current, parts=())) if row.current else {}
+    published.pop("parts", None)  # of no interest to whom this is for
     return {
         "host": row.host,
         "state": row.state,
         "offline": row.offline,
         "needs_reboot": row.needs_reboot,
         "drift": row.drift,
-        "published": asdict(row.current) if row.current else None,
+        "published": published or None,
         "release": row.report.release if row.report else None,
         "system": row.report.system if row.report else None,
         "client": row.report.client if row.report else None,
@@ -1050,10 +1056,10 @@ def command_fleet(fleet: Fleet) -> int:
     text = format_fleet(template.read_text(), keys, str(fleet.chroot_dir)).encode()
     target = fleet.directory / "fleet.nix"
     if target.exists() and target.read_bytes() == text:
-        print(f"fleet.nix: unchanged, {len(keys)} hosts")
+        print(f"fleet.nix: unchanged, {count_hosts(len(keys))}")
     else:
         client.write_atomic(target, text, 0o644)
-        print(f"fleet.nix: written, {len(keys)} hosts; include it in this server's configuration and switch")
+        print(f"fleet.nix: written, {count_hosts(len(keys))}; include it in this server's configuration and switch")
     return 0
 
 
@@ -1279,7 +1285,7 @@ def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: boo
             publish(fleet, good[first : first + BATCH], plan, counts, failures, progress)
     would = "would be " if plan.dry_run else ""
     print(
-        f"{len(hosts)} hosts: {counts['published']} {would}published, {counts['unchanged']} unchanged, {len(failures)} failed"
+        f"{count_hosts(len(hosts))}: {counts['published']} {would}published, {counts['unchanged']} unchanged, {len(failures)} failed"
     )
     return complain(failures)
 

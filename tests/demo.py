@@ -143,7 +143,8 @@ def main() -> int:
             return 1
         (top / "fleet/hosts").mkdir(parents=True)
         play(Demo(top, sftp_server))
-    print("\nThat was it; the temporary directory is gone. README.md goes on with a real server and a first host.")
+    print("\nThat was it; the temporary directory is gone.")
+    print("README.md goes on with a real server and a first host.")
     return 0
 
 
