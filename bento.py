@@ -254,10 +254,10 @@ def list_members(fleet: Fleet, name: str) -> list[Member]:
     if not top.is_dir():
         reason = "dangling link" if top.is_symlink() else "not a directory"
         raise BentoError(f"hosts/{name}: {reason}")
-    home = os.path.realpath(fleet.directory)
-    bounds = (home + os.sep, os.path.realpath(top) + os.sep)
+    real = os.path.realpath(top)
+    bounds = (os.path.realpath(fleet.directory) + os.sep, real + os.sep)
     members: list[Member] = []
-    walk(f"hosts/{name}", os.path.realpath(top), "", bounds, (os.path.realpath(top),), members)
+    walk(f"hosts/{name}", real, "", bounds, (real,), members)
     if not any(m.name in ("flake.nix", "configuration.nix") and not m.is_directory for m in members):
         raise BentoError(f"hosts/{name}: neither flake.nix nor configuration.nix in it")
     members.sort(key=lambda member: member.name.encode())
@@ -739,11 +739,13 @@ def find_owner(name: str) -> Owner | None:
 def prepare_chroot(chroot: Path, owner: Owner | None) -> None:
     """The directories of a host, with the owners and modes that sshd and the host need; and what a kill left is removed."""
     for path, mode in ((chroot, 0o750), (chroot / "releases", 0o755), (chroot / "logs", 0o750)):
-        with suppress(FileExistsError):
+        try:
+            found = os.lstat(path)
+        except FileNotFoundError:
             path.mkdir(mode=mode)
-        if path.is_symlink() or not path.is_dir():
+            found = os.lstat(path)
+        if not stat.S_ISDIR(found.st_mode):
             raise BentoError(f"{path}: not a directory: remove it")
-        found = path.stat()
         uid, gid = (owner.uid if path.name == "logs" else 0, owner.gid) if owner else (found.st_uid, found.st_gid)
         if path.name == "releases" and owner:
             uid, gid = 0, 0
@@ -885,13 +887,14 @@ def prune_releases(releases: Path, current: str) -> None:
 
     A tar has the time of its publication. One that is later than the current one's was placed, but never published.
     """
-    times = {tar.stem: tar.stat().st_mtime for tar in releases.glob("*.tar")}
+    names = os.listdir(releases)
+    times = {name.removesuffix(".tar"): os.stat(releases / name).st_mtime for name in names if name.endswith(".tar")}
     latest = times.get(current, float("inf"))
-    earlier = [release for release, when in times.items() if when < latest and (releases / release).is_dir()]
+    earlier = [release for release, when in times.items() if when < latest and os.path.isdir(releases / release)]
     keep = {current, *sorted(earlier, key=times.__getitem__, reverse=True)[: KEEP_RELEASES - 1]}
-    for path in releases.iterdir():
-        if path.name.partition(".")[0] not in keep:
-            client.remove(path)
+    for name in names:
+        if name.removesuffix(".tar").removesuffix(".parts") not in keep:
+            client.remove(releases / name)
 
 
 def prune_logs(chroot: Path) -> None:
