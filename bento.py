@@ -20,20 +20,25 @@ import fcntl
 import functools
 import grp
 import hashlib
+import heapq
 import html
+import io
 import json
 import os
 import pwd
 import re
 import shutil
+import signal
 import stat
 import sys
 import tarfile
 import textwrap
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -47,9 +52,15 @@ KEEP_LOGS = 200
 OFFLINE_AFTER_S = 2 * 3600
 WATCH_PAUSE_S = 2.0
 BUILD_LIMIT_S = 12 * 3600.0
-# A host that keeps more files than this in logs/ is named in `status`.
+# A host that keeps more than this in logs/ is named in `status`. A client keeps 20 logs there, each at most 1 MB.
 MAX_LOG_FILES = 1000
+MAX_LOGS_BYTES = 100 << 20
+# `log` looks at so many files of a host, and shows so much of one.
+MAX_LOG_ENTRIES = 100_000
 MAX_LOG_BYTES = 4 << 20
+LOG_END_BYTES = 4 << 10
+# A host's clock that is less than this off may be a slow line.
+CLOCK_TOLERANCE_S = 300.0
 # So many hosts are published with the same two syncs of the disk: syncs for each would cost more than the copying.
 BATCH = 256
 SMALL_FILE = 64 << 10
@@ -108,6 +119,29 @@ class Row:
     @property
     def needs_a_person(self) -> bool:
         return self.state in ("failing", "rolled-back") or self.offline or self.drift or bool(self.problem)
+
+    @property
+    def other_client(self) -> bool:
+        return self.report is not None and self.report.client != client.VERSION
+
+    @property
+    def ahead_s(self) -> float | None:
+        """How far the host's clock was ahead of ours when it reported. A slow line makes it look a little behind."""
+        if self.report is None or self.seen_s is None:
+            return None
+        return client.parse_time(self.report.polled) - self.seen_s
+
+    @property
+    def since_s(self) -> float | None:
+        """When the running release was done, on our clock: as long before the report came as on the host's clock."""
+        last = self.report.last if self.report else None
+        if self.report is None or self.seen_s is None or last is None:
+            return None
+        if last.result != Result.OK or last.release != self.report.release:
+            return None
+        age_s = client.parse_time(self.report.polled) - client.parse_time(last.finished)
+        # The host's clock was set back in between: nobody knows.
+        return None if age_s < -CLOCK_TOLERANCE_S else max(0.0, self.seen_s - max(0.0, age_s))
 
 
 @dataclass(frozen=True)
@@ -419,79 +453,110 @@ def judge(
     return state, offline, report.needs_reboot, drift
 
 
-def read_untrusted(directory: Path, name: str, limit: int) -> tuple[bytes, os.stat_result]:
-    """A regular file that a host wrote, at most `limit` bytes of it. BentoError for anything else; never blocks."""
+def open_logs(chroot: Path) -> int:
+    """A descriptor of logs/, which is no link."""
+    return os.open(f"{chroot}/logs", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def read_untrusted(logs: int, name: str, limit: int, *, end: bool = False) -> tuple[bytes, os.stat_result]:
+    """A regular file that a host wrote, at most `limit` bytes and one more of it, from its end if so wanted.
+
+    BentoError for anything else; never blocks. `logs`: a descriptor of the directory.
+    """
     try:
-        folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-            descriptor = os.open(name, flags, dir_fd=folder)
-        finally:
-            os.close(folder)
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        descriptor = os.open(name, flags, dir_fd=logs)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise BentoError(f"logs/{name}: not a regular file ({error.strerror})") from None
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode):
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise BentoError(f"logs/{name}: not a regular file")
+        return os.pread(descriptor, limit + 1, max(0, found.st_size - limit) if end else 0), found
+    finally:
         os.close(descriptor)
-        raise BentoError(f"logs/{name}: not a regular file")
-    with open(descriptor, "rb") as file:
-        return file.read(limit + 1), found
 
 
 def read_report(chroot: Path, name: str) -> tuple[Report | None, float | None, str]:
-    """The host's report, when it came, and what is wrong with it if it cannot be used."""
+    """The host's report, when it came, and what is wrong with it or with logs/."""
     try:
-        raw, found = read_untrusted(chroot / "logs", "status.json", client.MAX_JSON_BYTES)
+        logs = open_logs(chroot)
     except FileNotFoundError:
         return None, None, ""
-    except BentoError as error:
-        return None, None, str(error)
-    # A host can set the first of them into the future, never the second.
-    seen_s = min(found.st_mtime, found.st_ctime)
+    except OSError as error:
+        return None, None, f"logs/status.json: not a regular file ({error.strerror})"
+    seen_s = None
     try:
+        raw, found = read_untrusted(logs, "status.json", client.MAX_JSON_BYTES)
+        # A host could set the first of them into the future, never the second. Before 1970 is no time at all.
+        seen_s = max(0.0, min(found.st_mtime, found.st_ctime))
         report = client.parse_report(raw, "logs/status.json")
         if report.host != name:
             raise BentoError(f"logs/status.json: it speaks for host {report.host!r}")
-        return report, seen_s, ""
+        return report, seen_s, weigh_logs(logs)
+    except FileNotFoundError:
+        return None, None, weigh_logs(logs)
     except BentoError as error:
         return None, seen_s, one_line(str(error))
+    finally:
+        os.close(logs)
 
 
-def weigh_logs(chroot: Path) -> str:
-    """What to say of a host that fills its logs/. The directory's own size tells, without reading a million entries."""
-    try:
-        size = os.lstat(chroot / "logs").st_size
-    except OSError:
-        return ""
-    if size < MAX_LOG_FILES * 16:
-        return ""
-    count = 0
-    for count, _ in enumerate(os.scandir(chroot / "logs"), 1):
-        if count > MAX_LOG_FILES:
-            return f"logs/ has more than {MAX_LOG_FILES} files: the host fills it"
+def weigh_logs(logs: int) -> str:
+    """What to say of a host that fills its logs/. Looks at a few more files than a good host has, never at all."""
+    size = 0
+    with suppress(FileNotFoundError), os.scandir(logs) as entries:
+        for count, entry in enumerate(entries, 1):
+            if count > MAX_LOG_FILES:
+                return f"logs/ has more than {MAX_LOG_FILES} files: the host fills it"
+            size += entry.stat(follow_symlinks=False).st_size  # a sparse file counts whole: so it does in a backup
+            if size > MAX_LOGS_BYTES:
+                return f"logs/ holds more than {MAX_LOGS_BYTES >> 20} MB: the host fills it"
     return ""
 
 
 def read_published(chroot: Path, name: str) -> Current | None:
     try:
-        return client.parse_current((chroot / "current.json").read_bytes(), f"{chroot}/current.json", name)
+        with open(f"{chroot}/current.json", "rb", buffering=0) as file:
+            return client.parse_current(file.read(), f"{chroot}/current.json", name)
     except FileNotFoundError:
         return None
 
 
-def make_row(fleet: Fleet, name: str, now_s: float, offline_after_s: float) -> Row:
-    chroot, problem = fleet.chroot(name), ""
-    current: Current | None = None
+# What is published for a host, its report, when that came, and what is wrong: all that there is to read of a host.
+Found = tuple[Current | None, Report | None, float | None, str]
+
+
+def read_host(chroot: Path, name: str) -> Found:
+    current, problem = None, ""
     try:
         current = read_published(chroot, name)
     except (BentoError, OSError) as error:
         problem = one_line(str(error))
     report, seen_s, trouble = read_report(chroot, name)
-    trouble = trouble or weigh_logs(chroot)
-    state, offline, reboot, drift = judge(current, report, seen_s, now_s, offline_after_s)
-    return Row(name, state, offline, reboot, drift, current, report, seen_s, problem or trouble)
+    return current, report, seen_s, problem or trouble
+
+
+Memory = dict[str, tuple[list[tuple[int, int, int, int]], Found]]
+
+
+def recall_host(chroot: Path, name: str, memory: Memory) -> Found:
+    """read_host, if something has changed since. No host can set a ctime."""
+    stamps = []
+    for path in (f"{chroot}/current.json", f"{chroot}/logs", f"{chroot}/logs/status.json"):
+        with suppress(OSError):
+            found = os.lstat(path)
+            stamps.append((found.st_ino, found.st_ctime_ns, found.st_mtime_ns, found.st_size))
+    if name not in memory or memory[name][0] != stamps:
+        memory[name] = (stamps, read_host(chroot, name))
+    return memory[name][1]
+
+
+def make_row(name: str, found: Found, now_s: float, offline_after_s: float) -> Row:
+    current, report, seen_s, _ = found
+    return Row(name, *judge(current, report, seen_s, now_s, offline_after_s), *found)
 
 
 URGENCY = {"failing": 0, "rolled-back": 1, "pending": 3, "building": 4, "new": 5, "up-to-date": 6}
@@ -502,44 +567,75 @@ def sort_rows(rows: Iterable[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: (not row.needs_a_person, URGENCY.get(row.state, 2), row.host))
 
 
-MARKS = ("offline", "drift", "needs_reboot")
+MARKS = ("offline", "drift", "needs_reboot", "other_client")
 SYMBOLS = {"failing": "✗", "rolled-back": "↶", "pending": "…", "building": "⚙", "new": "·", "up-to-date": "✓"}
 COLOURS = {"failing": "31", "rolled-back": "31", "pending": "33", "building": "36", "new": "2", "up-to-date": "32"}
 
 
-def format_table(rows: Sequence[Row], now_s: float, width: int, *, decorated: bool = False) -> str:
-    """The status table for `width` columns, and a summary line. `decorated`: symbols and colours, for a terminal."""
+# Where the encoding of stdout has none of our symbols.
+PLAIN = str.maketrans("✗↶…⚙·✓", "x<~*.+")
+
+
+def format_table(
+    rows: Sequence[Row], now_s: float, width: int, *, height: int | None = None, decorated: bool = False
+) -> str:
+    """The status table for `width` columns, and a summary. `decorated`: symbols and colours, for a terminal.
+
+    Of a table that has more than `height` lines, the top and the summary.
+    """
     name_width = max([4, *(len(row.host) for row in rows)])
     columns = [("HOST", name_width), ("STATE", 11), ("RUNS", 7), ("SINCE", 5), ("SEEN", 5)]
     if width >= name_width + 80:
         columns.insert(3, ("SYSTEM", 8))
+    summary = textwrap.wrap(format_summary(rows), width)
+    shown = rows
+    if height is not None and len(rows) > height - 1 - len(summary):
+        shown = rows[: max(0, height - 2 - len(summary))]
+        summary.insert(0, f"({len(rows) - len(shown)} more)")
     gutter = "  " if decorated else ""
-    lines = [(gutter + " ".join(f"{title:<{size}}" for title, size in columns) + "  NOTES").rstrip()]
-    for row in rows:
+    lines = [clip((gutter + " ".join(f"{title:<{size}}" for title, size in columns) + "  NOTES").rstrip(), width)]
+    for row in shown:
         cells = row_cells(row, now_s)
         text = " ".join(f"{cells[title]:<{size}}" for title, size in columns)
-        line = f"{text}  {'; '.join(notes(row, now_s))}".rstrip()
-        room = width - len(gutter)
-        line = line if len(line) <= room else line[: room - 1] + "…"
+        line = clip(f"{text}  {'; '.join(notes(row, now_s))}".rstrip(), width - len(gutter))
         if decorated:
             colour = "31" if row.needs_a_person else COLOURS.get(row.state, "0")
             line = f"\x1b[{colour}m{SYMBOLS.get(row.state, '?')}\x1b[0m {line}"
         lines.append(line)
-    return "\n".join([*lines, *textwrap.wrap(format_summary(rows), width)])
+    return "\n".join([*lines, *summary])
+
+
+def clip(line: str, width: int) -> str:
+    """As much of a line as `width` cells of a terminal hold. A combining character counts as if it took one."""
+    if len(line) <= width and line.isascii():
+        return line
+    used = kept = 0
+    for index, c in enumerate(line, 1):
+        used += 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        if used > width:
+            return line[:kept] + "…"
+        if used < width:
+            kept = index
+    return line
+
+
+def age(seconds: float) -> str:
+    """How long, in at most five characters, whatever a clock says."""
+    if seconds >= 2 * 365.25 * 86400:
+        return f"{int(seconds / (365.25 * 86400))}y"
+    return f"{seconds / 3600:.1f}h" if 6000 <= seconds < 7200 else client.duration(seconds)
 
 
 def row_cells(row: Row, now_s: float) -> dict[str, str]:
-    """The short texts of a row. SINCE is how long ago, by the host's clock, the running release was reported done."""
+    """The short texts of a row. SINCE is how long the running release has been there."""
     report = row.report
-    last = report.last if report else None
-    done = last is not None and last.result == Result.OK and report is not None and last.release == report.release
     return {
         "HOST": row.host,
         "STATE": row.state,
         "RUNS": (report.release or "-")[:7] if report else "-",
         "SYSTEM": one_line(report.system.removeprefix("/nix/store/")[:8]) if report else "-",
-        "SINCE": client.duration(now_s - client.parse_time(last.finished)) if last is not None and done else "-",
-        "SEEN": client.duration(now_s - row.seen_s) if row.seen_s is not None else "never",
+        "SINCE": "-" if (since_s := row.since_s) is None else age(now_s - since_s),
+        "SEEN": "never" if row.seen_s is None else age(now_s - row.seen_s),
     }
 
 
@@ -561,19 +657,21 @@ def count_words(rows: Sequence[Row]) -> dict[str, int]:
 def notes(row: Row, now_s: float) -> list[str]:
     """What a person should know of a host, most important first."""
     found = [row.problem] if row.problem else []
-    found += [mark.replace("_", " ") for mark in MARKS if getattr(row, mark)]
+    found += [mark.replace("_", " ") for mark in MARKS[:3] if getattr(row, mark)]
     last = row.report.last if row.report else None
     if row.state in ("failing", "rolled-back") and last is not None:
         found.append(one_line(last.reason if last.result == row.state else f"{last.result}: {last.reason}"))
     if row.state in ("pending", "building", "new") and row.current is not None:
-        age = client.duration(now_s - client.parse_time(row.current.published))
-        found.append(f"{row.current.release[:7]} published {age} ago")
+        found.append(f"{row.current.release[:7]} published {age(now_s - client.parse_time(row.current.published))} ago")
     elif row.current is None and not row.problem:
         found.append("nothing published")
     elif row.state == "up-to-date" and last is not None and last.reason:
         found.append(one_line(last.reason))
-    if row.report is not None and row.report.client != client.VERSION:
+    if row.report is not None and row.other_client:
         found.append(f"client {row.report.client}")
+    ahead_s = row.ahead_s
+    if ahead_s is not None and abs(ahead_s) > CLOCK_TOLERANCE_S:
+        found.append(f"clock {age(abs(ahead_s))} {'ahead' if ahead_s > 0 else 'behind'}")
     return found
 
 
@@ -585,9 +683,11 @@ def format_prometheus(rows: Sequence[Row]) -> str:
         ("bento_host_offline", "Whether a host has not been seen for too long.", []),
         ("bento_host_drift", "Whether a host runs another system than its release's.", []),
         ("bento_host_needs_reboot", "Whether a host needs a reboot.", []),
+        ("bento_host_other_client", "Whether a host runs another version of the client than the server has.", []),
         ("bento_host_needs_attention", "Whether a host needs a person.", []),
         ("bento_host_last_seen_timestamp_seconds", "When a host reported last, on the server's clock.", []),
         ("bento_host_published_timestamp_seconds", "When a host's current release was published.", []),
+        ("bento_host_clock_ahead_seconds", "How far a host's clock was ahead of the server's at its last report.", []),
     ]
     samples = {name: found for name, _, found in gauges}
     counts = count_words(rows)
@@ -595,14 +695,16 @@ def format_prometheus(rows: Sequence[Row]) -> str:
     for row in rows:
         host = f'host="{row.host}"'
         samples["bento_host_state"] += [(f'{host},state="{state}"', row.state == state) for state in URGENCY]
-        for name in ("offline", "drift", "needs_reboot"):
-            samples[f"bento_host_{name}"].append((host, getattr(row, name)))
+        for mark in MARKS:
+            samples[f"bento_host_{mark}"].append((host, getattr(row, mark)))
         samples["bento_host_needs_attention"].append((host, row.needs_a_person))
         if row.seen_s is not None:
             samples["bento_host_last_seen_timestamp_seconds"].append((host, row.seen_s))
         if row.current is not None:
             published_s = client.parse_time(row.current.published)
             samples["bento_host_published_timestamp_seconds"].append((host, published_s))
+        if row.ahead_s is not None:
+            samples["bento_host_clock_ahead_seconds"].append((host, round(row.ahead_s)))
     lines = []
     for name, text, found in gauges:
         lines += [f"# HELP {name} {text}", f"# TYPE {name} gauge"]
@@ -655,7 +757,10 @@ code {{ font-size: .9em; }}
 
 
 def format_html(rows: Sequence[Row], now_s: float, logs_url: str) -> str:
-    """One page without scripts; the filter is a row of radio buttons. Every text in it is escaped."""
+    """One page without scripts; the filter is a row of radio buttons. Every text in it is escaped.
+
+    All of it is ASCII: the same page whatever the encoding of stdout.
+    """
     counts = count_words(rows)
     kinds = [("all", "all", len(rows)), ("person", "needs a person", sum(row.needs_a_person for row in rows))]
     kinds += [(word, word.replace("_", " "), count) for word, count in counts.items() if count]
@@ -667,13 +772,14 @@ def format_html(rows: Sequence[Row], now_s: float, logs_url: str) -> str:
         )
         if word != "all":
             filters.append(f"#show-{word}:checked ~ table tbody tr:not(.{word}) {{ display: none; }}")
-    return PAGE.format(
+    page = PAGE.format(
         title=f"{len(rows)} hosts, {kinds[1][2]} for a person to look at",
         time=format_time(now_s),
         filters="\n".join(filters),
         buttons="\n".join(buttons),
         rows="\n".join(html_row(row, now_s, logs_url) for row in rows),
     )
+    return page.encode("ascii", "xmlcharrefreplace").decode()
 
 
 def html_row(row: Row, now_s: float, logs_url: str) -> str:
@@ -687,10 +793,16 @@ def html_row(row: Row, now_s: float, logs_url: str) -> str:
     )
 
 
+def format_json(rows: Sequence[Row], now_s: float) -> str:
+    """A line a host. Without `indent`, which would make json.dumps ten times as slow."""
+    lines = ",\n".join(json.dumps(row_json(row)) for row in rows)
+    return f'{{"format": 1, "time": "{format_time(now_s)}", "hosts": [\n{lines}\n]}}\n'
+
+
 def row_json(row: Row) -> dict[str, object]:
     """A host in `status --json`. Every string that a host wrote is one line of printable characters."""
-    last = row.report.last if row.report else None
-    published = asdict(replace(row.current, parts=())) if row.current else {}
+    last, since_s, ahead_s = row.report.last if row.report else None, row.since_s, row.ahead_s
+    published = vars(row.current).copy() if row.current else {}
     published.pop("parts", None)  # of no interest to whom this is for
     return {
         "host": row.host,
@@ -698,13 +810,16 @@ def row_json(row: Row) -> dict[str, object]:
         "offline": row.offline,
         "needs_reboot": row.needs_reboot,
         "drift": row.drift,
+        "other_client": row.other_client,
         "published": published or None,
         "release": row.report.release if row.report else None,
         "system": row.report.system if row.report else None,
         "client": row.report.client if row.report else None,
         "phase": row.report.phase if row.report else None,
-        "last": None if last is None else asdict(last) | {"reason": one_line(last.reason)},
+        "last": None if last is None else vars(last) | {"reason": one_line(last.reason)},
+        "since": None if since_s is None else format_time(since_s),
         "seen": None if row.seen_s is None else format_time(row.seen_s),
+        "clock_ahead_s": None if ahead_s is None else round(ahead_s),
         "problem": row.problem or None,
     }
 
@@ -1375,9 +1490,26 @@ def prepare(
     return staged, system, before
 
 
-def gather(fleet: Fleet, wanted: Sequence[str], offline_after_s: float, now_s: float) -> tuple[list[Row], list[str]]:
+def gather(
+    fleet: Fleet, wanted: Sequence[str], offline_after_s: float, now_s: float, memory: Memory | None = None
+) -> tuple[list[Row], list[str]]:
+    """The table of rows that every form of `status` shows. `memory`: of the time before; only what changed is read."""
     hosts, errors = find_hosts(fleet, wanted)
-    return sort_rows(make_row(fleet, name, now_s, offline_after_s) for name in hosts), errors
+    rows = []
+    for name in hosts:
+        chroot = fleet.chroot(name)
+        found = read_host(chroot, name) if memory is None else recall_host(chroot, name, memory)
+        rows.append(make_row(name, found, now_s, offline_after_s))
+    return sort_rows(rows), errors
+
+
+def for_stdout(text: str) -> str:
+    """The same text with plainer symbols, if the encoding of stdout has not got them all."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return text.translate(PLAIN)
+    return text
 
 
 def command_status(
@@ -1388,10 +1520,7 @@ def command_status(
     width = shutil.get_terminal_size(fallback=(200, 24)).columns
     terminal = sys.stdout.isatty() and output is None
     if form == "json":
-        text = (
-            json.dumps({"format": 1, "time": format_time(now_s), "hosts": [row_json(row) for row in rows]}, indent=1)
-            + "\n"
-        )
+        text = format_json(rows, now_s)
     elif form == "prometheus":
         text = format_prometheus(rows)
     elif form == "html":
@@ -1399,7 +1528,7 @@ def command_status(
     else:
         text = format_table(rows, now_s, width, decorated=terminal and "NO_COLOR" not in os.environ) + "\n"
     if output is None:
-        sys.stdout.write(text)
+        sys.stdout.write(for_stdout(text))
         sys.stdout.flush()
     else:
         client.write_atomic(Path(output), text.encode(), 0o644)
@@ -1410,44 +1539,88 @@ def command_status(
 
 def command_watch(fleet: Fleet, wanted: Sequence[str], offline_after_s: float) -> int:
     """Shows the table and draws it again, over itself, when something has changed. Ends at Ctrl-C."""
-    shown = ""
+    shown, drawn_for, memory = "", (0, 0), Memory()
+    # Kept back, a change of the terminal's size is a signal that can be waited for.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGWINCH})
     try:
         while True:
             now_s = time.time()
-            rows, _ = gather(fleet, wanted, offline_after_s, now_s)
-            size = shutil.get_terminal_size()
-            lines = format_table(rows, now_s, size.columns, decorated="NO_COLOR" not in os.environ).splitlines()
-            if len(lines) > size.lines - 1:  # the hosts that need a person are on top, the summary stays in sight
-                lines = [*lines[: size.lines - 2], lines[-1]]
-            text = "\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J"
-            if text != shown:
-                sys.stdout.write(("" if shown else "\x1b[2J") + text)
+            rows, _ = gather(fleet, wanted, offline_after_s, now_s, memory)
+            width, height = size = shutil.get_terminal_size()
+            # The hosts that need a person are on top, the summary stays in sight.
+            decorated = "NO_COLOR" not in os.environ
+            table = format_table(rows, now_s, width, height=height - 1, decorated=decorated)
+            if (table, size) != (shown, drawn_for):
+                lines = for_stdout(table).splitlines()[-max(1, height - 1) :]
+                sys.stdout.write("\x1b[H" if size == drawn_for else "\x1b[2J\x1b[H")
+                sys.stdout.write("".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J")
                 sys.stdout.flush()
-                shown = text
-            time.sleep(WATCH_PAUSE_S)
+                shown, drawn_for = table, size
+            signal.sigtimedwait({signal.SIGWINCH}, WATCH_PAUSE_S)
     except KeyboardInterrupt:
+        print("\r\x1b[J", end="", flush=True)  # the ^C
         return 0
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGWINCH})
+
+
+def find_logs(logs: int, release: str | None) -> tuple[list[tuple[float, str]], bool]:
+    """The newest logs, newest first, each with when it came; and whether there are files that were not looked at.
+
+    By when they came, not by their names: those are by the host's clock, which may have been years ahead once.
+    """
+
+    def matches(entries: Iterable[os.DirEntry[str]]) -> Iterator[tuple[float, str]]:
+        for entry in entries:
+            if client.LOG_NAME.fullmatch(entry.name) and entry.name.split("_")[1].startswith((release or "")[:12]):
+                with suppress(FileNotFoundError):
+                    found = entry.stat(follow_symlinks=False)
+                    yield max(0.0, min(found.st_mtime, found.st_ctime)), entry.name
+
+    with os.scandir(logs) as entries:
+        return heapq.nlargest(KEEP_LOGS, matches(islice(entries, MAX_LOG_ENTRIES))), next(entries, None) is not None
+
+
+def list_log(logs: int, name: str, came_s: float) -> str:
+    """A log's line in the list: when by the host's clock, release, result and reason."""
+    when, short, result = name.removesuffix(".log").split("_")
+    line = f"{when}  {short}  {result}"
+    try:
+        end, _ = read_untrusted(logs, name, LOG_END_BYTES, end=True)
+        words = re.search(r"bento: (?:error: )?[a-z-]+: (.*)\s*\Z", end.decode(errors="replace"))
+        line += f"  {one_line(words[1])}" if words else ""
+    except (BentoError, OSError) as error:
+        line += f"  {one_line(str(error))}"
+    came = format_time(came_s)
+    with suppress(ValueError):
+        finished_s = client.parse_time(f"{when[:4]}-{when[4:6]}-{when[6:11]}:{when[11:13]}:{when[13:]}")
+        if abs(finished_s - came_s) > CLOCK_TOLERANCE_S:
+            line += f"  (came {came})"
+    return line
 
 
 def command_log(fleet: Fleet, name: str, show_list: bool, release: str | None) -> int:
     """What the host uploaded, made harmless for a terminal. The newest log unless asked for another."""
     find_hosts(fleet, [name])
-    logs = fleet.chroot(name) / "logs"
+    where = fleet.chroot(name) / "logs"
+    none = f"{name}: no log{' of that release' if release else ''} in {where}: it has not reported one yet"
     try:
-        names = sorted((e.name for e in os.scandir(logs) if client.LOG_NAME.fullmatch(e.name)), reverse=True)
+        logs = open_logs(fleet.chroot(name))
     except OSError:
-        names = []
-    names = [log for log in names if release is None or log.split("_")[1].startswith(release[:12])]
-    if not names:
-        raise BentoError(
-            f"{name}: no log{' of that release' if release else ''} in {logs}: it has not reported one yet"
-        )
-    if show_list:
-        for log in names:
-            when, short, result = log.removesuffix(".log").split("_")
-            print(f"{when}  {short}  {result}")
-        return 0
-    raw, _ = read_untrusted(logs, names[0], MAX_LOG_BYTES)
+        raise BentoError(none) from None
+    try:
+        found, more = find_logs(logs, release)
+        if more:
+            print(f"{name}: more than {MAX_LOG_ENTRIES} files in {where}: not all were looked at", file=sys.stderr)
+        if not found:
+            raise BentoError(none)
+        if show_list:
+            for came_s, log in found:
+                print(list_log(logs, log, came_s))
+            return 0
+        raw, _ = read_untrusted(logs, found[0][1], MAX_LOG_BYTES)
+    finally:
+        os.close(logs)
     for line in raw[:MAX_LOG_BYTES].decode(errors="replace").splitlines():
         print("".join(c if c.isprintable() or c == "\t" else "?" for c in line))
     return 0
@@ -1547,6 +1720,8 @@ def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # of what a host wrote, the terminal shows what it can
     options = make_parser().parse_args(argv)
     client.verbose = options.verbose
     directory = options.fleet or os.environ.get("BENTO_DIR") or Path(__file__).resolve().parent

@@ -105,7 +105,8 @@ class Site:
         logs = self.chroots / name / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         path = logs / "status.json"
-        path.write_text(json.dumps(report_data(host=name) | changes))
+        polled = client.format_time(time.time())
+        path.write_text(json.dumps(report_data(host=name, polled=polled) | changes))
         return path
 
 
@@ -1650,7 +1651,7 @@ ROWS: list[tuple[str, dict[str, Any], int]] = [
     ("building", {"phase": "activating"}, 5),
     ("up-to-date", {"release": RELEASE, "last": last_data(RELEASE), "needs_reboot": True}, 600),
     ("drifting", {"release": RELEASE, "system": "/nix/store/other", "last": last_data(RELEASE)}, 600),
-    ("offline", {"release": RELEASE, "last": last_data(RELEASE), "client": "0.9"}, 3 * 3600),
+    ("offline", {"release": RELEASE, "last": last_data(RELEASE, finished="2026-11-23T06:15:02Z"), "client": "0.9"}, 3 * 3600),
 ]
 
 
@@ -1658,7 +1659,8 @@ def make_rows(prefix: str = "") -> list[bento.Row]:
     now_s = client.parse_time("2026-11-23T10:25:02Z")
     rows = [bento.Row("new", "new", False, False, False, None, None, None, "")]
     for name, changes, age_s in ROWS:
-        raw = json.dumps(report_data(host=name) | changes).encode()
+        polled = client.format_time(now_s - age_s)
+        raw = json.dumps(report_data(host=name, polled=polled) | changes).encode()
         report = client.parse_report(raw, "status.json")
         judged = bento.judge(CURRENT, report, now_s - age_s, now_s, AFTER_S)
         rows.append(bento.Row(name, *judged, CURRENT, report, now_s - age_s, ""))
@@ -1673,13 +1675,13 @@ def test_the_table() -> None:
         "failing     failing     -       -     60s    build-failed: error: no builder",
         "rolled-back rolled-back bbbbbbb -     60s    the server was out of reach",
         "drifting    up-to-date  aaaaaaa 10min 10min  drift",
-        "offline     up-to-date  aaaaaaa 10min 3h     offline; client 0.9",
+        "offline     up-to-date  aaaaaaa 4h    3h     offline; client 0.9",
         "pending     pending     bbbbbbb 10min 5min   aaaaaaa published 10min ago",
         "building    building    -       -     5s     aaaaaaa published 10min ago",
         "new         new         -       -     never  nothing published",
         "up-to-date  up-to-date  aaaaaaa 10min 10min  needs reboot",
         "8 hosts: 1 building, 1 drift, 1 failing, 1 needs reboot, 1 new, 1 offline, 1",
-        "pending, 1 rolled-back, 3 up-to-date",
+        "other client, 1 pending, 1 rolled-back, 3 up-to-date",
     ]
     assert bento.format_table([], now_s, 80).splitlines()[-1] == "no hosts"
 
@@ -1804,8 +1806,10 @@ def test_status(site: Site) -> None:
 def test_offline_after(site: Site) -> None:
     site.host("a")
     site.publish()
-    report = site.write_report(release=site.current().release, last=last_data(site.current().release))
-    os.utime(report, (time.time() - 3 * 3600,) * 2)
+    polled_s = time.time() - 3 * 3600
+    times: dict[str, Any] = {"polled": client.format_time(polled_s), "last": last_data(site.current().release)}
+    report = site.write_report(release=site.current().release, **times)
+    os.utime(report, (polled_s, polled_s))
     ran = site.run("status")
     assert (ran.code, ran.out.splitlines()[-1]) == (1, "1 host: 1 offline, 1 up-to-date")
     assert ran.err == "bento: error: a: up-to-date: offline\n"
@@ -1818,7 +1822,8 @@ def test_status_json(site: Site) -> None:
     site.host("b")
     site.publish("a")
     current = site.current()
-    last = last_data(current.release, reason="two\tparts")
+    finished = client.format_time(time.time() - 600)
+    last = last_data(current.release, reason="two\tparts", finished=finished)
     report = site.write_report(release=current.release, last=last, needs_reboot=True)
     ran = site.run("status", "--json")
     assert (ran.code, ran.err) == (0, "")
@@ -1829,12 +1834,15 @@ def test_status_json(site: Site) -> None:
     assert new == {
         "host": "b", "state": "new", "offline": False, "needs_reboot": False, "drift": False, "published": None,
         "release": None, "system": None, "client": None, "phase": None, "last": None, "seen": None, "problem": None,
+        "other_client": False, "since": None, "clock_ahead_s": None,
     }  # fmt: skip
+    assert abs(client.parse_time(up.pop("since")) - client.parse_time(finished)) <= 1
+    assert up.pop("clock_ahead_s") in (-1, 0)
     assert up == {
         "host": "a", "state": "up-to-date", "offline": False, "needs_reboot": True, "drift": False,
         "published": {k: v for k, v in asdict(current).items() if k != "parts"}, "release": current.release, "system": "/nix/store/x",
         "client": client.VERSION, "phase": "idle", "last": last | {"reason": "two parts"},
-        "seen": client.format_time(report.stat().st_mtime), "problem": None,
+        "seen": client.format_time(report.stat().st_mtime), "problem": None, "other_client": False,
     }  # fmt: skip
 
 
@@ -1983,7 +1991,9 @@ def test_a_report_that_is_no_file(case: str, hostile: Site) -> None:
 def test_a_log_that_is_no_file(case: str, hostile: Site) -> None:
     name = "20261123T101502Z_9f3a61c07be4_ok.log"
     make_hostile_file(case, hostile.chroots / "a/logs" / name)
-    assert hostile.run("log", "a", "--list").out == "20261123T101502Z  9f3a61c07be4  ok\n"
+    listed = hostile.run("log", "a", "--list")
+    assert listed.code == 0 and listed.out.startswith("20261123T101502Z  9f3a61c07be4  ok") and listed.out.count("\n") == 1
+    assert case == "10 GB" or f"logs/{name}: {KINDS[case][1]}" in listed.out
     ran = hostile.run("log", "a")
     if case == "10 GB":
         assert (ran.code, ran.err) == (0, "")
@@ -2033,7 +2043,7 @@ def test_a_host_whose_clock_is_wrong(when: str, hostile: Site) -> None:
     os.utime(report, (-1, -1))
     ran = hostile.run("status", "--json", "a")
     row = json.loads(ran.out)["hosts"][0]
-    assert (ran.code, row["seen"], row["offline"]) == (1, "1969-12-31T23:59:59Z", True)
+    assert (ran.code, row["seen"], row["offline"]) == (1, "1970-01-01T00:00:00Z", True)
     for form in ("--prometheus", "--html"):
         assert hostile.run("status", form).code == 1
 
@@ -2091,14 +2101,16 @@ def test_log(hostile: Site) -> None:
     logs = hostile.chroots / "a/logs"
     ran = hostile.run("log", "a")
     assert (ran.code, ran.err) == (1, f"bento: error: a: no log in {logs}: it has not reported one yet\n")
-    first, second = "20261123T101502Z_aaaaaaaaaaaa_build-failed.log", "20261124T101502Z_bbbbbbbbbbbb_ok.log"
+    first, second = "20201123T101502Z_aaaaaaaaaaaa_build-failed.log", "20201124T101502Z_bbbbbbbbbbbb_ok.log"
     (logs / first).write_bytes(b"one\n\ttwo \x1b[2J\x1b]0;t\x07 three\r\n\xff\xe2\x80\xae end")
     (logs / second).write_text("second\n")
+    for log, when in ((first, "2020-11-23T10:15:09Z"), (second, "2020-11-24T10:15:09Z")):
+        os.utime(logs / log, (client.parse_time(when),) * 2)
     (logs / "20991124T101502Z_bbbbbbbbbbbb_\x1b[2J.log").write_text("bad name\n")
     (logs / "zzz.log").write_text("bad name\n")
     assert hostile.run("log", "a") == Ran(0, "second\n", "")
     assert hostile.run("log", "a", "--list") == Ran(
-        0, "20261124T101502Z  bbbbbbbbbbbb  ok\n20261123T101502Z  aaaaaaaaaaaa  build-failed\n", ""
+        0, "20201124T101502Z  bbbbbbbbbbbb  ok\n20201123T101502Z  aaaaaaaaaaaa  build-failed\n", ""
     )
     expected = "one\n\ttwo ?[2J?]0;t? three\n\N{REPLACEMENT CHARACTER}? end\n"
     for release in ("a", "a" * 12, "a" * 64):
@@ -2109,6 +2121,48 @@ def test_log(hostile: Site) -> None:
     )  # fmt: skip
     ran = hostile.run("log", "nobody")
     assert (ran.code, ran.out) == (2, "")
+
+
+def test_the_list_of_logs_has_reasons(hostile: Site) -> None:
+    """As the client ends its logs; what a host writes instead is one harmless line."""
+    logs = hostile.chroots / "a/logs"
+    ends = [
+        (b"noise\n" * 5000 + b"2020-11-23T10:15:02Z bento: error: build-failed: nixos-rebuild: exit 1\n", "nixos-rebuild: exit 1"),
+        (b"2020-11-23T10:15:02Z bento: ok\n", ""),
+        (b"2020-11-23T10:15:02Z bento: ok: failed units: a.service\n", "failed units: a.service"),
+        ("2020-11-23T10:15:02Z bento: error: rolled-back: \x1b[2J\u202e\0…\x85 é\xff\n".encode() + b"\xff", ""),
+        ("2020-11-23T10:15:02Z bento: error: rolled-back: \x1b[2J\u202e\0… é\n".encode(), "[2J … é"),
+        (b"no newline, nor a word of Bento", ""),
+        (b"", ""),
+        (bytes(5000), ""),
+    ]  # fmt: skip
+    for number, (content, _) in enumerate(ends):
+        path = logs / f"20201123T10150{number}Z_aaaaaaaaaaaa_ok.log"
+        path.write_bytes(content)
+        os.utime(path, (client.parse_time("2020-11-23T10:15:02Z") + number,) * 2)
+    ran = hostile.run("log", "a", "--list")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.splitlines() == [
+        f"20201123T10150{number}Z  aaaaaaaaaaaa  ok{'  ' if reason else ''}{reason}"
+        for number, (_, reason) in reversed(list(enumerate(ends)))
+    ]
+
+
+def test_the_newest_log_is_the_one_that_came_last(hostile: Site) -> None:
+    """A host whose clock was a year ahead named its logs so."""
+    logs = hostile.chroots / "a/logs"
+    came_s = client.parse_time("2020-11-23T10:15:02Z")
+    for name, age_s in (("20211123T101502Z_aaaaaaaaaaaa_ok.log", 60.0), ("20201123T101502Z_bbbbbbbbbbbb_ok.log", 0.0)):
+        (logs / name).write_text(f"{name}\n")
+        os.utime(logs / name, (came_s - age_s,) * 2)
+    (logs / "99999999T999999Z_cccccccccccc_ok.log").write_text("no such time\n")
+    os.utime(logs / "99999999T999999Z_cccccccccccc_ok.log", (-1, -1))
+    assert hostile.run("log", "a").out == "20201123T101502Z_bbbbbbbbbbbb_ok.log\n"
+    assert hostile.run("log", "a", "--list").out.splitlines() == [
+        "20201123T101502Z  bbbbbbbbbbbb  ok",
+        "20211123T101502Z  aaaaaaaaaaaa  ok  (came 2020-11-23T10:14:02Z)",
+        "99999999T999999Z  cccccccccccc  ok",
+    ]
 
 
 # --- command line ---
