@@ -241,7 +241,7 @@ def test_matrix(host: Host, server: Server, event: str, phase: str) -> None:
         check = "touch /root/at-prove; for i in $(seq 40); do [ -e /root/go ] && exit 0; sleep 0.1; done"
         hooks = {"settings": {"health_checks": [check]}}
     began = time.monotonic()
-    release = publish(server, host, "v2", os.urandom(12_000_000) if phase == "fetch" else b"", **hooks)
+    release = publish(server, host, "v2", os.urandom(12_000_000 if phase == "fetch" else 16), **hooks)
     client = wait_for_phase(host, phase)
     calm = strike(event, host, server, client)
     time.sleep(2)
