@@ -1,25 +1,43 @@
 #!/usr/bin/env python3
 """What Bento costs, against what a user would otherwise run, side by side in one run.
 
-    python3 tests/bench.py [--hosts 1000] [--rounds 3]
+    python3 tests/bench.py [--quick | --full] [--only SECTION] [--svg FILE]
 
-Every row is a ratio of medians on this machine, now: there is no absolute promise in it. Needs rsync, sftp and
-sftp-server. Nothing is asserted.
+Every row is a ratio of medians on this machine, now: there is no absolute promise in it, and nothing is asserted. Needs
+rsync, sftp and sftp-server; the sections `line` and `load` need root and sshd, for accounts and chroots of their own,
+which are removed again. All network traffic stays on 127.0.0.1. Takes about five minutes on two cores; --quick less
+than one, with everything scaled down; --full goes to 10,000 hosts, and takes twenty minutes and 5 GB of disk.
+
+Sections of this file: the table, processes, fleets, machines, a slow line, a server, what is measured, the plot,
+command line.
 """
 
 import argparse
+import grp
 import json
+import math
 import os
+import queue
 import random
+import re
 import resource
 import shutil
+import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
@@ -28,36 +46,216 @@ from toynixos import TOY
 import bento_client as client
 
 REPO = Path(__file__).resolve().parent.parent
-# The bench publishes as anybody may; root would be asked for the hosts' accounts.
-AS_ANYBODY = "import os, sys; os.geteuid = lambda: 1; import bento; sys.exit(bento.main())"
+SERVER, CLIENT = REPO / "bento.py", REPO / "bento_client.py"
+MB = 1_000_000
+INTERVAL_S = 15 * 60
+FLEET = 10_000
+# The client's patience with a server that does not answer: pauses of 1, 2, 4, 8 s, as long as they end within 20 s.
+PATIENCE_S = 20
+
+Argv = Sequence[str | Path]
 
 
-def make_fleet(top: Path, hosts: int) -> None:
-    """31 files a host, 20 of them shared through utils/."""
-    dice = random.Random(1)
-    (top / "utils").mkdir(parents=True)
-    for number in range(20):
-        (top / f"utils/module-{number}.nix").write_text(dice.randbytes(1500).hex())
-    for number in range(hosts):
-        host = top / f"hosts/h{number:05}"
-        host.mkdir(parents=True)
-        (host / "utils").symlink_to("../../utils")
-        (host / "configuration.nix").write_text(f"# {number}\n")
-        for part in range(10):
-            (host / f"part-{part}.nix").write_text(dice.randbytes(600).hex())
+class BenchError(Exception):
+    """What is measured did not work, or a program is missing."""
 
 
-def measure(argv: Sequence[str | Path], *, env: dict[str, str] | None = None, stdin: str = "") -> tuple[float, float]:
-    """Elapsed and CPU seconds of a command."""
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run(argv, check=False, env=env, input=stdin, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    elapsed, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-    return elapsed, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+# --- the table ---
 
 
-def row(what: str, ours: Sequence[float], against: str, theirs: Sequence[float]) -> None:
-    mine, other = statistics.median(ours), statistics.median(theirs)
-    print(f"| {what} | {mine:.3f} s | {against} | {other:.3f} s | {mine / other:.2f} |", flush=True)
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured. Sizes in bytes, times in seconds."""
+
+    hosts: int
+    rounds: int
+    sizes: tuple[int, ...]
+    delay_s: float = 0.1
+    files: int = 100
+    file_sizes: tuple[int, ...] = (10, 100, 1000)
+    large_file: int = 50 * MB
+    heavy: int = 300 * MB
+    load_s: float = 20
+    burst: int = 300
+    stock_steady: bool = False  # the steady load with sshd's own MaxStartups, too
+    small: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    what: str
+    ours: str
+    against: str = ""
+    theirs: str = ""
+    ratio: str = ""
+    target: str = ""
+    good: bool | None = None
+
+
+def format_row(row: Row) -> str:
+    missed = "missed" if row.good is False else ""
+    cells = f"{row.what:<54} | {row.ours:>7} | {row.against:<34} | {row.theirs:>7} | {row.ratio:>7} | {row.target:<12} | {missed:<6}"
+    return f"| {cells} |"
+
+
+HEAD = format_row(Row("what", "Bento", "against", "", "ratio", "target"))
+HEAD += "\n" + re.sub(r"[^|]", "-", HEAD).replace("-|", " |").replace("|-", "| ")
+
+
+def format_s(seconds: float) -> str:
+    if seconds < 0.9995:
+        return f"{1000 * seconds:.0f} ms"
+    return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+
+
+def percentile(values: Iterable[float], part: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
+
+
+@dataclass
+class Bench:
+    """A run: its scale, its temporary directory, and what it has found so far."""
+
+    scale: Scale
+    top: Path
+    stack: ExitStack
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    sites: dict[int, "Site"] = field(default_factory=dict)
+    series: list["Series"] = field(default_factory=list)
+    running_server: "Server | None" = None
+
+    def show(self, row: Row) -> None:
+        self.rows.append(row)
+        print(format_row(row), flush=True)
+
+    def compare(
+        self,
+        what: str,
+        ours: Sequence[float],
+        against: str,
+        theirs: Sequence[float],
+        at_most: float | None,
+        *,
+        target: str = "",
+        judged: bool = True,
+    ) -> None:
+        """A row of seconds. `at_most` is the target of the ratio, `target` how to say it."""
+        mine, other = statistics.median(ours), statistics.median(theirs)
+        ratio, good = mine / other, None
+        if at_most is not None:
+            target = target or f"≤ {at_most:g}"
+            good = ratio <= at_most if judged else None
+        self.show(Row(what, format_s(mine), against, format_s(other), f"{ratio:.3g}", target, good))
+
+    def limit(self, what: str, value: float, form: str, at_most: float | None, against: str = "") -> None:
+        """A row of one number, formatted with `form`."""
+        target = "" if at_most is None else "≤ " + form.format(at_most)
+        self.show(Row(what, form.format(value), against, target=target, good=None if at_most is None else value <= at_most))
+
+    def note(self, title: str, *lines: str) -> None:
+        self.notes.append("\n".join([f"\n{title}\n", *(f"  {line}" for line in lines)]))
+
+    def site(self, hosts: int) -> "Site":
+        """The fleet of so many hosts, made when it is first asked for."""
+        if hosts not in self.sites:
+            say(f"making a fleet of {hosts}")
+            self.sites[hosts] = Site.create(self.top / f"site-{hosts}", [f"h{number:05}" for number in range(hosts)])
+        return self.sites[hosts]
+
+    def server(self) -> "Server":
+        if self.running_server is None:
+            say("making accounts and chroots for a real sshd")
+            self.running_server = Server.create(self.stack)
+        return self.running_server
+
+
+def say(text: str) -> None:
+    """Progress, for who watches."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}…", end="\r", file=sys.stderr, flush=True)
+
+
+# --- processes ---
+
+live: set[subprocess.Popen[bytes]] = set()
+stopping = threading.Event()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a process took, with the children that it waited for. `peak` is its own memory alone, in bytes."""
+
+    elapsed_s: float
+    cpu_s: float
+    code: int
+    said: str
+    peak: int = 0
+
+
+def measure(
+    argv: Argv, *, env: Mapping[str, str] | None = None, stdin: str = "", cwd: Path | None = None, codes: Sequence[int] = (0,)
+) -> Cost:
+    """Runs a program to its end. BenchError when it fails, lest a failure be taken for speed."""
+    if stopping.is_set():
+        raise BenchError("stopped")
+    with tempfile.TemporaryFile() as feed, tempfile.TemporaryFile() as errors:
+        feed.write(stdin.encode())
+        feed.seek(0)
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            argv, env=env, cwd=cwd, stdin=feed, stdout=subprocess.DEVNULL, stderr=errors, process_group=0
+        )  # fmt: skip
+        live.add(process)
+        _, status, usage = os.wait4(process.pid, 0)
+        elapsed_s = time.perf_counter() - started
+        live.discard(process)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        errors.seek(0)
+        said = errors.read().decode(errors="replace")
+    if process.returncode not in codes:
+        raise BenchError(f"{Path(argv[0]).name} {argv[-1]}: exit {process.returncode}: {said.strip()[-600:]}")
+    return Cost(elapsed_s, usage.ru_utime + usage.ru_stime, process.returncode, said)
+
+
+def end_live() -> None:
+    """Ends what still runs, and keeps threads from starting more."""
+    stopping.set()
+    for process in list(live):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+# Runs one of the two scripts as `python3 SCRIPT` does, compiling it, and tells its own peak of memory: ru_maxrss would
+# be the bench's, if that is larger. Publishes as anybody may: root would be asked for the hosts' accounts.
+SPY = """\
+import os, runpy, sys
+mode, told, script = sys.argv[1:4]
+sys.argv = sys.argv[3:]
+sys.path.insert(0, os.path.dirname(script))
+if mode == "anybody":
+    os.geteuid = lambda: 1
+try:
+    runpy.run_path(script, run_name="__main__")
+finally:
+    with open("/proc/self/status") as status, open(told, "w") as file:
+        file.write([line.split()[1] for line in status if line.startswith("VmHWM:")][0])
+"""
+
+
+def spy(script: Path, *words: str | Path, mode: str = "anybody", env: Mapping[str, str] | None = None) -> Cost:
+    with tempfile.NamedTemporaryFile() as told:
+        argv = [sys.executable, "-I", "-c", SPY, mode, told.name, script, *words]
+        if mode == "anybody":
+            argv.remove("-I")  # it would hide PYTHONPYCACHEPREFIX
+        cost = measure(argv, env=env)
+        peak = int(Path(told.name).read_text()) * 1024
+    return Cost(cost.elapsed_s, cost.cpu_s, cost.code, cost.said, peak)
+
+
+def cpu_of(argv: Argv) -> Callable[[], float]:
+    return lambda: measure(argv).cpu_s
 
 
 def alternate(rounds: int, *actions: Callable[[], float]) -> list[list[float]]:
@@ -69,97 +267,1146 @@ def alternate(rounds: int, *actions: Callable[[], float]) -> list[list[float]]:
     return results
 
 
-def bench_populate(top: Path, rounds: int) -> None:
-    fleet, chroot = top / "fleet", top / "chroot"
-    argv: list[str | Path] = [sys.executable, "-c", AS_ANYBODY, "--fleet", fleet, "--chroot-dir", chroot, "populate"]
-    env = os.environ | {"PYTHONPATH": str(REPO)}
+# --- fleets ---
 
-    def populate() -> float:
-        return measure(argv, env=env)[0]
 
-    def populate_new() -> float:
-        shutil.rmtree(chroot, ignore_errors=True)
+def make_fleet(top: Path, names: Iterable[str]) -> None:
+    """31 files a host, 20 of them shared through utils/."""
+    dice = random.Random(1)
+    (top / "utils").mkdir(parents=True)
+    for number in range(20):
+        (top / f"utils/module-{number}.nix").write_text(dice.randbytes(1500).hex())
+    for name in names:
+        host = top / "hosts" / name
+        host.mkdir(parents=True)
+        (host / "utils").symlink_to("../../utils")
+        (host / "configuration.nix").write_text(f"# {name}\n")
+        for part in range(10):
+            (host / f"part-{part}.nix").write_text(dice.randbytes(600).hex())
+
+
+def write_random(path: Path, size: int) -> None:
+    """A file that no compression makes smaller."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        for start in range(0, size, 10 * MB):
+            file.write(os.urandom(min(10 * MB, size - start)))
+
+
+@dataclass
+class Site:
+    """A fleet's directory and its chroots, published as anybody may."""
+
+    fleet: Path
+    chroot: Path
+    hosts: int
+    new: list[Cost] = field(default_factory=list)
+    same: list[Cost] = field(default_factory=list)
+    status: list[float] = field(default_factory=list)
+
+    @classmethod
+    def create(cls, top: Path, names: Sequence[str]) -> "Site":
+        make_fleet(top / "fleet", names)
+        return cls(top / "fleet", top / "chroot", len(names))
+
+    def populate(self) -> Cost:
+        return spy(SERVER, "--fleet", self.fleet, "--chroot-dir", self.chroot, "populate")
+
+    def populate_new(self) -> float:
+        shutil.rmtree(self.chroot, ignore_errors=True)
         os.sync()
-        return populate()
+        self.new.append(self.populate())
+        return self.new[-1].elapsed_s
+
+    def populate_same(self) -> float:
+        if not self.chroot.exists():
+            self.populate_new()
+        self.same.append(self.populate())
+        return self.same[-1].elapsed_s
+
+    def write_reports(self) -> None:
+        """What hosts that are up to date have reported."""
+        if not self.chroot.exists():
+            self.populate_new()
+        for path in (self.fleet / "hosts").iterdir():
+            current = client.parse_current((self.chroot / path.name / "current.json").read_bytes(), path.name)
+            last = client.Last(current.release, "ok", "", "/nix/store/x", current.published, current.published, 1,
+                               client.log_name(time.time(), current.release, "ok"))  # fmt: skip
+            report = client.Report(path.name, client.VERSION, current.published, "idle", current.release, "/nix/store/x", False, last)
+            (self.chroot / path.name / "logs/status.json").write_bytes(client.encode(report))
+
+    def show_status(self) -> float:
+        words: Argv = [sys.executable, SERVER, "--fleet", self.fleet, "--chroot-dir", self.chroot, "status", "--json"]
+        self.status.append(measure(words).elapsed_s)
+        return self.status[-1]
+
+    def cat_reports(self) -> float:
+        return measure(["sh", "-c", 'cat "$1"/*/logs/status.json', "sh", self.chroot]).elapsed_s
+
+
+# --- machines ---
+
+# What stands in for NixOS: a build, an activation and a commit that take a millisecond each.
+PROGRAMS = {
+    "nixos-rebuild": '#!/bin/sh\nexec ln -sfn "$BENCH_SYSTEM" result\n',
+    "nix-env": '#!/bin/sh\nexec ln -sfn "$4" "$2"\n',
+}
+SWITCH = '#!/bin/sh\n[ "$1" != test ] || exec ln -sfn "${0%/bin/*}" "$BENCH_ROOT/run/current-system"\n'
+
+
+@dataclass
+class Machine:
+    """A host in a directory. `chroot`: polls that one without ssh; else a real sshd on 127.0.0.1."""
+
+    top: Path
+    host: str
+    settings: dict[str, object]
+    chroot: Path | None = None
+    systems: int = 0
+
+    @classmethod
+    def create(cls, top: Path, host: str, *, chroot: Path | None = None, server: "Server | None" = None) -> "Machine":
+        """A machine that polls a server, or with `chroot` that directory, through sftp without ssh."""
+        settings: dict[str, object] = {"host": host, "root": str(top / "root"), "state_dir": str(top / "state")}
+        if server is None:
+            settings["server"] = "server"
+        else:
+            known, identity = str(server.top / "known_hosts"), str(server.top / "keys" / host)
+            settings |= {"server": "127.0.0.1", "port": server.port, "identity": identity, "known_hosts": known}
+        machine = cls(top, host, settings, chroot)
+        for name in ("programs", "root/run", "root/nix/var/nix/profiles"):
+            (top / name).mkdir(parents=True)
+        for name, text in PROGRAMS.items():
+            write_program(top / "programs" / name, text)
+        if chroot is not None:
+            (top / "programs/sftp").symlink_to(TOY / "sftp")
+        machine.configure()
+        system = machine.new_system()
+        for link in ("run/current-system", "run/booted-system", "nix/var/nix/profiles/system"):
+            (top / "root" / link).symlink_to(system)
+        machine.client("key")
+        return machine
+
+    def configure(self, **settings: object) -> None:
+        """Changes settings, of the next system as well."""
+        self.settings |= settings
+        (self.top / "client.json").write_text(json.dumps(self.settings))
+
+    def new_system(self) -> Path:
+        """What the next build gives: a system that runs this client with these settings."""
+        self.systems += 1
+        system = self.top / f"system-{self.systems}"
+        write_program(system / "bin/switch-to-configuration", SWITCH)
+        words = f'exec "{sys.executable}" -I "{CLIENT}" --config "{system}/etc/bento/client.json" "$@"'
+        write_program(system / "sw/bin/bento-client", f"#!/bin/sh\n{words}\n")
+        (system / "etc/bento").mkdir(parents=True)
+        (system / "etc/bento/client.json").write_text(json.dumps(self.settings))
+        return system
+
+    def env(self) -> dict[str, str]:
+        mine = {"PATH": f"{self.top / 'programs'}:{os.environ['PATH']}", "BENCH_ROOT": str(self.top / "root")}
+        mine["BENCH_SYSTEM"] = str(self.top / f"system-{self.systems}")
+        if self.chroot is not None:
+            mine |= {"TOY_CHROOT": str(self.chroot), "TOY_ROOT": str(self.top / "root")}
+        return dict(os.environ) | mine
+
+    def client(self, command: str) -> Cost:
+        """Runs the client as utils/bento.nix does."""
+        argv: Argv = [sys.executable, "-I", CLIENT, "--config", self.top / "client.json", command]
+        return measure(argv, env=self.env())
+
+    def poll(self) -> Cost:
+        """A poll that finds nothing new."""
+        return self.client("run")
+
+    def update(self, *, spied: bool = False) -> Cost:
+        """A run that finds a release, and ends with a new system."""
+        system = self.new_system()
+        if spied:
+            cost = spy(CLIENT, "--config", self.top / "client.json", "run", mode="as it is", env=self.env())
+        else:
+            cost = self.client("run")
+        if (self.top / "root/run/current-system").resolve() != system.resolve():
+            raise BenchError(f"{self.host}: not updated: {cost.said[-600:]}")
+        return cost
+
+
+def write_program(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+# --- a slow line ---
+
+
+class Line:
+    """Carries TCP connections to a port of this machine over a line: `delay_s` each way, `rate` bytes a second.
+
+    In order, and as a stream: what waits on the line does not wait for what is behind it. A connection takes the round
+    trip of TCP's own handshake before its first bytes leave. All connections share the line.
+    """
+
+    def __init__(self, to_port: int, delay_s: float, rate: float | None = None) -> None:
+        self.to_port, self.delay_s, self.rate = to_port, delay_s, rate
+        self.connections = 0
+        self.carried = [0, 0]  # up, down
+        self.busy_until = [0.0, 0.0]
+        self.guard = threading.Lock()
+        self.sockets: list[socket.socket] = []
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port: int = self.listener.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def close(self) -> None:
+        for each in (self.listener, *self.sockets):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+    def accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self.listener.accept()
+                self.connections += 1
+                self.sockets.append(near)
+                threading.Thread(target=self.serve, args=(near,), daemon=True).start()
+
+    def serve(self, near: socket.socket) -> None:
+        time.sleep(2 * self.delay_s)
+        try:
+            first = near.recv(1 << 16)
+            time.sleep(self.delay_s)
+            far = socket.create_connection(("127.0.0.1", self.to_port))
+            self.sockets.append(far)
+            far.sendall(first)
+        except OSError:
+            near.close()
+            return
+        for each in (near, far):
+            each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for way, (source, sink) in enumerate(((near, far), (far, near))):
+            pieces: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
+            threading.Thread(target=self.take, args=(source, way, pieces), daemon=True).start()
+            threading.Thread(target=self.give, args=(sink, pieces), daemon=True).start()
+
+    def take(self, source: socket.socket, way: int, pieces: queue.SimpleQueue[tuple[float, bytes]]) -> None:
+        data = b"-"
+        while data:
+            try:
+                data = source.recv(1 << 16 if self.rate is None else 1 << 14)
+            except OSError:
+                data = b""
+            now = time.monotonic()
+            with self.guard:
+                self.carried[way] += len(data)
+                if self.rate is not None:
+                    self.busy_until[way] = max(now, self.busy_until[way]) + len(data) / self.rate
+                    now = self.busy_until[way]
+            pieces.put((now + self.delay_s, data))
+            # No more than 50 ms of it in the line's own memory: the sender is to feel that the line is full.
+            time.sleep(max(0.0, now - time.monotonic() - 0.05))
+
+    def give(self, sink: socket.socket, pieces: queue.SimpleQueue[tuple[float, bytes]]) -> None:
+        with suppress(OSError):
+            while True:
+                due, data = pieces.get()
+                time.sleep(max(0.0, due - time.monotonic()))
+                if not data:
+                    break
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+
+@contextmanager
+def line(to_port: int, delay_s: float, rate: float | None = None) -> Iterator[Line]:
+    found = Line(to_port, delay_s, rate)
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+def check_line(delay_s: float, rate: float) -> tuple[float, float]:
+    """A line's own figures, as an echo finds them: round trip in seconds, bytes a second."""
+    size = int(rate / 2)
+    with socket.create_server(("127.0.0.1", 0)) as echo, line(echo.getsockname()[1], delay_s, rate) as slow:
+
+        def answer() -> None:
+            with suppress(OSError):
+                there, _ = echo.accept()
+                with there:
+                    while data := there.recv(1 << 16):
+                        if data.endswith(b"?"):
+                            there.sendall(b"!")
+
+        threading.Thread(target=answer, daemon=True).start()
+        with socket.create_connection(("127.0.0.1", slow.port)) as here:
+            here.sendall(b"?")
+            here.recv(1)
+            started = time.perf_counter()
+            here.sendall(b"?")
+            here.recv(1)
+            trip_s = time.perf_counter() - started
+            started = time.perf_counter()
+            here.sendall(bytes(size) + b"?")
+            here.recv(1)
+            return trip_s, size / (time.perf_counter() - started - trip_s)
+
+
+# --- a server ---
+
+ACCOUNTS = 24
+
+
+def call(*argv: str | Path, check: bool = True) -> str:
+    done = subprocess.run(
+        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        process_group=0,
+    )  # fmt: skip
+    if check and done.returncode != 0:
+        raise BenchError(f"{' '.join(map(str, argv))}: exit {done.returncode}: {done.stdout.strip()[-600:]}")
+    return done.stdout
+
+
+def why_no_server() -> str | None:
+    """Why a real sshd cannot be had here."""
+    if os.geteuid() != 0:
+        return "needs root, for accounts and chroots"
+    missing = [name for name in ("sshd", "ssh-keygen", "useradd", "userdel", "groupadd") if shutil.which(name) is None]
+    return f"needs {', '.join(missing)}" if missing else None
+
+
+def match_block(fleet_nix: str) -> str:
+    """What fleet.nix appends to sshd_config."""
+    found = re.search(r"extraConfig = [^\n]*''\n(.*?)\n *'';", fleet_nix, re.DOTALL)
+    if found is None:
+        raise BenchError("no extraConfig in fleet.nix")
+    return textwrap.dedent(found[1])
+
+
+def max_startups(fleet_nix: str, count: int) -> str:
+    """What fleet.nix gives sshd for a fleet of so many hosts."""
+    found = re.search(r'MaxStartups = [^"]*"\$\{toString \((\d+) \+ count\)}:(\d+):\$\{toString \((\d+) \+ count\)}"', fleet_nix)
+    if found is None:
+        raise BenchError("no MaxStartups in fleet.nix")
+    return f"{int(found[1]) + count}:{found[2]}:{int(found[3]) + count}"
+
+
+@dataclass
+class Server:
+    """A real sshd with fleet.nix's settings, and a few hosts' accounts and chroots, all below `top`."""
+
+    top: Path
+    port: int
+    hosts: list[str]
+    process: subprocess.Popen[bytes] | None = None
+    began_with: str = ""
+
+    @classmethod
+    def create(cls, stack: ExitStack) -> "Server":
+        if not Path("/run/sshd").exists():
+            Path("/run/sshd").mkdir(mode=0o755)
+            stack.callback(remove_directory, Path("/run/sshd"))
+        # Not below /tmp: every directory above a chroot has to be root's, and writable by nobody else.
+        top = Path(tempfile.mkdtemp(prefix="bento-bench-", dir="/var/lib"))
+        stack.callback(shutil.rmtree, top, ignore_errors=True)
+        top.chmod(0o755)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            server = cls(top, free.getsockname()[1], [f"bench{os.getpid()}-{number}" for number in range(ACCOUNTS)])
+        for name in ("authorized", "keys", "machines"):
+            (top / name).mkdir()
+        make_fleet(top / "fleet", server.hosts)
+        try:
+            grp.getgrnam("bento")
+        except KeyError:
+            stack.callback(call, "groupdel", "bento", check=False)
+            call("groupadd", "-r", "bento")
+        for host in server.hosts:
+            server.make_account(stack, host)
+        server.bento("fleet")
+        server.bento("populate")
+        call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", top / "host_key")
+        key = " ".join((top / "host_key.pub").read_text().split()[:2])
+        (top / "known_hosts").write_text(f"* {key}\n")
+        stack.callback(server.stop)
+        return server
+
+    def make_account(self, stack: ExitStack, host: str) -> None:
+        user, key = f"bento-{host}", self.top / "keys" / host
+        stack.callback(remove_account, user)
+        useradd: Argv = ["useradd", "-r", "-M", "-N", "-g", "bento", "-d", self.chroot(host), "-s", "/bin/sh", "-p", "*", user]
+        try:
+            call(*useradd)
+        except BenchError:  # somebody else's useradd may hold the lock
+            time.sleep(3)
+            call(*useradd)
+        call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", user, "-f", key)
+        public = key.with_name(f"{host}.pub").read_text()
+        (self.top / "fleet/hosts" / f"{host}.pub").write_text(public)
+        (self.top / "authorized" / user).write_text(f"restrict {public}")
+
+    def bento(self, *words: str) -> None:
+        call(sys.executable, SERVER, "--fleet", self.top / "fleet", "--chroot-dir", self.top / "chroots", *words)
+
+    def start(self, count: int | None) -> str:
+        """Starts sshd as fleet.nix sets it for a fleet of `count` hosts, or with its own MaxStartups; which it says."""
+        fleet_nix = (self.top / "fleet/fleet.nix").read_text()
+        startups = "10:30:100" if count is None else max_startups(fleet_nix, count)
+        if self.process is not None:
+            if self.began_with == startups:
+                return startups
+            self.stop()
+        config = f"""\
+            ListenAddress 127.0.0.1
+            Port {self.port}
+            HostKey {self.top}/host_key
+            PidFile none
+            UsePAM no
+            AuthorizedKeysFile {self.top}/authorized/%u
+            MaxStartups {startups}
+            Subsystem sftp internal-sftp
+            """
+        (self.top / "sshd_config").write_text(textwrap.dedent(config) + match_block(fleet_nix))
+        sshd = str(shutil.which("sshd"))  # it wants to be called by its absolute path
+        argv: Argv = [sshd, "-D", "-f", self.top / "sshd_config", "-E", self.top / "sshd.log"]
+        self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, process_group=0)
+        self.began_with = startups
+        give_up = time.monotonic() + 10
+        while True:
+            with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", self.port), 5):
+                return startups
+            if time.monotonic() > give_up or self.process.poll() is not None:
+                raise BenchError(f"sshd does not start: {(self.top / 'sshd.log').read_text()[-600:]}")
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """Ends sshd, and then the connections that it leaves behind: userdel wants the users gone."""
+        if self.process is None:
+            return
+        children = descendants(self.process.pid)
+        self.process.terminate()
+        self.process.wait(10)
+        self.process = None
+        for pid in children:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        give_up = time.monotonic() + 10
+        while any(Path("/proc", str(pid)).exists() for pid in children) and time.monotonic() < give_up:
+            time.sleep(0.05)
+
+    def cpu_s(self) -> float:
+        """Of sshd and all of its connections that have ended."""
+        assert self.process is not None
+        give_up = time.monotonic() + 20
+        while descendants(self.process.pid) and time.monotonic() < give_up:
+            time.sleep(0.1)
+        words = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, words[11:15])) / os.sysconf("SC_CLK_TCK")
+
+    def chroot(self, host: str) -> Path:
+        return self.top / "chroots" / host
+
+    def machine(self, host: str) -> Machine:
+        return Machine.create(self.top / "machines" / host, host, server=self)
+
+    def sftp(self, host: str, batch: str, *, port: int | None = None, codes: Sequence[int] = (0,)) -> Cost:
+        """A bare `sftp -b`, with the options that a person would give it for a machine."""
+        argv = ["sftp", "-b", "-", "-C", "-P", str(port or self.port), "-i", str(self.top / "keys" / host), "-F", os.devnull]
+        options = ["BatchMode=yes", "IdentitiesOnly=yes", f"UserKnownHostsFile={self.top / 'known_hosts'}"]
+        for option in (*options, f"ConnectTimeout={PATIENCE_S}", "ControlPath=none"):
+            argv += ["-o", option]
+        return measure([*argv, f"bento-{host}@127.0.0.1"], stdin=batch, cwd=self.top, codes=codes)
+
+
+def remove_account(user: str) -> None:
+    """userdel refuses while a process of the user is left, or another useradd holds the lock."""
+    give_up = time.monotonic() + 20
+    while user in (line_.partition(":")[0] for line_ in Path("/etc/passwd").read_text().splitlines()):
+        said = call("userdel", user, check=False)
+        if time.monotonic() > give_up:
+            print(f"bench: error: the account {user} is left: {said.strip()}", file=sys.stderr)
+            return
+        if said:
+            time.sleep(0.3)
+
+
+def remove_directory(path: Path) -> None:
+    with suppress(OSError):
+        path.rmdir()
+
+
+def descendants(top: int) -> list[int]:
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found = [top]
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found[1:]
+
+
+# --- what is measured ---
+
+
+def bench_start(bench: Bench) -> None:
+    """How long Python takes to start, and to load the two scripts."""
+    rounds = 5 if bench.scale.small else 20
+    load = f"import sys; sys.path.insert(0, {str(REPO)!r}); import "
+    cached = [sys.executable, "-I", "-X", f"pycache_prefix={bench.top / 'pycache'}", "-c"]
+    actions: dict[str, Argv] = {
+        "bare": [sys.executable, "-I", "-c", "pass"],
+        "no site": [sys.executable, "-I", "-S", "-c", "pass"],
+        "client": [sys.executable, "-I", CLIENT, "--version"],
+        "cached client": [*cached, f"{load}bento_client as c; c.main(['--version'])"],
+        "server": [sys.executable, SERVER, "--version"],
+    }
+    for argv in actions.values():
+        measure(argv)  # what is cached is cached from here on
+    found = alternate(rounds, *(cpu_of(argv) for argv in actions.values()))
+    took = dict(zip(actions, found, strict=True))
+    for name, script in (("client", CLIENT), ("server", SERVER)):
+        bench.compare(f"{script.name} --version, CPU", took[name], "python3 -I -c pass, CPU", took["bare"], None)
+    medians = {name: statistics.median(times) for name, times in took.items()}
+    compiled = medians["client"] - medians["cached client"]
+    lines = [
+        f"python3 -I -c pass {format_s(medians['bare'])}, of which the machine's site packages"
+        f" {format_s(max(0.0, medians['bare'] - medians['no site']))} (-S leaves them out)",
+        f"bento_client.py, run as a script, is compiled at each start: {format_s(compiled)} of its"
+        f" {format_s(medians['client'])}; from a .pyc it takes {format_s(medians['cached client'])}",
+    ]
+    for name in ("bento_client", "bento"):
+        lines.append(f"{name} loads {describe_imports(cached, load + name)}")
+    bench.note("Start-up, in CPU time", *lines)
+
+
+def describe_imports(python: Argv, code: str) -> str:
+    """The sum and the largest of what `-X importtime` finds, by their own time, without their children's."""
+    argv = [*python[:-1], "-X", "importtime", "-c", code]
+    runs = [re.findall(r"import time: +(\d+) \| +\d+ \| +(\S+)", measure(argv).said) for _ in range(5)]
+    bare = {name for _, name in re.findall(r"import time: +(\d+) \| +\d+ \| +(\S+)", measure([*argv[:-1], "pass"]).said)}
+    times = {name: min(int(us) for run in runs for us, each in run if each == name) for _, name in runs[0] if name not in bare}
+    largest = sorted(times, key=times.__getitem__, reverse=True)[:8]
+    words = ", ".join(f"{name} {times[name] / 1000:.1f}" for name in largest)
+    return f"{len(times)} modules in {sum(times.values()) / 1000:.0f} ms of its own; the largest, ms: {words}"
+
+
+def bench_poll(bench: Bench) -> None:
+    """A poll with nothing new, in CPU seconds. Both through the toy's sftp, that is, without ssh."""
+    site = bench.site(min(bench.scale.sizes))
+    if not site.chroot.exists():
+        site.populate_new()
+    chroot = site.chroot / "h00000"
+    machine = Machine.create(bench.top / "poller", "h00000", chroot=chroot)
+    machine.update()
+    report = bench.top / "report.json"
+    shutil.copy(chroot / "logs/status.json", report)
+    batch = f"get current.json {bench.top}/got\nput {report} logs/.status.json\nrename logs/.status.json logs/status.json\n"
+    sftp = ["sftp", "-b", "-", "-C", "server"]
+    ours, theirs = alternate(
+        5 * bench.scale.rounds,
+        lambda: machine.poll().cpu_s,
+        lambda: measure(sftp, env=machine.env(), stdin=batch).cpu_s,
+    )
+    mine, other = statistics.median(ours), statistics.median(theirs)
+    more = f"+{1000 * (mine - other):.0f} ms"
+    what, against = "a poll with nothing new, loopback, CPU", "bare sftp -b, same batch, CPU"
+    bench.show(Row(what, format_s(mine), against, format_s(other), more, "≤ +60 ms", mine - other <= 0.06))
+
+
+def bench_populate(bench: Bench) -> None:
+    site, rounds = bench.site(bench.scale.hosts), bench.scale.rounds
+    copied, staging, hosts = bench.top / "copy", bench.top / "staging", site.fleet / "hosts"
 
     def copy() -> float:
-        shutil.rmtree(top / "copy", ignore_errors=True)
+        shutil.rmtree(copied, ignore_errors=True)
         os.sync()
-        return measure(["sh", "-c", 'cp -rL "$1" "$2" && sync', "sh", fleet / "hosts", top / "copy"])[0]
+        return measure(["sh", "-c", 'cp -rL "$1" "$2" && sync', "sh", hosts, copied]).elapsed_s
 
-    new, copied = alternate(rounds, populate_new, copy)
-    row("populate, everything new, durable", new, "cp -rL and sync", copied)
-    script = 'cd "$1"; for h in *; do rsync -rltgoDL "$h/" "$2/$h/"; diff -r "$2/$h" "$3/$h/config/" >/dev/null; done'
-    shell: list[str | Path] = ["sh", "-c", f'mkdir -p "$2"; {script}', "sh", fleet / "hosts", top / "staging", chroot]
-    find: list[str | Path] = ["sh", "-c", 'find -L "$1" -type f -print0 | xargs -0 sha256sum', "sh", fleet / "hosts"]
-    same, hashed = alternate(rounds, populate, lambda: measure(find)[0])
-    row("populate, nothing changed", same, "find and sha256sum", hashed)
-    measure(shell)
-    row("populate, nothing changed", same, "rsync and diff, a host at a time", [measure(shell)[0]])
-    peak = "import resource, runpy, sys, os; os.geteuid = lambda: 1; sys.path.insert(0, sys.argv.pop(1)); import bento; "
-    peak += "bento.main(); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
-    done = subprocess.run(
-        [sys.executable, "-c", peak, REPO, *argv[3:]], text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=True
+    say("populate, everything new")
+    new, copies = alternate(rounds, site.populate_new, copy)
+    bench.compare(f"populate, everything new, durable, {site.hosts} hosts", new, "cp -rL of the same trees, and sync", copies, 2)
+    say("populate, nothing changed")
+    find: Argv = ["sh", "-c", 'find -L "$1" -type f -print0 | xargs -0 sha256sum', "sh", hosts]
+    same, hashed = alternate(max(3, rounds), site.populate_same, lambda: measure(find).elapsed_s)
+    bench.compare(f"populate, nothing changed, {site.hosts} hosts", same, "find | xargs sha256sum", hashed, 2)
+    shutil.rmtree(copied)
+    shutil.rmtree(staging, ignore_errors=True)
+    measure(["cp", "-aL", hosts, staging])
+    script = 'cd "$1"; for h in *; do rsync -rltgoDL "$h/" "$2/$h/"; diff -r "$2/$h" "$3/$h/config/"; done'
+    say("rsync and diff")
+    shell = measure(["sh", "-c", script, "sh", hosts, staging, site.chroot]).elapsed_s
+    shutil.rmtree(staging)
+    what = f"populate, nothing changed, {site.hosts} hosts"
+    bench.compare(what, same, "rsync and diff, a host at a time", [shell], 1 / 50, target="≤ 1/50")
+
+
+def bench_growth(bench: Bench) -> None:
+    """How cost grows with hosts and files."""
+    sites = [bench.site(hosts) for hosts in bench.scale.sizes]
+    for site in sites:
+        say(f"a fleet of {site.hosts}")
+        if not site.new:
+            site.populate_new()
+        while len(site.same) < 2:
+            site.populate_same()
+        if not site.status:
+            site.write_reports()
+            for _ in range(2):
+                site.show_status()
+    peaks = [max(cost.peak for cost in site.new + site.same) / MB for site in sites]
+    found = [(site.hosts, peak) for site, peak in zip(sites, peaks, strict=True) if site.hosts >= 100 or len(sites) < 3]
+    for hosts, peak in found:
+        bench.limit(f"populate, peak memory, {hosts} hosts", peak, "{:.0f} MB", 60)
+    (first, least), (last, most) = found[0], found[-1]
+    what, ratio = f"populate, peak memory, {last} hosts", most / least
+    against = f"the same at {first} hosts"
+    bench.show(Row(what, f"{most:.0f} MB", against, f"{least:.0f} MB", f"{ratio:.3g}", "≤ 1.2 (flat)", ratio <= 1.2))
+
+    def median(costs: Sequence[Cost]) -> float:
+        return statistics.median(cost.elapsed_s for cost in costs)
+
+    bench.series = [
+        Series("populate, everything new", "hosts", [(site.hosts, median(site.new)) for site in sites]),
+        Series("populate, nothing changed", "hosts", [(site.hosts, median(site.same)) for site in sites]),
+        Series("status --json", "hosts", [(site.hosts, statistics.median(site.status)) for site in sites]),
+        Series("an update on the host", "files", [(n, time_update(bench, n)) for n in bench.scale.file_sizes]),
+    ]
+    bench.note("How cost grows, both axes logarithmic (an update: all but ssh, build and activation)", *plot_text(bench.series))
+
+
+def time_update(bench: Bench, files: int) -> float:
+    """Seconds of a host's update to a release of so many small files, without ssh."""
+    say(f"an update of {files} files")
+    top = bench.top / f"files-{files}"
+    site = Site(top / "fleet", top / "chroot", 1)
+    write_small_files(site.fleet / "hosts/host", files)
+    machine = Machine.create(top / "machine", "host", chroot=site.chroot / "host")
+    times = []
+    for number in range(bench.scale.rounds):
+        (site.fleet / "hosts/host/configuration.nix").write_text(f"# {number}\n")
+        site.populate()
+        os.sync()
+        times.append(machine.update().elapsed_s)
+    return statistics.median(times)
+
+
+def write_small_files(directory: Path, files: int) -> None:
+    """A configuration of so many files, 1.2 kB each."""
+    dice = random.Random(files)
+    directory.mkdir(parents=True, exist_ok=True)
+    for number in range(files - 1):
+        (directory / f"part-{number:04}.nix").write_text(dice.randbytes(600).hex())
+    (directory / "configuration.nix").write_text("# 0\n")
+
+
+def bench_status(bench: Bench) -> None:
+    site = bench.site(max(bench.scale.sizes))
+    site.write_reports()
+    say("status")
+    ours, theirs = alternate(max(3, bench.scale.rounds), site.show_status, site.cat_reports)
+    # Below that number of hosts it is the start of Python that is measured.
+    judged = site.hosts >= FLEET
+    against, target = "cat of the same reports", f"≤ 10{'' if judged else ' (10000)'}"
+    bench.compare(f"status --json, {site.hosts} hosts", ours, against, theirs, 10, target=target, judged=judged)
+
+
+def bench_memory(bench: Bench) -> None:
+    """The client's own peak of memory, without its children's."""
+    size = bench.scale.heavy
+    top = bench.top / "heavy"
+    site, host = Site(top / "fleet", top / "chroot", 1), top / "fleet/hosts/host"
+    write_small_files(host, bench.scale.files)
+    say(f"a configuration of {size // MB} MB")
+    for number in range(6):
+        write_random(host / f"blob-{number}", size // 6)
+    server = site.populate()
+    machine = Machine.create(top / "machine", "host", chroot=site.chroot / "host")
+    costs = [machine.update(spied=True)]
+    write_random(host / "blob-0", size // 6)
+    site.populate()
+    costs.append(machine.update(spied=True))
+    for cost, which in zip(costs, ("all of it new", "a sixth of it new"), strict=True):
+        bench.limit(f"the client's peak memory, {size // MB} MB, {which}", cost.peak / MB, "{:.0f} MB", 40)
+    bench.limit(f"populate, peak memory, a host of {size // MB} MB", server.peak / MB, "{:.0f} MB", None)
+    shutil.rmtree(top)
+
+
+def bench_line(bench: Bench) -> None:
+    """A slow line between a real client and a real sshd."""
+    scale, server = bench.scale, bench.server()
+    server.start(FLEET)
+    # Without a build, all of an update's time but a few milliseconds is Bento's own.
+    trip_ms, rate = 2000 * scale.delay_s, 1.0 * MB
+    measured_trip_s, measured_rate = check_line(scale.delay_s, rate)
+    small, large = server.hosts[0], server.hosts[1]
+    machine = server.machine(small)
+    for host in (small, large):
+        (server.top / "fleet/hosts" / host / "utils").unlink()
+        shutil.rmtree(server.top / "fleet/hosts" / host)
+    write_small_files(server.top / "fleet/hosts" / small, scale.files)
+    write_small_files(server.top / "fleet/hosts" / large, 10)
+    write_random(server.top / "fleet/hosts" / large / "firmware", scale.large_file)
+    server.bento("populate", small, large)
+    machine.update()
+
+    report = server.top / "report.json"
+    shutil.copy(server.chroot(small) / "logs/status.json", report)
+    with line(server.port, scale.delay_s) as slow:
+        machine.configure(port=slow.port)
+        batch = f"get current.json {server.top}/got\nput {report} logs/.report\nrename logs/.report logs/report\n"
+        say("polls over a slow line")
+        polls, bare = alternate(
+            max(2, scale.rounds),
+            lambda: machine.poll().elapsed_s,
+            lambda: server.sftp(small, batch, port=slow.port).elapsed_s,
+        )
+        bench.compare(f"a poll with nothing new, {trip_ms:.0f} ms round trip", polls, "bare sftp -b, same batch", bare, 1.1)
+
+        updates, connections = [], 0
+        for number in range(scale.rounds):
+            (server.top / "fleet/hosts" / small / "configuration.nix").write_text(f"# {number + 1}\n")
+            server.bento("populate", small)
+            os.sync()
+            say("updates over a slow line")
+            before = slow.connections
+            updates.append(machine.update().elapsed_s)
+            connections = max(connections, slow.connections - before)
+    with line(server.port, scale.delay_s) as slow, line(server.port, 0.01, rate) as thin:
+        # Both wait for their lines, and have one each.
+        say("sftp get -R, and get of a large file")
+        tree, file = f"get -R config/. {server.top}/got-tree\n", f"get config/firmware {server.top}/got-file\n"
+        (server.top / "got-tree").mkdir()
+        recursive, again = together(
+            lambda: server.sftp(small, tree, port=slow.port).elapsed_s,
+            lambda: server.sftp(large, file, port=thin.port).elapsed_s,
+        )
+        if len(list((server.top / "got-tree").iterdir())) != scale.files:
+            raise BenchError("sftp get -R did not get all files")
+    what = f"an update of {scale.files} small files, {trip_ms:.0f} ms round trip"
+    bench.compare(what, updates, "sftp get -R of the same tree", [recursive], 1 / 8, target="≤ 1/8")
+    bench.limit("connections of such an update", connections, "{:.0f}", 4)
+
+    machine = server.machine(large)
+    machine.update()
+    thrifty, carried = [], 0
+    for number in range(scale.rounds):
+        (server.top / "fleet/hosts" / large / "configuration.nix").write_text(f"# {number + 1}\n")
+        server.bento("populate", large)
+        os.sync()
+        say("an update of one line")
+        with line(server.port, 0.01, rate) as thin:
+            machine.configure(port=thin.port)
+            thrifty.append(machine.update().elapsed_s)
+            carried = thin.carried[1]
+    what = f"an update of one line beside {scale.large_file // MB} MB, 1 MB/s"
+    bench.compare(what, thrifty, f"sftp get of the {scale.large_file // MB} MB", [again], 1 / 20, target="≤ 1/20")
+    bench.note(
+        "The lines",
+        f"round trip {1000 * measured_trip_s:.1f} ms (meant: {trip_ms:.0f}), {measured_rate / MB:.3f} MB/s (meant: 1),"
+        " as an echo finds them; the thin line's round trip is 20 ms",
+        "the build, the activation and nix-env are one `ln` each: what is left of an update is Bento's own part, ssh"
+        " and the disk included",
+        f"a poll takes {statistics.median(polls) * 1000 / trip_ms:.1f} round trips, a bare sftp -b"
+        f" {statistics.median(bare) * 1000 / trip_ms:.1f}, an update {statistics.median(updates) * 1000 / trip_ms:.1f},"
+        f" get -R {recursive * 1000 / trip_ms:.0f}",
+        f"the update of one line got {carried / 1000:.0f} kB from the server",
     )
-    print(f"\npeak memory of populate: {int(done.stderr.split()[-1]) / 1024:.0f} MB\n")
 
 
-def bench_status(top: Path, hosts: int, rounds: int) -> None:
-    fleet, chroot = top / "fleet", top / "chroot"
-    for path in sorted((fleet / "hosts").iterdir())[:hosts]:
-        current = client.parse_current((chroot / path.name / "current.json").read_bytes(), path.name)
-        last = client.Last(current.release, "ok", "", "/nix/store/x", current.published, current.published, 1,
-                           client.log_name(time.time(), current.release, "ok"))  # fmt: skip
-        report = client.Report(path.name, client.VERSION, current.published, "idle", current.release, "/nix/store/x", False, last)
-        (chroot / path.name / "logs/status.json").write_bytes(client.encode(report))
-    status: list[str | Path] = [sys.executable, REPO / "bento.py", "--fleet", fleet, "--chroot-dir", chroot, "status", "--json"]
-    cat: list[str | Path] = ["sh", "-c", 'cat "$1"/*/logs/status.json', "sh", chroot]
-    ours, theirs = alternate(rounds, lambda: measure(status)[0], lambda: measure(cat)[0])
-    row(f"status --json, {hosts} hosts", ours, "cat of the reports", theirs)
+def together(*actions: Callable[[], float]) -> list[float]:
+    """Runs the actions at the same time."""
+    found: dict[int, float | BaseException] = {}
+
+    def work(index: int) -> None:
+        try:
+            found[index] = actions[index]()
+        except BaseException as error:
+            found[index] = error
+
+    threads = [threading.Thread(target=work, args=(index,), daemon=True) for index in range(len(actions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    results = [found[index] for index in range(len(actions))]
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in results if isinstance(result, float)]
 
 
-def bench_poll(top: Path, rounds: int) -> None:
-    """A poll with nothing new, in CPU seconds. Both through the toy's sftp, that is, without ssh."""
-    chroot = top / "chroot/h00000"
-    state = top / "state"
-    settings = {"server": "server", "host": "h00000", "state_dir": str(state), "root": str(top / "root")}
-    (top / "root/run").mkdir(parents=True)
-    (top / "client.json").write_text(json.dumps(settings))
-    env = os.environ | {"PATH": f"{TOY}:{os.environ['PATH']}", "TOY_CHROOT": str(chroot), "TOY_ROOT": str(top / "root")}
-    poll: list[str | Path] = [sys.executable, "-I", REPO / "bento_client.py", "--config", top / "client.json"]
-    measure([*poll, "key"], env=env)
-    current = client.parse_current((chroot / "current.json").read_bytes(), "current.json")
-    last = client.Last(current.release, "ok", "", "/nix/store/x", current.published, current.published, 1,
-                       client.log_name(time.time(), current.release, "ok"))  # fmt: skip
-    (state / "state.json").write_bytes(client.encode(client.State(release=current.release, tried=last, last=last)))
-    report = top / "report"
-    shutil.copy(chroot / "logs/status.json", report)
-    batch = f"get current.json {top}/got\nput {report} logs/.status.json\nrename logs/.status.json logs/status.json\n"
-    sftp: list[str | Path] = ["sftp", "-b", "-", "-C", "server"]
-    ours, theirs = alternate(
-        5 * rounds, lambda: measure([*poll, "run"], env=env)[1], lambda: measure(sftp, env=env, stdin=batch)[1]
-    )
-    row("a poll with nothing new, CPU", ours, "bare sftp -b, CPU", theirs)
-    print(f"\nthat is {1000 * (statistics.median(ours) - statistics.median(theirs)):.0f} ms more\n")
+@dataclass(frozen=True)
+class Poll:
+    """One host's poll: how long until it was served, if it was, and how often it had to knock."""
+
+    served: bool
+    elapsed_s: float
+    knocks: int
+    real: bool = False
 
 
-def main() -> int:
+@dataclass
+class Load:
+    """Polls of many hosts: most are a bare `sftp -b` that knocks again as the client would, some are real clients."""
+
+    server: Server
+    machines: queue.SimpleQueue[Machine]
+    polls: list[Poll] = field(default_factory=list)
+    sshd_s: float = 0.0
+    clients_s: float = 0.0
+    whole_s: float = 0.0
+
+    def bare(self, number: int) -> None:
+        server = self.server
+        host = server.hosts[ACCOUNTS // 2 + number % (ACCOUNTS // 2)]
+        name = f"n{number}"  # several at a time have one account
+        batch = f"get current.json got-{name}\nput report.json logs/.{name}\nrename logs/.{name} logs/{name}\n"
+        started, pause_s, knocks, served = time.monotonic(), 1.0, 0, False
+        while not stopping.is_set():
+            knocks += 1
+            served = server.sftp(host, batch, codes=range(-255, 256)).code == 0
+            if served or time.monotonic() + pause_s > started + PATIENCE_S:
+                break
+            time.sleep(pause_s)
+            pause_s *= 2
+        self.polls.append(Poll(served, time.monotonic() - started, knocks))
+        for left in (server.top / f"got-{name}", server.chroot(host) / "logs" / name):
+            left.unlink(missing_ok=True)
+
+    def real(self, machine: Machine) -> None:
+        started = time.monotonic()
+        try:
+            machine.poll()
+            served = True
+        except BenchError:
+            served = False
+        self.polls.append(Poll(served, time.monotonic() - started, 1, real=True))
+        self.machines.put(machine)
+
+    def run(self, count: int, per_second: float, every: int) -> "Load":
+        """So many polls at that rate; every so many-th of them a real client, if one is at rest."""
+        before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+        sshd_before = self.server.cpu_s()
+        threads = []
+        for number in range(count):
+            time.sleep(max(0.0, began + number / per_second - time.monotonic()))
+            thread = threading.Thread(target=self.bare, args=(number,), daemon=True)
+            if number % every == 0:
+                with suppress(queue.Empty):
+                    thread = threading.Thread(target=self.real, args=(self.machines.get_nowait(),), daemon=True)
+            thread.start()
+            threads.append(thread)
+        for thread in threads:
+            thread.join()
+        self.whole_s = time.monotonic() - began
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        self.clients_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        self.sshd_s = self.server.cpu_s() - sshd_before
+        return self
+
+    def lost(self) -> int:
+        return sum(not poll.served for poll in self.polls)
+
+    def describe(self) -> list[str]:
+        served = [poll for poll in self.polls if poll.served]
+        real = [poll for poll in self.polls if poll.real]
+        again = sum(poll.knocks > 1 for poll in self.polls)
+        lines = [
+            f"{len(self.polls)} sent, {len(served)} served, {self.lost()} lost, in {self.whole_s:.1f} s; {again} had to knock again;"
+            f" {len(real)} of them real clients, {sum(not poll.served for poll in real)} of which lost"
+        ]
+        for name, polls in (("bare sftp -b", [p for p in served if not p.real]), ("real clients", [p for p in served if p.real])):
+            if polls:
+                times = [poll.elapsed_s for poll in polls]
+                lines.append(
+                    f"time until served, {name}: median {format_s(statistics.median(times))}, 95 %"
+                    f" {format_s(percentile(times, 0.95))}, longest {format_s(max(times))}"
+                )
+        each = self.sshd_s / max(1, len(self.polls))
+        lines.append(
+            f"CPU of sshd {1000 * each:.0f} ms a poll, of the clients {1000 * self.clients_s / len(self.polls):.0f} ms, together"
+            f" {(self.sshd_s + self.clients_s) / self.whole_s / (os.cpu_count() or 1):.0%} of this machine"
+        )
+        return lines
+
+
+def bench_load(bench: Bench) -> None:
+    """As many connections a second as 10,000 hosts make, and as many at once as a fleet whose timers are aligned."""
+    scale, server = bench.scale, bench.server()
+    (server.top / "report.json").write_text("{}" * 200)
+    server.start(FLEET)
+    machines: queue.SimpleQueue[Machine] = queue.SimpleQueue()
+    for host in server.hosts[2 : 4 if scale.small else ACCOUNTS // 2]:
+        machine = server.machine(host)
+        machine.update()
+        machines.put(machine)
+    per_second = math.ceil(FLEET / INTERVAL_S - 0.5)
+    count = max(1, int(scale.load_s * per_second))
+
+    def run(count: int, per_second: float, every: int, settings: int | None) -> tuple[Load, str]:
+        startups = server.start(settings)
+        return Load(server, machines).run(count, per_second, every), startups
+
+    def row(what: str, load: Load, startups: str, generated: bool) -> None:
+        """sshd's own settings are what a user has without fleet.nix."""
+        lost = f"{load.lost()} lost"
+        if generated:
+            bench.show(Row(what, lost, f"MaxStartups {startups}, fleet.nix", target="0 lost", good=load.lost() == 0))
+        else:
+            bench.show(Row(what, "", f"MaxStartups {startups}, sshd's own", lost))
+
+    cores = os.cpu_count() or 1
+    for settings in (FLEET, None) if scale.stock_steady else (FLEET,):
+        say(f"{per_second} polls a second")
+        steady, startups = run(count, per_second, per_second, settings)
+        row(f"polls of {FLEET} hosts, {per_second} a second for {scale.load_s:g} s", steady, startups, settings is not None)
+        each = steady.sshd_s / max(1, len(steady.polls))
+        bench.note(
+            f"{per_second} polls a second, as of {FLEET} hosts at an interval of {INTERVAL_S // 60} min, MaxStartups {startups}",
+            *steady.describe(),
+            f"the clients run on the same {cores} cores as sshd; at {1000 * each:.0f} ms a poll, two cores of its own would"
+            f" serve {2 / each:.0f} polls a second: {2 / each * INTERVAL_S:,.0f} hosts",
+        )
+    bursts = []
+    for settings in (scale.burst, None):
+        say(f"{scale.burst} polls at once")
+        load, startups = run(scale.burst, 1e6, max(1, scale.burst // 20), settings)
+        row(f"polls of {scale.burst} hosts, all timers aligned", load, startups, settings is not None)
+        bursts += [f"MaxStartups {startups}:", *(f"  {text}" for text in load.describe())]
+        if settings is not None and load.lost() == 0:
+            rate = len(load.polls) / load.whole_s
+            bursts.append(
+                f"  that is {rate:.0f} a second, with the clients on the same cores; a client gives up after {PATIENCE_S} s,"
+                f" so that {rate * PATIENCE_S:.0f} at once is about what this machine can take"
+            )
+    bench.note(f"{scale.burst} polls at once; who is turned away knocks again after 1, 2, 4, 8 s, as the client does", *bursts)
+
+
+# --- the plot ---
+
+
+@dataclass(frozen=True)
+class Series:
+    name: str
+    unit: str
+    points: list[tuple[int, float]]
+
+    def exponent(self) -> float:
+        """How cost grows from the last point but one to the last: 1 is in proportion."""
+        (n1, s1), (n2, s2) = self.points[-2:]
+        return math.log(s2 / s1) / math.log(n2 / n1)
+
+
+def decades(values: Iterable[float]) -> tuple[int, int]:
+    """The powers of ten around the values."""
+    found = [math.log10(value) for value in values]
+    low, high = math.floor(min(found)), math.ceil(max(found))
+    return low, max(high, low + 1)
+
+
+def plot_text(series: Sequence[Series], width: int = 60, rows_a_decade: int = 4) -> list[str]:
+    left, right = decades(n for each in series for n, _ in each.points)
+    low, high = decades(s for each in series for _, s in each.points)
+    height = (high - low) * rows_a_decade
+    grid = [[" "] * (width + 1) for _ in range(height + 1)]
+
+    def cell(n: float, seconds: float) -> tuple[int, int]:
+        across = (math.log10(n) - left) / (right - left) * width
+        up = (math.log10(seconds) - low) * rows_a_decade
+        return height - round(up), round(across)
+
+    for each in series:
+        for (n1, s1), (n2, s2) in pairwise(each.points):
+            for step in range(width):
+                part = step / width
+                row, column = cell(n1 ** (1 - part) * n2**part, s1 ** (1 - part) * s2**part)
+                if grid[row][column] == " ":
+                    grid[row][column] = "·"
+    for letter, each in zip("abcdefgh", series, strict=False):
+        for n, seconds in each.points:
+            row, column = cell(n, seconds)
+            grid[row][column] = letter if grid[row][column] in " ·" else "*"
+    lines = []
+    for row, cells in enumerate(grid):
+        label = format_decade(high - row // rows_a_decade) + " s" if row % rows_a_decade == 0 else ""
+        lines.append(f"{label:>8} |{''.join(cells).rstrip()}")
+    lines.append(" " * 9 + "+" + "-" * width)
+    ticks = [" "] * (width + 20)
+    for power in range(left, right + 1):
+        text = format_decade(power)
+        at = round((power - left) / (right - left) * width) + 10 - len(text) // 2
+        ticks[at : at + len(text)] = text
+    lines.append("".join(ticks).rstrip() + "   hosts or files")
+    for letter, each in zip("abcdefgh", series, strict=False):
+        points = ", ".join(f"{n}: {format_s(seconds)}" for n, seconds in each.points)
+        lines.append(f"{letter}  {each.name} ({each.unit}: {points}); at the end it grows as n^{each.exponent():.2f}")
+    lines.append("*  two or more of them")
+    return lines
+
+
+def format_decade(power: int) -> str:
+    return f"{10**power:,}" if power >= 0 else f"{10.0**power:.{-power}f}"
+
+
+STYLE = """\
+svg { font: 14px system-ui, sans-serif; background: #fff; color: #222 }
+text { fill: currentColor } .grid { stroke: #ddd } .even { stroke: #888; stroke-dasharray: 5 5 }
+.s0 { --c: #0063a6 } .s1 { --c: #b84a00 } .s2 { --c: #00795a } .s3 { --c: #a3397c }
+polyline { fill: none; stroke: var(--c); stroke-width: 2.5 } circle { fill: var(--c) } text.name { fill: var(--c) }
+@media (prefers-color-scheme: dark) {
+  svg { background: #16181c; color: #ddd } .grid { stroke: #363a42 } .even { stroke: #777 }
+  .s0 { --c: #5cb3f0 } .s1 { --c: #f09a55 } .s2 { --c: #4cc9a0 } .s3 { --c: #e58cc4 }
+}"""
+
+
+def plot_svg(series: Sequence[Series]) -> str:
+    """The plot for a page: 800 wide, light and dark, nothing to load."""
+    left, right = decades(n for each in series for n, _ in each.points)
+    low, high = decades(s for each in series for _, s in each.points)
+    x0, x1, y0, y1 = 70, 590, 40, 410
+
+    def x(n: float) -> float:
+        return x0 + (math.log10(n) - left) / (right - left) * (x1 - x0)
+
+    def y(seconds: float) -> float:
+        return y1 - (math.log10(seconds) - low) / (high - low) * (y1 - y0)
+
+    out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 470" width="800" height="470" role="img">']
+    out += [f"<title>How Bento's cost grows with hosts and files</title><style>{STYLE}</style>"]
+    out.append(f'<text x="{x0}" y="22">Seconds, by the number of hosts or files; both axes logarithmic</text>')
+    for power in range(left, right + 1):
+        out.append(f'<line class="grid" x1="{x(10**power):.1f}" y1="{y0}" x2="{x(10**power):.1f}" y2="{y1}"/>')
+        out.append(f'<text x="{x(10**power):.1f}" y="{y1 + 22}" text-anchor="middle">{format_decade(power)}</text>')
+    for power in range(low, high + 1):
+        out.append(f'<line class="grid" x1="{x0}" y1="{y(10**power):.1f}" x2="{x1}" y2="{y(10**power):.1f}"/>')
+        out.append(f'<text x="{x0 - 8}" y="{y(10**power) + 5:.1f}" text-anchor="end">{format_decade(power)} s</text>')
+    out.append(f'<text x="{(x0 + x1) / 2}" y="{y1 + 46}" text-anchor="middle">hosts (an update: files)</text>')
+    span = min(right - left, high - low)
+    even = f'x1="{x(10**right):.1f}" y1="{y(10**high):.1f}" x2="{x(10.0 ** (right - span)):.1f}" y2="{y(10.0 ** (high - span)):.1f}"'
+    out.append(f'<line class="even" {even}/><text x="{x1 + 12}" y="{y0 + 5}">dashed: in proportion</text>')
+    ends = place_labels([y(each.points[-1][1]) for each in series])
+    for index, (each, at) in enumerate(zip(series, ends, strict=True)):
+        points = " ".join(f"{x(n):.1f},{y(seconds):.1f}" for n, seconds in each.points)
+        out.append(f'<g class="s{index % 4}"><polyline points="{points}"/>')
+        out += [f'<circle cx="{x(n):.1f}" cy="{y(seconds):.1f}" r="4"/>' for n, seconds in each.points]
+        last = format_s(each.points[-1][1])
+        out.append(f'<text class="name" x="{x1 + 12}" y="{at + 5:.1f}">{each.name}, {last}</text></g>')
+    return "\n".join([*out, "</svg>", ""])
+
+
+def place_labels(wanted: Sequence[float], apart: float = 20) -> list[float]:
+    """Heights for labels as near as can be to where they are wanted, from the top, that do not touch."""
+    found = list(wanted)
+    order = sorted(range(len(wanted)), key=wanted.__getitem__)
+    for before, after in pairwise(order):
+        found[after] = max(found[after], found[before] + apart)
+    return found
+
+
+# --- command line ---
+
+SECTIONS: dict[str, Callable[[Bench], None]] = {
+    "start": bench_start,
+    "poll": bench_poll,
+    "populate": bench_populate,
+    "status": bench_status,
+    "growth": bench_growth,
+    "memory": bench_memory,
+    "line": bench_line,
+    "load": bench_load,
+}
+
+
+def make_scale(options: argparse.Namespace) -> Scale:
+    hosts: int = options.hosts or (100 if options.quick else 1000)
+    sizes = {size for size in (10, 100, 1000) if size < hosts} | {hosts} | ({FLEET} if options.full else set())
+    if len(sizes) == 1:
+        sizes.add(2 * hosts)
+    rounds: int = options.rounds or (1 if options.quick else 2)
+    load_s: float = options.load_seconds or (2 if options.quick else 20)
+    burst: int = options.burst or (20 if options.quick else 300)
+    found = Scale(hosts, rounds, tuple(sorted(sizes)), load_s=load_s, burst=burst)
+    if options.full:
+        return replace(found, file_sizes=(10, 100, 1000, 10_000), stock_steady=True)
+    if options.quick:
+        return replace(
+            found, delay_s=0.02, files=20, file_sizes=(10, 100), large_file=2 * MB, heavy=60 * MB, small=True
+        )  # fmt: skip
+    return found
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--hosts", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    for program in ("rsync", "sftp"):
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="everything scaled down: does it run?")
+    size.add_argument("--full", action="store_true", help=f"up to {FLEET} hosts: twenty minutes, 5 GB of disk")
+    parser.add_argument("--hosts", type=int, metavar="N", help="hosts of the fleet (default 1000)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="measurements of what is slow (default 2)")
+    parser.add_argument("--load-seconds", type=float, metavar="S", help="how long the steady load lasts (default 20)")
+    parser.add_argument("--burst", type=int, metavar="N", help="polls at once (default 300)")
+    parser.add_argument("--only", action="append", choices=SECTIONS, metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="write the plot there, too")
+    return parser
+
+
+def stop(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def run_sections(bench: Bench, names: Sequence[str]) -> None:
+    print(f"Medians of {bench.scale.rounds} or more rounds, on {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before.\n")
+    print(HEAD)
+    for name in names:
+        reason = why_no_server() if name in ("line", "load") else None
+        if reason is not None:
+            bench.show(Row(f"{name}: skipped: {reason}", ""))
+            continue
+        SECTIONS[name](bench)
+    print("\n".join(bench.notes))
+    missed = [row.what + (f" (against {row.against})" if row.against else "") for row in bench.rows if row.good is False]
+    told = sum(row.good is not None for row in bench.rows)
+    print("\nMisses its target: " + "; ".join(missed) + "." if missed else f"\nAll {told} targets are met.")
+    if bench.scale.small:
+        print("Everything was scaled down (--quick): the targets are for the real sizes.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    names = [name for name in SECTIONS if options.only is None or name in options.only]
+    if options.svg is not None and "growth" not in names:
+        parser.error("--svg needs the section 'growth'")
+    os.environ["PATH"] += ":/usr/sbin:/sbin"
+    for program in ("rsync", "sftp", "ssh-keygen"):
         if shutil.which(program) is None:
             print(f"bench: error: {program} is missing: install it", file=sys.stderr)
             return 1
-    with tempfile.TemporaryDirectory(prefix="bento-bench-") as name:
-        top = Path(name)
-        make_fleet(top / "fleet", options.hosts)
-        print(f"{options.hosts} hosts of 31 files, medians of {options.rounds} rounds\n")
-        print("| Bento | | against | | ratio |\n| --- | --- | --- | --- | --- |")
-        bench_populate(top, options.rounds)
-        bench_status(top, options.hosts, options.rounds)
-        bench_poll(top, options.rounds)
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        with ExitStack() as stack:
+            top = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bento-bench-", ignore_cleanup_errors=True)))
+            # As for anybody who runs the scripts, modules are compiled once; but into no directory of the repository.
+            os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+            os.environ["PYTHONPYCACHEPREFIX"] = str(top / "pycache")
+            bench = Bench(make_scale(options), top, stack)
+            stack.callback(say, "removing what was made")
+            try:
+                run_sections(bench, names)
+            finally:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                end_live()
+            if options.svg is not None:
+                options.svg.write_text(plot_svg(bench.series))
+                print(f"The plot is in {options.svg}.")
+    except BenchError as error:
+        print(f"bench: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nbench: interrupted; everything that was made is removed", file=sys.stderr)
+        return 130
     return 0
 
 
