@@ -1684,8 +1684,8 @@ def test_offline_after(site: Site) -> None:
     site.host("a")
     site.publish()
     polled_s = time.time() - 3 * 3600
-    times = {"polled": client.format_time(polled_s), "last": last_data(site.current().release)}
-    report = site.write_report(release=site.current().release, **times)
+    release, polled = site.current().release, client.format_time(polled_s)
+    report = site.write_report(polled=polled, release=release, last=last_data(release))
     os.utime(report, (polled_s, polled_s))
     ran = site.run("status")
     assert (ran.code, ran.out.splitlines()[-1]) == (1, "1 host: 1 offline, 1 up-to-date")

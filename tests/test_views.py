@@ -94,12 +94,12 @@ def test_output_is_replaced_whole_and_exit_code_tells(tmp_path: Path, capsys: py
     (host / "configuration.nix").write_text("{ }\n")
     logs = tmp_path / "chroot/t470/logs"
     logs.mkdir(parents=True)
-    report = replace(REPORT, polled=client.format_time(time.time()))
-    bad = replace(report, last=replace(LAST, result="build-failed", reason="no"))
+    good = replace(REPORT, polled=client.format_time(time.time()))
+    bad = replace(good, last=replace(LAST, result="build-failed", reason="no"))
     (tmp_path / "chroot/t470/current.json").write_bytes(client.encode(CURRENT))
     target = tmp_path / "bento.prom"
     arguments = ["--fleet", str(tmp_path), "--chroot-dir", str(tmp_path / "chroot"), "status", "--prometheus"]
-    for report, code, words in ((report, 0, ""), (bad, 1, "bento: error: t470: failing: build-failed: no\n")):
+    for report, code, words in ((good, 0, ""), (bad, 1, "bento: error: t470: failing: build-failed: no\n")):
         (logs / "status.json").write_bytes(client.encode(report))
         assert bento.main([*arguments, "--output", str(target)]) == code
         said = capsys.readouterr()
