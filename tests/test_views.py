@@ -70,11 +70,13 @@ class Page(html.parser.HTMLParser):
         super().__init__()
         self.tags: list[str] = []
         self.links: list[str] = []
+        self.targets: list[str] = []
         self.text = ""
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        self.targets += [value or "" for name, value in attrs if name == "id"]
         self.links += [value or "" for name, value in attrs if name in ("href", "src")]
         assert not any(name.startswith("on") for name, _ in attrs)
 
@@ -88,7 +90,10 @@ def test_page_is_self_contained_and_escapes_what_hosts_say() -> None:
     assert page.tags.count("tr") == 1 + len(ROWS)
     assert "<script>alert(1)</script>" in page.text  # as words
     assert "\x1b" not in page.text and "\u202e" not in page.text
-    assert page.links == [f"file:///home/chroot/{row.host}/logs/" for row in ROWS]
+    filters = ["all", "person", "rolled-back", "new", "up-to-date", "offline"]
+    logs = [f"file:///home/chroot/{row.host}/logs/" for row in ROWS]
+    assert page.links == [*(f"?{word}#{word}" for word in filters), *logs]
+    assert page.targets == filters[1:]
     for text in ("rolled-back", "up-to-date", "needs a person 1", "3 hosts"):
         assert text in page.text
 
