@@ -1,0 +1,45 @@
+"""The benchmark runs: each section prints its rows. What they say is not asserted: machines are noisy."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from toynixos import need, need_root
+
+BENCH = Path(__file__).resolve().parent / "bench.py"
+ROWS = {
+    "start": ["bento_client.py --version, CPU", "bento.py --version, CPU"],
+    "poll": ["a poll with nothing new, loopback, CPU"],
+    "populate": ["populate, everything new, durable", "populate, nothing changed"],
+    "status": ["status --json"],
+    "growth": [],
+    "memory": ["populate, peak memory", "the client's peak memory"],
+    "line": ["a poll with nothing new", "an update of", "connections of such an update", "an update of one line beside"],
+    "load": ["polls of", "all timers aligned"],
+}
+
+
+@pytest.mark.parametrize("section", ROWS)
+def test_bench(section: str, tmp_path: Path) -> None:
+    need("rsync")
+    need("sftp")
+    if section in ("line", "load"):
+        need_root()
+        need("sshd")
+    picture = tmp_path / "growth.svg"
+    small = ["--quick", "--hosts", "5", "--rounds", "1", "--load-seconds", "1", "--burst", "5"]
+    argv: list[str | Path] = [sys.executable, BENCH, *small, "--only", section]
+    argv += ["--svg", picture] if section == "growth" else []
+    before = set(os.listdir("/var/lib"))
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" not in done.stdout
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    for words in ROWS[section]:
+        assert any(words in row for row in rows), done.stdout
+    if section == "growth":
+        assert picture.read_text(encoding="utf-8").startswith("<svg")
+    left = set(os.listdir("/var/lib")) - before
+    assert not any(name.startswith("bento-bench") for name in left), "it cleans up"
