@@ -505,13 +505,16 @@ def read_report(chroot: Path | str, name: str) -> tuple[Report | None, float | N
 
 
 def weigh_logs(logs: int) -> str:
-    """What to say of a host that fills its logs/. Looks at a few more files than a good host has, never at all."""
+    """What to say of a host that fills its logs/. Looks at no more files than it takes to know."""
     size = 0
-    with suppress(FileNotFoundError), os.scandir(logs) as entries:
+    with os.scandir(logs) as entries:
         for count, entry in enumerate(entries, 1):
             if count > MAX_LOG_FILES:
                 return f"logs/ has more than {MAX_LOG_FILES} files: the host fills it"
-            size += entry.stat(follow_symlinks=False).st_size  # a sparse file counts whole: so it does in a backup
+            try:
+                size += entry.stat(follow_symlinks=False).st_size  # a sparse file counts whole: so it does in a backup
+            except FileNotFoundError:
+                continue
             if size > MAX_LOGS_BYTES:
                 return f"logs/ holds more than {MAX_LOGS_BYTES >> 20} MB: the host fills it"
     return ""
@@ -543,7 +546,7 @@ Memory = dict[str, tuple[list[tuple[int, int, int, int]], Found]]
 
 
 def recall_host(chroot: str, name: str, memory: Memory) -> Found:
-    """read_host, if something has changed since. No host can set a ctime."""
+    """read_host, if something has changed since: no host can set a ctime. A log that grew is weighed at the next report."""
     stamps = []
     for path in (f"{chroot}/current.json", f"{chroot}/logs", f"{chroot}/logs/status.json"):
         with suppress(OSError):
