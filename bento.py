@@ -453,7 +453,7 @@ def judge(
     return state, offline, report.needs_reboot, drift
 
 
-def open_logs(chroot: Path) -> int:
+def open_logs(chroot: Path | str) -> int:
     """A descriptor of logs/, which is no link."""
     return os.open(f"{chroot}/logs", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
@@ -479,7 +479,7 @@ def read_untrusted(logs: int, name: str, limit: int, *, end: bool = False) -> tu
         os.close(descriptor)
 
 
-def read_report(chroot: Path, name: str) -> tuple[Report | None, float | None, str]:
+def read_report(chroot: Path | str, name: str) -> tuple[Report | None, float | None, str]:
     """The host's report, when it came, and what is wrong with it or with logs/."""
     try:
         logs = open_logs(chroot)
@@ -505,19 +505,22 @@ def read_report(chroot: Path, name: str) -> tuple[Report | None, float | None, s
 
 
 def weigh_logs(logs: int) -> str:
-    """What to say of a host that fills its logs/. Looks at a few more files than a good host has, never at all."""
+    """What to say of a host that fills its logs/. Looks at no more files than it takes to know."""
     size = 0
-    with suppress(FileNotFoundError), os.scandir(logs) as entries:
+    with os.scandir(logs) as entries:
         for count, entry in enumerate(entries, 1):
             if count > MAX_LOG_FILES:
                 return f"logs/ has more than {MAX_LOG_FILES} files: the host fills it"
-            size += entry.stat(follow_symlinks=False).st_size  # a sparse file counts whole: so it does in a backup
+            try:
+                size += entry.stat(follow_symlinks=False).st_size  # a sparse file counts whole: so it does in a backup
+            except FileNotFoundError:
+                continue
             if size > MAX_LOGS_BYTES:
                 return f"logs/ holds more than {MAX_LOGS_BYTES >> 20} MB: the host fills it"
     return ""
 
 
-def read_published(chroot: Path, name: str) -> Current | None:
+def read_published(chroot: Path | str, name: str) -> Current | None:
     try:
         with open(f"{chroot}/current.json", "rb", buffering=0) as file:
             return client.parse_current(file.read(), f"{chroot}/current.json", name)
@@ -529,7 +532,7 @@ def read_published(chroot: Path, name: str) -> Current | None:
 Found = tuple[Current | None, Report | None, float | None, str]
 
 
-def read_host(chroot: Path, name: str) -> Found:
+def read_host(chroot: str, name: str) -> Found:
     current, problem = None, ""
     try:
         current = read_published(chroot, name)
@@ -542,8 +545,8 @@ def read_host(chroot: Path, name: str) -> Found:
 Memory = dict[str, tuple[list[tuple[int, int, int, int]], Found]]
 
 
-def recall_host(chroot: Path, name: str, memory: Memory) -> Found:
-    """read_host, if something has changed since. No host can set a ctime."""
+def recall_host(chroot: str, name: str, memory: Memory) -> Found:
+    """read_host, if something has changed since: no host can set a ctime. A log that grew is weighed at the next report."""
     stamps = []
     for path in (f"{chroot}/current.json", f"{chroot}/logs", f"{chroot}/logs/status.json"):
         with suppress(OSError):
@@ -717,19 +720,18 @@ PAGE = """\
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
-<meta http-equiv="refresh" content="60">
+<meta http-equiv="refresh" content="{refresh_s}">
 <title>Bento: {title}</title>
 <style>
 :root {{ color-scheme: light dark; --line: #8884; --bad: #c22; --wait: #a60; --good: #282; }}
 @media (prefers-color-scheme: dark) {{ :root {{ --bad: #f77; --wait: #fb5; --good: #7d7; }} }}
 body {{ font: 15px/1.4 system-ui, sans-serif; margin: 1rem auto; max-width: 75rem; padding: 0 .8rem; }}
 h1 {{ font-size: 1.2rem; }}
-label {{ display: inline-block; margin: .15rem .3rem .15rem 0; padding: .1rem .6rem; border: 1px solid var(--line);
-  border-radius: 1rem; cursor: pointer; }}
-input[name=show] {{ position: absolute; opacity: 0; }}
-input:checked + label {{ background: #8883; font-weight: 600; }}
-input:focus-visible + label {{ outline: 2px solid; }}
-table {{ border-collapse: collapse; width: 100%; margin-top: .8rem; }}
+nav a {{ display: inline-block; margin: .15rem .3rem .15rem 0; padding: .1rem .6rem; border: 1px solid var(--line);
+  border-radius: 1rem; color: inherit; text-decoration: none; }}
+nav a:first-child {{ background: #8883; font-weight: 600; }}
+i:target ~ nav a:first-child {{ background: none; font-weight: inherit; }}
+table {{ border-spacing: 0; width: 100%; margin-top: .8rem; }}
 th, td {{ text-align: left; vertical-align: top; padding: .25rem .6rem .25rem 0; border-top: 1px solid var(--line); }}
 td {{ white-space: nowrap; }} td.notes {{ white-space: normal; overflow-wrap: anywhere; }}
 code {{ font-size: .9em; }}
@@ -741,11 +743,14 @@ code {{ font-size: .9em; }}
   td {{ display: inline-block; border: 0; padding: 0 .6rem 0 0; }} td.notes {{ display: block; }}
   td.since {{ display: none; }} td.seen::before {{ content: "seen "; }}
 }}
+.old {{ visibility: hidden; color: var(--bad); animation: old 0s {old_s}s forwards; }}
+@keyframes old {{ to {{ visibility: visible; }} }}
 {filters}
 </style>
+{targets}
 <h1>{title}</h1>
-<p>As of {time} on the server.</p>
-{buttons}
+<p>As of {time} on the server. <span class="old">That was a while ago: reload this page.</span></p>
+<nav>{links}</nav>
 <table>
 <thead><tr><th>Host<th>State<th>Runs<th>Since<th>Seen<th>Notes<th>Logs</thead>
 <tbody>
@@ -757,26 +762,27 @@ code {{ font-size: .9em; }}
 
 
 def format_html(rows: Sequence[Row], now_s: float, logs_url: str) -> str:
-    """One page without scripts; the filter is a row of radio buttons. Every text in it is escaped.
+    """One page without scripts. The filter is the end of its address: links open the page again, with a query, so that
+    a browser that loads it anew does so with the filter. Chromium then does not, hence the word about an old page.
 
-    All of it is ASCII: the same page whatever the encoding of stdout.
+    Every text in it is escaped. All of it is ASCII: the same page whatever the encoding of stdout.
     """
     counts = count_words(rows)
     kinds = [("all", "all", len(rows)), ("person", "needs a person", sum(row.needs_a_person for row in rows))]
     kinds += [(word, word.replace("_", " "), count) for word, count in counts.items() if count]
-    buttons, filters = [], []
-    for word, text, count in kinds:
-        checked = " checked" if word == "all" else ""
-        buttons.append(
-            f'<input type="radio" name="show" id="show-{word}"{checked}><label for="show-{word}">{text} {count}</label>'
-        )
-        if word != "all":
-            filters.append(f"#show-{word}:checked ~ table tbody tr:not(.{word}) {{ display: none; }}")
+    filters = []
+    for word, _, _ in kinds[1:]:
+        filters.append(f'#{word}:target ~ nav a[href$="#{word}"] {{ background: #8883; font-weight: 600; }}')
+        filters.append(f"#{word}:target ~ table tbody tr:not(.{word}) {{ display: none; }}")
+    refresh_s = max(60, len(rows) // 25)  # a browser is at work for seconds on ten thousand
     page = PAGE.format(
+        refresh_s=refresh_s,
+        old_s=2 * refresh_s,
         title=f"{len(rows)} hosts, {kinds[1][2]} for a person to look at",
         time=format_time(now_s),
         filters="\n".join(filters),
-        buttons="\n".join(buttons),
+        targets="".join(f'<i id="{word}"></i>' for word, _, _ in kinds[1:]),
+        links="\n".join(f'<a href="?{word}#{word}">{text} {count}</a>' for word, text, count in kinds),
         rows="\n".join(html_row(row, now_s, logs_url) for row in rows),
     )
     return page.encode("ascii", "xmlcharrefreplace").decode()
@@ -1497,7 +1503,7 @@ def gather(
     hosts, errors = find_hosts(fleet, wanted)
     rows = []
     for name in hosts:
-        chroot = fleet.chroot(name)
+        chroot = f"{fleet.chroot_dir}/{name}"  # a Path takes its time, ten thousand times
         found = read_host(chroot, name) if memory is None else recall_host(chroot, name, memory)
         rows.append(make_row(name, found, now_s, offline_after_s))
     return sort_rows(rows), errors

@@ -10,7 +10,8 @@ that both sides share: `current.json`, the report, names and times. `bento.py` i
 Files, all below the state directory (/var/lib/bento, mode 0700):
   config/         the files of the release last fetched      result         what was last built from them
   state.json      what this machine runs and last tried      pending.json   journal of an activation under way
-  outbox/         logs not yet delivered                     deploy.log     log of the deployment under way
+  waiting.json    journal of a system that waits for a boot  deploy.log     log of the deployment under way
+  outbox/         logs not yet delivered
   partial/        a download under way, to be resumed        lock           held while a run is at work
   id_ed25519      the machine's SSH identity                 known_hosts    the server's keys
 
@@ -183,7 +184,7 @@ class Report:
 
 @dataclass(frozen=True)
 class State:
-    """`state.json`. `release` and `system` were proven together; `previous` is the system before them.
+    """`state.json`. `release` and `system` were proven together; `previous` are the two before them.
 
     `unpacked` is the release in config/, `tried` the last attempt at a release (`last` may be a later failure to
     read `current.json`), `interruptions` how often that release was cut short, `published` its publication,
@@ -193,6 +194,7 @@ class State:
     release: str | None = None
     system: str | None = None
     previous: str | None = None
+    previous_release: str | None = None
     published: str | None = None
     unpacked: str | None = None
     rebooted: str | None = None
@@ -203,7 +205,11 @@ class State:
 
 @dataclass(frozen=True)
 class Pending:
-    """`pending.json`, the journal. `old` and `profile` are where to go back to, `deadline_s` is on CLOCK_BOOTTIME."""
+    """`pending.json`, the journal. `deadline_s` is on CLOCK_BOOTTIME.
+
+    Where to go back to: `old` is what ran, `profile` what would have been booted. They differ while a system waits
+    for its first boot, and that one has a journal of its own in `waiting.json`.
+    """
 
     release: str
     published: str
@@ -392,6 +398,7 @@ def parse_state(raw: bytes, what: str) -> State:
         release=take(data, "release", RELEASE_ID, what, null=True),
         system=take(data, "system", STORE_PATH, what, null=True),
         previous=take(data, "previous", STORE_PATH, what, null=True),
+        previous_release=take(data, "previous_release", RELEASE_ID, what, null=True),
         published=take(data, "published", TIME, what, null=True),
         unpacked=take(data, "unpacked", RELEASE_ID, what, null=True),
         rebooted=take(data, "rebooted", STORE_PATH, what, null=True),
@@ -613,14 +620,27 @@ def read_journal(path: Path, parse: Callable[[bytes, str], T], log: Log) -> T | 
 
 @contextmanager
 def scratch(settings: Settings) -> Iterator[str]:
-    """A directory of this process in the state directory, as sftp sees it: relative, nothing to quote."""
+    """A directory of this process in the state directory, as sftp sees it: relative, nothing to quote.
+
+    On a full disk it is in /run: a machine must find its way back then, too.
+    """
     name = f".tmp-{os.getpid()}-{os.urandom(3).hex()}"  # a probe in the middle of a run has one of its own
-    settings.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    (settings.state / name).mkdir(mode=0o700)
+    try:
+        settings.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (settings.state / name).mkdir(mode=0o700)
+    except OSError:
+        name = str(settings.system_path(f"/run/bento{name}"))
+        os.mkdir(name, 0o700)
     try:
         yield name
     finally:
         remove(settings.state / name)
+
+
+def name_holder(settings: Settings, text: str) -> None:
+    """Writes into the lock file who holds it. It goes without on a full disk."""
+    with suppress(OSError):
+        (settings.state / "lock").write_text(f"{text}\n")
 
 
 @contextmanager
@@ -633,9 +653,7 @@ def lock(settings: Settings) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        name_holder(settings, str(os.getpid()))
         yield True
 
 
@@ -887,7 +905,9 @@ class Sftp:
 
     def put(self, local: str, name: str) -> None:
         """Uploads into logs/: under a name that no reader takes, then renamed."""
-        self.do(f"put {local} logs/.{name}")
+        # It gives no sign of life before its end: then slow is a kilobyte a second.
+        limit_s = STALL_S + (self.directory / local).stat().st_size / 1000
+        self.do(f"put {local} logs/.{name}", limit_s)
         self.do(f"rename logs/.{name} logs/{name}")
 
     def kill(self) -> None:
@@ -996,21 +1016,34 @@ def boot_parts(system: str) -> list[str | None]:
     return [os.path.realpath(link) if link.is_symlink() or link.exists() else None for link in links]
 
 
-def needs_reboot(settings: Settings) -> bool:
-    """Whether a boot would give another kernel, initrd or modules than now, or a system that could not go live."""
-    booted = settings.system_path("/run/booted-system")
-    profile = profile_path(settings)
-    if (
-        booted.exists()
-        and profile.exists()
-        and boot_parts(os.path.realpath(booted)) != boot_parts(str(profile.resolve()))
-    ):
-        return True
-    try:
-        pending = parse_pending((settings.state / "pending.json").read_bytes(), "pending.json")
-    except (FileNotFoundError, BentoError):
+def has_new_kernel(settings: Settings) -> bool:
+    """Whether a boot would give another kernel, initrd or modules than now."""
+    booted, profile = settings.system_path("/run/booted-system"), profile_path(settings)
+    if not (booted.exists() and profile.exists()):
         return False
-    return pending.step == Step.REBOOTING and pending.boot_id == boot_id(settings)
+    return boot_parts(os.path.realpath(booted)) != boot_parts(profile_system(settings))
+
+
+def needs_reboot(settings: Settings) -> bool:
+    """Whether a boot would give another kernel, or a system that could not go live."""
+    return has_new_kernel(settings) or waiting_for_boot(settings) is not None
+
+
+def waiting_for_boot(settings: Settings) -> Pending | None:
+    """The journal of a boot default that this boot has not proven."""
+    for name in ("pending.json", "waiting.json"):
+        with suppress(FileNotFoundError, BentoError):
+            found = parse_pending((settings.state / name).read_bytes(), name)
+            if found.step == Step.REBOOTING and found.boot_id == boot_id(settings):
+                return found
+    return None
+
+
+def boots_as_now(settings: Settings, system: str) -> str:
+    """The system, if it has the kernel that is proven because it runs; else the one that was booted."""
+    booted = settings.system_path("/run/booted-system")
+    same = not booted.exists() or boot_parts(os.path.realpath(booted)) == boot_parts(system)
+    return system if same else os.path.realpath(booted)
 
 
 def can_go_live(settings: Settings, new: str) -> bool:
@@ -1070,6 +1103,15 @@ def stop_switch(settings: Settings, token: str) -> None:
         run(["systemctl", "stop", f"bento-switch-{token}-*.service"], check=False, timeout=60)
 
 
+def wait_for_switch(settings: Settings, token: str) -> None:
+    """Lets what a client that is gone started come to its end: a boot loader is not to be left half written."""
+    give_up = time.monotonic() + settings.activation_timeout
+    while has_systemd(settings) and time.monotonic() < give_up:
+        if run(["systemctl", "is-active", "--quiet", f"bento-switch-{token}-*"], check=False, timeout=30).code != 0:
+            return
+        time.sleep(0.5)
+
+
 # --- reports ---
 
 
@@ -1108,7 +1150,7 @@ def report(
     settings: Settings, log: Log, state: State, directory: str, session: Sftp | None = None, phase: Phase = Phase.IDLE
 ) -> None:
     """Delivers over the open connection if that still works, else over a new one; else it waits in the outbox."""
-    with suppress(BentoError):
+    with suppress(BentoError, OSError):
         if session is not None:
             deliver(session, settings, state, directory, phase)
             return
@@ -1121,7 +1163,7 @@ def report(
                 return
             finally:
                 session.close()
-        except BentoError as error:
+        except (BentoError, OSError) as error:
             failures.append(str(error))
     log.say(f"report kept for the next run: {'; '.join(failures)}")
 
@@ -1153,8 +1195,13 @@ def record(
     published: str,
     started: str,
     attempt: int,
+    *,
+    aside: bool = False,
 ) -> State:
-    """Writes down how an attempt ended: its log into the outbox, the rest into state.json."""
+    """Writes down how an attempt ended: its log into the outbox, the rest into state.json.
+
+    `aside`: it was about an older release, that waited for a boot; the newest one's result still counts.
+    """
     log.say(
         ("" if outcome.result == Result.OK else "error: ") + ": ".join(filter(None, (outcome.result, outcome.reason)))
     )
@@ -1170,14 +1217,20 @@ def record(
         attempt=attempt,
         log=name,
     )
-    state = replace(state, last=last)
-    if release is not None:
+    state = replace(state, last=state.tried if aside and outcome.result == Result.OK else last)
+    if release is not None and not aside:
         before = state.interruptions if state.tried is not None and state.tried.release == release else 0
         interruptions = before + (outcome.result == Result.INTERRUPTED)
         state = replace(state, tried=last, interruptions=interruptions, published=published)
-    if outcome.result == Result.OK and outcome.system is not None:
-        previous = state.previous if outcome.system == state.system else state.system
-        state = replace(state, release=release, system=outcome.system, previous=previous)
+    if outcome.result in (Result.POSTPONED, Result.INTERRUPTED):
+        state = replace(state, rebooted=None)
+    running = running_system(settings)
+    if outcome.result == Result.OK and outcome.system == running:
+        if state.system != running:
+            state = replace(state, previous=state.system, previous_release=state.release)
+        state = replace(state, release=release, system=running)
+    elif state.previous == running != state.system:  # back again
+        state = replace(state, release=state.previous_release, system=running, previous=None, previous_release=None)
     outbox = settings.state / "outbox"
     outbox.mkdir(mode=0o700, exist_ok=True)
     try:
@@ -1202,11 +1255,7 @@ def fetch(session: Sftp, settings: Settings, current: Current, *, thrifty: bool)
         raise BentoError(
             f"release {current.release[:12]} has {current.size} bytes, more than the limit of {MAX_RELEASE_BYTES}"
         )
-    free = shutil.disk_usage(settings.state).free
-    if free < 2 * current.size + MIN_FREE_BYTES:
-        raise BentoError(
-            f"{settings.state}: {free} bytes free, {2 * current.size + MIN_FREE_BYTES} needed: free some space"
-        )
+    remove(settings.state / "config.new")
     partial = settings.state / "partial"
     partial.mkdir(mode=0o700, exist_ok=True)
     name = f"{current.release}.tar"
@@ -1214,6 +1263,10 @@ def fetch(session: Sftp, settings: Settings, current: Current, *, thrifty: bool)
     for left in partial.iterdir():
         if left.stat().st_size > wanted.get(left.name, -1):
             left.unlink()
+    here = sum(left.stat().st_size for left in partial.iterdir())
+    free, needed = shutil.disk_usage(settings.state).free, 2 * current.size + MIN_FREE_BYTES - here
+    if free < needed:
+        raise BentoError(f"{settings.state}: {free} bytes free, {needed} needed: free some space")
     try:
         if thrifty:
             join_parts(session, settings, current, partial / name)
@@ -1324,6 +1377,15 @@ def unpack(tar_path: Path, target: Path) -> None:
         ) from None
 
 
+def is_untouched(tree: Path) -> bool:
+    """Whether an unpacked tree is as it was unpacked: a build that was killed may have left a flake.lock in it."""
+    return tree.is_dir() and all(
+        int(os.lstat(os.path.join(top, name)).st_mtime) == 1
+        for top, directories, files in os.walk(tree)
+        for name in (*directories, *files)
+    )
+
+
 def adopt(settings: Settings, state: State, release: str) -> State:
     """Makes config.new the new config/. In between there is none that counts: state.json names what config/ holds."""
     os.sync()
@@ -1381,6 +1443,26 @@ def build(settings: Settings, log: Log) -> str:
 # --- activation ---
 
 
+@contextmanager
+def best_effort(log: Log) -> Iterator[None]:
+    """For what must not keep a machine from going back to its old system: a full disk, a watchdog that cannot start."""
+    try:
+        yield
+    except (OSError, BentoError) as error:
+        log.say(f"going on without: {error}")
+
+
+def keep_from_collection(settings: Settings, log: Log, system: str) -> None:
+    """A garbage collection root for the system that a boot may have to lead back to."""
+    link = settings.system_path("/nix/var/nix/gcroots/bento-way-back")
+    aside = link.with_name(f".{link.name}.new")
+    with best_effort(log):
+        link.parent.mkdir(parents=True, exist_ok=True)
+        remove(aside)
+        aside.symlink_to(system)
+        os.rename(aside, link)
+
+
 def save_pending(settings: Settings, pending: Pending) -> None:
     write_atomic(settings.state / "pending.json", encode(pending))
 
@@ -1393,6 +1475,14 @@ def clear_pending(settings: Settings) -> None:
     """The end of an activation, whichever way it went: a watchdog that comes late finds no journal."""
     remove(settings.state / "pending.json")
     sync_directory(settings.state)
+
+
+def forget(settings: Settings, log: Log, pending: Pending) -> None:
+    """Ends the journal of a deployment that came to nothing, if it is ours."""
+    left = load_pending(settings, log)
+    if left is not None and left.token == pending.token:
+        clear_pending(settings)
+        disarm(settings, left)
 
 
 def arm(settings: Settings, pending: Pending, limit_s: float) -> Pending:
@@ -1496,18 +1586,25 @@ def health_checks(settings: Settings, system: str) -> tuple[str, ...]:
     return tuple(map(str, asked)) if isinstance(asked, list) else settings.health_checks
 
 
-def check_health(settings: Settings, log: Log, system: str, limit_s: float) -> str | None:
+def how_ended(code: int | None) -> str:
+    return "no end in time" if code is None else f"exit {code}"
+
+
+def check_health(settings: Settings, log: Log, system: str, give_up: float) -> str | None:
+    """`give_up`: when time is up for all checks together, on the monotonic clock."""
     if (
         has_systemd(settings)
         and run(["systemctl", "is-active", "--quiet", "bento.timer"], check=False, timeout=30).code != 0
     ):
         return "bento.timer is not active in the new system"
     for command in health_checks(settings, system):
+        left_s = give_up - time.monotonic()
+        if left_s <= 0:
+            return f"no time was left for the health check: {one_line(command, 100)}"
         with log.output() as out:
-            code = run(["sh", "-c", command], check=False, output=out, timeout=limit_s).code
+            code = run(["sh", "-c", command], check=False, output=out, timeout=left_s).code
         if code != 0:
-            how = "did not end in time" if code is None else f"exit {code}"
-            return f"health check failed ({how}): {one_line(command, 100)}"
+            return f"health check failed ({how_ended(code)}): {one_line(command, 100)}"
     return None
 
 
@@ -1517,9 +1614,8 @@ def prove(settings: Settings, log: Log, system: str) -> str | None:
     log.say(f"proof: {system}/sw/bin/bento-client probe, for at most {settings.confirm_timeout} s")
 
     def check() -> str | None:
-        left_s = max(give_up - time.monotonic(), 1.0)
-        failure = probe_system(settings, log, system, left_s)
-        return f"new system: {failure}" if failure is not None else check_health(settings, log, system, left_s)
+        failure = probe_system(settings, log, system, max(give_up - time.monotonic(), 1.0))
+        return f"new system: {failure}" if failure is not None else check_health(settings, log, system, give_up)
 
     return until_confirm_timeout(settings, check)
 
@@ -1534,10 +1630,6 @@ def commit(settings: Settings, log: Log, pending: Pending) -> str | None:
     return None if code == 0 else f"the boot loader could not be written ({how_ended(code)}): {last_words(log)}"
 
 
-def how_ended(code: int | None) -> str:
-    return "no end in time" if code is None else f"exit {code}"
-
-
 def last_words(log: Log) -> str:
     """The last line that a program, not Bento, wrote to the log; its last error message if there is one."""
     said = [line for line in log.tail(8192).splitlines() if line.strip() and " bento: " not in line]
@@ -1545,18 +1637,19 @@ def last_words(log: Log) -> str:
     return one_line((errors or said or ["no output"])[-1])
 
 
-def restore_profile(settings: Settings, log: Log, pending: Pending) -> None:
-    """Takes back a commit, whole or cut short, so that the machine boots what it booted before."""
+def restore_profile(settings: Settings, log: Log, pending: Pending) -> bool:
+    """Takes back a commit, whole or cut short, so that the machine boots what it booted before; whether it will."""
     try:
         if profile_system(settings) != pending.profile:
             set_profile(settings, log, pending.profile)
         code = switch(settings, log, pending.profile, "boot", pending.token)
-        if code != 0:
-            log.say(
-                f"the boot loader could not be written for the old system ({how_ended(code)}); it may still boot the new one"
-            )
     except BentoError as error:
         log.say(f"the system profile still names the new system: {error}")
+        return False
+    if code != 0:
+        log.say(f"the boot loader could not be written for the old system ({how_ended(code)})")
+    # A boot loader that could not be written in a commit can hardly be written now, and need not be.
+    return code == 0 or pending.step == Step.COMMITTING
 
 
 def roll_back(settings: Settings, log: Log, pending: Pending, outcome: Outcome) -> Outcome:
@@ -1567,20 +1660,26 @@ def roll_back(settings: Settings, log: Log, pending: Pending, outcome: Outcome) 
     """
     log.say(f"going back to {pending.old}: {outcome.reason}")
     stop_switch(settings, pending.token)
+    restored = True
     if pending.step in (Step.COMMITTING, Step.REBOOTING, Step.REVERTING) or profile_system(settings) != pending.profile:
-        restore_profile(settings, log, pending)
+        restored = restore_profile(settings, log, pending)
     rebooted = pending.boot_id != boot_id(settings)
     pending = replace(pending, verdict=outcome.result, reason=one_line(outcome.reason))
     with best_effort(log):
-        pending = advance(settings, pending, Step.ROLLING_BACK, settings.activation_timeout + settings.confirm_timeout)
-    if rebooted and running_system(settings) == pending.new and not can_go_live(settings, pending.old):
-        # Its kernel goes on until then, so nothing that is tried now tells whose fault it was.
-        return Outcome(Result.INTERRUPTED, f"{outcome.reason}; the old system takes effect at the next reboot")
-    if not rebooted or running_system(settings) == pending.new:
+        limit_s = settings.activation_timeout + settings.confirm_timeout
+        pending = advance(settings, pending, Step.ROLLING_BACK if restored else Step(pending.step), limit_s)
+    # After a boot its kernel goes on until the next, so nothing that is tried now tells whose fault it was.
+    stays = rebooted and running_system(settings) == pending.new and not can_go_live(settings, pending.old)
+    if not stays and (not rebooted or running_system(settings) == pending.new):
         code = switch(settings, log, pending.old, "test", pending.token)
         if code not in (0, 4) and running_system(settings) != pending.old:
             reason = f"{outcome.reason}; and going back to {pending.old} failed ({how_ended(code)}: {last_words(log)})"
             return Outcome(Result.ROLLBACK_FAILED, f"{reason}: tried again at the next run")
+    if not restored:
+        reason = f"{outcome.reason}; and the boot default could not be set back to {pending.profile}"
+        return Outcome(Result.ROLLBACK_FAILED, f"{reason}: tried again at the next run")
+    if stays:
+        return Outcome(Result.INTERRUPTED, f"{outcome.reason}; the old system takes effect at the next reboot")
     if outcome.result == Result.ROLLED_BACK:
         failure = until_confirm_timeout(settings, lambda: can_reach(settings, log, pending.old))
         if failure is not None and os.path.realpath(settings.system_path("/run/booted-system")) == pending.new:
@@ -1589,15 +1688,6 @@ def roll_back(settings: Settings, log: Log, pending: Pending, outcome: Outcome) 
             reason = f"{outcome.reason}; nor can the old one: not the release's fault, tried again later"
             return Outcome(Result.POSTPONED, reason, unreachable=True)
     return outcome
-
-
-@contextmanager
-def best_effort(log: Log) -> Iterator[None]:
-    """For what must not keep a machine from going back to its old system: a full disk, a watchdog that cannot start."""
-    try:
-        yield
-    except (OSError, BentoError) as error:
-        log.say(f"going on without: {error}")
 
 
 def take_over(settings: Settings, log: Log, pending: Pending) -> Outcome:
@@ -1618,12 +1708,15 @@ def take_over(settings: Settings, log: Log, pending: Pending) -> Outcome:
         failure = prove(settings, log, pending.new)
         if failure is not None:
             return roll_back(settings, log, pending, Outcome(Result.ROLLED_BACK, failure))
-    pending = advance(settings, pending, Step.COMMITTING, settings.activation_timeout)
+    pending = advance(settings, pending, Step.COMMITTING, 2 * settings.activation_timeout)
     trouble = commit(settings, log, pending)
     if trouble is not None:
         return roll_back(settings, log, pending, Outcome(Result.POSTPONED, trouble))
     if not live:
-        save_pending(settings, replace(pending, step=Step.REBOOTING))
+        back = boots_as_now(settings, pending.old)
+        save_pending(settings, replace(pending, step=Step.REBOOTING, old=back, profile=back))
+        remove(settings.state / "waiting.json")
+        keep_from_collection(settings, log, back)
         note = "it cannot go live: it takes effect at the next reboot, and is proven then"
     return Outcome(Result.OK, note, pending.new)
 
@@ -1652,6 +1745,26 @@ def traceback_text() -> str:
     return traceback.format_exc()
 
 
+def expect_boot(settings: Settings, log: Log, state: State) -> None:
+    """A boot default that was proven on another kernel gets a journal, which outlives any reboot, whoever asks for it:
+    the first run after it proves the system again, or leads back to the one that is booted now.
+    """
+    path, new = settings.state / "waiting.json", profile_system(settings)
+    waiting = read_journal(path, parse_pending, log)
+    if waiting is not None and waiting.new != new:
+        remove(path)
+        waiting = None
+    if waiting is None and state.system == new and state.release is not None and has_new_kernel(settings):
+        booted = os.path.realpath(settings.system_path("/run/booted-system"))
+        waiting = Pending(
+            release=state.release, published=state.published or format_time(0), old=booted, new=new, profile=booted,
+            step=Step.REBOOTING, boot_id=boot_id(settings), token=os.urandom(4).hex(),
+            started=format_time(time.time()), attempt=1,
+        )  # fmt: skip
+        write_atomic(path, encode(waiting))
+        keep_from_collection(settings, log, booted)
+
+
 def finish(
     settings: Settings,
     log: Log,
@@ -1664,7 +1777,12 @@ def finish(
     """Writes the end of a deployment down, and only then forgets that it was under way; reports it, and only then lets
     its watchdog go: a client may hang in its report too.
     """
-    state = record(settings, log, state, outcome, pending.release, pending.published, pending.started, pending.attempt)
+    booted = pending.step in (Step.REBOOTING, Step.REVERTING)
+    aside = booted and state.tried is not None and state.tried.release != pending.release
+    state = record(
+        settings, log, state, outcome, pending.release, pending.published, pending.started, pending.attempt, aside=aside
+    )
+    expect_boot(settings, log, state)
     left = load_pending(settings, log)
     ours = left is not None and left.token == pending.token and outcome.result != Result.ROLLBACK_FAILED
     if ours and left is not None and (left.step != Step.REBOOTING or left.boot_id != boot_id(settings)):
@@ -1680,26 +1798,48 @@ def finish(
 # --- recovery ---
 
 
+def load_journal(settings: Settings, log: Log) -> Pending | None:
+    """What an earlier run left to be settled: its activation, else a system that waited for the boot that came."""
+    pending = load_pending(settings, log)
+    if pending is not None:
+        return pending
+    path = settings.state / "waiting.json"
+    waiting = read_journal(path, parse_pending, log)
+    if waiting is None or waiting.boot_id == boot_id(settings):
+        return None
+    os.replace(path, settings.state / "pending.json")
+    sync_directory(settings.state)
+    return waiting
+
+
 def recover(settings: Settings, log: Log, pending: Pending) -> Outcome | None:
-    """Settles an activation that an earlier run could not. None: it waits for a reboot, or has just asked for one."""
-    reached_new = running_system(settings) == pending.new
+    """Settles an activation that an earlier run could not. None: there is nothing to report, or nothing yet."""
+    running = running_system(settings)
     if pending.step == Step.BUILDING:
         log.say("an update was cut short before it changed anything: starting over")
-        clear_pending(settings)
-        disarm(settings, pending)
+        forget(settings, log, pending)
         return None
     if pending.boot_id == boot_id(settings):
-        if pending.step in (Step.REBOOTING, Step.REVERTING):
+        if pending.step == Step.REBOOTING:
+            return None
+        if pending.step == Step.REVERTING:
+            run(["systemctl", "reboot"], timeout=60)
             return None
         log.say(f"an activation was cut short while {pending.step}")
-        if pending.step == Step.COMMITTING and reached_new:
+        wait_for_switch(settings, pending.token)
+        if pending.step == Step.COMMITTING and running == pending.new and not pending.verdict:
             return complete(settings, log, pending)
         return roll_back(settings, log, pending, verdict(pending, f"the client was ended while {pending.step}"))
     log.say(f"the machine was restarted while {pending.step}")
-    if pending.step == Step.ROLLING_BACK or not reached_new:
-        if pending.step == Step.REBOOTING:
-            return roll_back(settings, log, pending, Outcome(Result.ROLLED_BACK, "the machine did not start into it"))
-        return roll_back(settings, log, pending, verdict(pending, f"the machine was restarted while {pending.step}"))
+    if running not in (pending.old, pending.new, pending.profile):
+        log.say(f"it runs {running}, which is none of ours: left as it is")
+        forget(settings, log, pending)
+        return None
+    if pending.step == Step.ROLLING_BACK or running != pending.new:
+        outcome = verdict(pending, f"the machine was restarted while {pending.step}")
+        if pending.step == Step.REBOOTING and not pending.verdict:
+            outcome = Outcome(Result.ROLLED_BACK, "the machine did not start into it")
+        return roll_back(settings, log, pending, outcome)
     with best_effort(log):
         pending = arm(settings, pending, settings.confirm_timeout + settings.activation_timeout + WATCHDOG_MARGIN_S)
         save_pending(settings, pending)
@@ -1718,6 +1858,8 @@ def verdict(pending: Pending, reason: str) -> Outcome:
 
 def complete(settings: Settings, log: Log, pending: Pending) -> Outcome:
     """The new system proved itself: makes sure that it is the boot default."""
+    if pending.step == Step.REBOOTING and profile_system(settings) == pending.new:
+        return Outcome(Result.OK, "", pending.new)
     trouble = commit(settings, log, pending)
     if trouble is not None:
         return roll_back(settings, log, pending, Outcome(Result.POSTPONED, trouble))
@@ -1729,7 +1871,9 @@ def revert(settings: Settings, log: Log, pending: Pending, reason: str) -> Outco
     if settings.reboot == "never" or not has_systemd(settings):
         return roll_back(settings, log, pending, Outcome(Result.ROLLED_BACK, reason))
     log.say(f"going back to {pending.old} through a reboot: {reason}")
-    restore_profile(settings, log, pending)
+    if not restore_profile(settings, log, pending):
+        reason = f"{reason}; and the boot default could not be set back to {pending.profile}"
+        return Outcome(Result.ROLLBACK_FAILED, f"{reason}: tried again at the next run")
     save_pending(
         settings,
         replace(
@@ -1742,31 +1886,26 @@ def revert(settings: Settings, log: Log, pending: Pending, reason: str) -> Outco
 
 def reboot_if_due(settings: Settings, log: Log, state: State, directory: str) -> None:
     """Reboots into the profile's kernel, when that is wanted, allowed now, and was not tried for it before."""
-    new = profile_system(settings)
-    now = time.localtime()
+    expect_boot(settings, log, state)
+    new, now = profile_system(settings), time.localtime()
     if not needs_reboot(settings) or state.rebooted == new or not may_reboot(settings.reboot, now.tm_hour, now.tm_min):
         return
     if not has_systemd(settings):
         log.say("a reboot is due, but systemd does not run here")
         return
-    pending = load_pending(settings, log)
-    if pending is None:
-        booted = os.path.realpath(settings.system_path("/run/booted-system"))
-        tried = state.tried
-        if tried is None or tried.release is None or state.system != new:
-            log.say("a reboot is due, but not into a system that Bento proved: left to a person")
-            return
-        pending = Pending(
-            release=tried.release, published=state.published or format_time(0), old=booted, new=new, profile=booted,
-            step=Step.REBOOTING, boot_id=boot_id(settings), token=os.urandom(4).hex(),
-            started=format_time(time.time()), attempt=tried.attempt,
-        )  # fmt: skip
-        save_pending(settings, pending)
-    state = replace(state, rebooted=new)
-    save_state(settings, state)
+    waiting = waiting_for_boot(settings)
+    if waiting is None:
+        log.say("a reboot is due, but not into a system that Bento proved: left to a person")
+        return
+    save_pending(settings, waiting)
+    save_state(settings, replace(state, rebooted=new))
     log.say(f"rebooting into {new}")
     report(settings, log, state, directory, phase=Phase.ACTIVATING)
-    run(["systemctl", "reboot"], timeout=60)
+    try:
+        run(["systemctl", "reboot"], timeout=60)
+    except BentoError:
+        save_state(settings, state)  # it is to be asked for again
+        raise
 
 
 # --- commands ---
@@ -1790,6 +1929,9 @@ def update(settings: Settings, log: Log, state: State, directory: str, *, force:
         action, why = decide(current, state, time.time(), force=force, replica=len(settings.server) > 1)
         if action == Action.NOTHING:
             print(why)
+            if state.last is not None and state.last.release is None:  # the server's files are in order again
+                state = replace(state, last=state.tried)
+                save_state(settings, state)
             deliver(session, settings, state, directory)
             return 0
         log.kept = True
@@ -1803,7 +1945,7 @@ def update(settings: Settings, log: Log, state: State, directory: str, *, force:
                 log.say(f"report kept for the next run: {error}")
                 session.close()
                 session, _ = poll(settings, directory, log)
-            if action == Action.FETCH or not (settings.state / "config").is_dir():
+            if action == Action.FETCH or not is_untouched(settings.state / "config"):
                 # What failed once is fetched whole: the fault may lie in the parts.
                 fetch(session, settings, current, thrifty=pending.attempt == 1)
                 state = adopt(settings, state, current.release)
@@ -1828,6 +1970,9 @@ def start_journal(settings: Settings, log: Log, state: State, current: Current) 
     tried = state.tried
     running = running_system(settings)
     left = load_pending(settings, log)
+    if left is not None and left.step == Step.REBOOTING:
+        os.replace(settings.state / "pending.json", settings.state / "waiting.json")
+        left = None
     # After a roll back that failed the machine runs something in between: the way back leads further back.
     old = left.old if left is not None and left.step == Step.ROLLING_BACK else running
     pending = Pending(
@@ -1843,19 +1988,13 @@ def start_journal(settings: Settings, log: Log, state: State, current: Current) 
         attempt=tried.attempt + 1 if tried is not None and tried.release == current.release else 1,
     )
     # The lock says whose work it guards, for a watchdog that finds the journal gone and its client still there.
-    (settings.state / "lock").write_text(f"{os.getpid()} {pending.token}\n")
-    if left is None:
-        with best_effort(log):
+    name_holder(settings, f"{os.getpid()} {pending.token}")
+    with best_effort(log):
+        if left is None:
             pending = advance(settings, pending, Step.BUILDING, settings.build_timeout)
+        else:  # its watchdog would come in the middle of the release that may mend things
+            save_pending(settings, arm(settings, left, settings.build_timeout + WATCHDOG_MARGIN_S))
     return pending
-
-
-def forget(settings: Settings, log: Log, pending: Pending) -> None:
-    """Ends the journal of a deployment that came to nothing, if it is ours."""
-    left = load_pending(settings, log)
-    if left is not None and left.token == pending.token:
-        clear_pending(settings)
-        disarm(settings, left)
 
 
 def deploy(
@@ -1922,12 +2061,11 @@ def command_run(settings: Settings, *, force: bool) -> int:
             return 0
         log, state = begin(settings)
         with scratch(settings) as directory:
-            pending = load_pending(settings, log)
-            if pending is not None:
-                outcome = recover(settings, log, pending)
-                if outcome is not None:
+            for _ in range(2):  # an activation, and then a system that waited for the boot that ended it
+                pending = load_journal(settings, log)
+                if pending is not None and (outcome := recover(settings, log, pending)) is not None:
                     state = finish(settings, log, state, directory, pending, outcome)
-                elif (now := load_pending(settings, log)) and now.step == Step.REVERTING:
+                if (left := load_pending(settings, log)) is not None and left.step == Step.REVERTING:
                     return 1
             code = update(settings, log, state, directory, force=force)
             if code == 0:
@@ -1940,7 +2078,9 @@ def end_lock_holder(settings: Settings, log: Log) -> None:
     """Ends the run that holds the lock, and what it started: it hangs, or a person wants it gone."""
     with suppress(OSError, ValueError, IndexError):
         holder = int((settings.state / "lock").read_text().split()[0])
-        children = Path(f"/proc/{holder}/task/{holder}/children").read_text().split()
+        children: list[str] = []
+        with suppress(OSError):  # a kernel may lack this file
+            children = Path(f"/proc/{holder}/task/{holder}/children").read_text().split()
         log.say(f"ending the client that holds the lock (process {holder})")
         os.kill(holder, signal.SIGKILL)
         for child in children:  # each leads a group, see `run`
@@ -2008,16 +2148,16 @@ def go_back(
 
 def step_back(settings: Settings, state: State) -> Pending:
     """The journal of a way back from the last committed release, for a person who does not like it."""
-    if state.previous is None or state.tried is None or state.tried.release is None:
+    if state.previous is None or state.release is None:
         raise BentoError("nothing to roll back: no earlier system of Bento's is known on this machine")
     if not Path(state.previous, "bin/switch-to-configuration").exists():
         raise BentoError(
             f"the earlier system {state.previous} is gone (garbage collected): publish an older release instead"
         )
     return Pending(
-        release=state.tried.release, published=state.published or format_time(0), old=state.previous,
+        release=state.release, published=state.published or format_time(0), old=state.previous,
         new=running_system(settings), profile=state.previous, step=Step.COMMITTING, boot_id=boot_id(settings),
-        token=os.urandom(4).hex(), started=format_time(time.time()), attempt=state.tried.attempt,
+        token=os.urandom(4).hex(), started=format_time(time.time()), attempt=1,
         verdict=Result.ROLLED_BACK, reason="by hand",
     )  # fmt: skip
 

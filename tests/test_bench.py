@@ -1,98 +1,76 @@
-"""The benchmark runs, prints every row, and leaves nothing behind. What it measures is nobody's to assert."""
+"""The benchmark runs: each section prints its rows. What they say is not asserted: machines are noisy."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from toynixos import TESTS, _missing, need
+from toynixos import need, need_root
 
-HEADINGS = ["Start-up", "How cost grows", "Seconds:", "--quick"]
-ROWS = [
-    "bento_client.py --version, CPU",
-    "bento.py --version, CPU",
-    "a poll with nothing new, loopback, CPU",
-    "populate, everything new, durable, 3 hosts",
-    "populate, nothing changed, 3 hosts",
-    "populate, nothing changed, 3 hosts",
-    "status --json, 6 hosts",
-    "populate, peak memory, 3 hosts",
-    "populate, peak memory, 6 hosts",
-    "populate, peak memory, 6 hosts",
-    "the client's peak memory, 60 MB, all of it new",
-    "the client's peak memory, 60 MB, a sixth of it new",
-    "populate, peak memory, a host of 60 MB",
-]
-SERVED_HEADINGS = ["The lines", "11 polls a second", "20 polls at once"]
-SERVED_ROWS = [
-    "a poll with nothing new, 40 ms round trip",
-    "an update of 20 small files, 40 ms round trip",
-    "connections of such an update",
-    "an update of one line beside 2 MB, 1 MB/s",
-    "polls of 10000 hosts, 11 a second for 2 s",
-    "polls of 20 hosts, all timers aligned",
-    "polls of 20 hosts, all timers aligned",
-]
+BENCH = Path(__file__).resolve().parent / "bench.py"
+ROWS = {
+    "start": ["bento_client.py --version, CPU", "bento.py --version, CPU"],
+    "poll": ["a poll with nothing new, loopback, CPU"],
+    "populate": ["populate, everything new, durable", "populate, nothing changed"],
+    "status": ["status --json"],
+    "growth": ["populate, peak memory, 5 hosts", "the same at 5 hosts"],
+    "memory": ["populate, peak memory", "the client's peak memory"],
+    "line": ["a poll with nothing new", "an update of", "connections of such an update", "an update of one line beside"],
+    "load": ["polls of", "all timers aligned"],
+}
 
 
-def start(tmp_path: Path, *words: str) -> "subprocess.Popen[str]":
-    argv = [sys.executable, str(TESTS / "bench.py"), "--quick", "--hosts", "3", "--rounds", "1", *words]
-    env = os.environ | {"TMPDIR": str(tmp_path)}
-    return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-@pytest.fixture(autouse=True)
-def programs() -> Iterator[None]:
-    before = set(Path("/var/lib").glob("bento-bench-*"))
-    for program in ("rsync", "sftp", "ssh-keygen"):
-        need(program)
-    yield
-    assert set(Path("/var/lib").glob("bento-bench-*")) <= before
-
-
-def test_every_row_is_printed(tmp_path: Path) -> None:
-    scratch, svg = tmp_path / "scratch", tmp_path / "plot.svg"
-    scratch.mkdir()
-    process = start(scratch, "--svg", str(svg))
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    rows = [line.split("|")[1].strip() for line in output.splitlines() if line.startswith("| ")][2:]
-    if os.geteuid() == 0:
+@pytest.mark.parametrize("section", ROWS)
+def test_bench(section: str, tmp_path: Path) -> None:
+    need("rsync")
+    need("sftp")
+    if section in ("line", "load"):
+        need_root()
         need("sshd")
-        assert rows == ROWS + SERVED_ROWS
-    else:
-        assert rows[:-2] == ROWS and all("skipped: needs root" in row for row in rows[-2:])
-    for heading in HEADINGS + (SERVED_HEADINGS if os.geteuid() == 0 else []):
-        assert re.search(rf"^{heading}|\({heading}\)", output, re.MULTILINE), heading
-    assert svg.read_text().startswith("<svg") and svg.read_text().endswith("</svg>\n")
-    assert list(scratch.iterdir()) == []
-    assert not Path("/etc/passwd").read_text().count(f"bento-bench{process.pid}-")
+    picture = tmp_path / "growth.svg"
+    small = ["--quick", "--hosts", "5", "--rounds", "1", "--load-seconds", "1", "--burst", "5"]
+    argv: list[str | Path] = [sys.executable, BENCH, *small, "--only", section]
+    argv += ["--svg", picture] if section == "growth" else []
+    before = set(os.listdir("/var/lib"))
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" not in done.stdout
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    for words in ROWS[section]:
+        assert any(words in row for row in rows), done.stdout
+    if section == "growth":
+        assert picture.read_text(encoding="utf-8").startswith("<svg")
+    left = set(os.listdir("/var/lib")) - before
+    assert not any(name.startswith("bento-bench") for name in left), "it cleans up"
+
+
+def commands() -> Iterator[bytes]:
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            yield path.read_bytes()
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_nothing_is_left_after_an_interruption(tmp_path: Path, how: signal.Signals) -> None:
-    if os.geteuid() != 0:
-        _missing("needs root for sshd, its accounts and its chroots")
+def test_nothing_is_left_after_an_interruption(how: signal.Signals, tmp_path: Path) -> None:
+    need_root()
     need("sshd")
-    process = start(tmp_path, "--only", "load", "--load-seconds", "60")
-    accounts, deadline = f"bento-bench{process.pid}-23:", time.monotonic() + 60
-    while accounts not in Path("/etc/passwd").read_text():
+    need("rsync")
+    argv = [sys.executable, str(BENCH), "--quick", "--hosts", "5", "--only", "load", "--load-seconds", "60"]
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    before = set(os.listdir("/var/lib"))
+    process = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    polling, deadline = f"bento-bench{process.pid}-13@".encode(), time.monotonic() + 60
+    while not any(polling in command for command in commands()):  # the load is on
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    time.sleep(4)  # it polls by now
     process.send_signal(how)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted" in output, output
-    assert accounts.partition("-23")[0] not in Path("/etc/passwd").read_text()
+    assert f"bento-bench{process.pid}-" not in Path("/etc/passwd").read_text()
+    assert not any(name.startswith("bento-bench") for name in set(os.listdir("/var/lib")) - before)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_one_section(tmp_path: Path) -> None:
-    process = start(tmp_path, "--only", "start")
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "bento_client loads" in output and "populate" not in output

@@ -3,6 +3,7 @@
 import base64
 import grp
 import hashlib
+import html
 import io
 import itertools
 import json
@@ -21,6 +22,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -1911,10 +1913,23 @@ def check_problem(site: Site, problem: str) -> None:
     assert problem in rows["a"]["problem"]
     assert (rows["a"]["state"], rows["a"]["release"], rows["b"]["state"]) == ("new", None, "up-to-date")
     assert SECRET not in ran.out
-    for form in ("--prometheus", "--html"):
-        ran = site.run("status", form)
-        assert ran.code == 1
-        assert SECRET not in ran.out
+    ran = site.run("status", "--prometheus")
+    assert ran.code == 1 and SECRET not in ran.out
+    check_metrics(ran.out)
+    for sample in ('state{host="a",state="new"}', 'needs_attention{host="a"}', 'state{host="b",state="up-to-date"}'):
+        assert f"bento_host_{sample} 1\n" in ran.out
+    ran = site.run("status", "--html")
+    assert ran.code == 1 and SECRET not in ran.out
+    assert '<tr class="new person"><td>a<' in ran.out and '<tr class="up-to-date"><td>b<' in ran.out
+    assert problem in html.unescape(ran.out)
+
+
+SAMPLE = re.compile(r'bento_[a-z_]+\{([a-z]+="[A-Za-z0-9_-]+",?)+\} -?[0-9]+(\.[0-9]+)?')
+
+
+def check_metrics(text: str) -> None:
+    for line in text.splitlines():
+        assert line.startswith(("# HELP bento_", "# TYPE bento_")) or SAMPLE.fullmatch(line), line
 
 
 @pytest.fixture
@@ -2008,6 +2023,10 @@ def test_logs_itself_is_a_link(hostile: Site) -> None:
     logs.rmdir()
     logs.symlink_to(hostile.chroots / "b/logs")
     check_problem(hostile, "not a regular file (Not a directory)")
+    (hostile.chroots / "b/logs/20261123T101502Z_9f3a61c07be4_ok.log").write_text(SECRET)
+    for arguments in ([], ["--list"]):
+        ran = hostile.run("log", "a", *arguments)
+        assert (ran.code, ran.out) == (1, "")
 
 
 @pytest.mark.parametrize("text", ["\x1b[2J\x1b]0;x\x07", "\u202egnp.exe\u2066", "a\r\x08\x7f\x9b31m", "\ud800\u2028\u200b", "</td>"])
@@ -2025,6 +2044,53 @@ def test_what_a_host_says_is_one_harmless_line(text: str, hostile: Site) -> None
     assert "<script" not in page and "&lt;script&gt;" in page
     assert text == "</td>" or text not in page
     assert reason not in hostile.run("status", "--prometheus").out
+
+
+NASTY = (
+    "\x1b[2J\x1b]0;x\x07\x9b31m", "\u202egnp\u2066\u200f", "a\nb 1\n\r\x00\x85\u2028", '"} 1\nbento_hosts{state="failing"} 9', "\\",
+    "<script>alert(1)</script>&lt;<!--", "' onload=x \"", "日本語" * 50, "e" + "\u0301" * 300, "\ud800\U000e0001", "{0.__class__}%s%n$(id)`id`",
+)  # fmt: skip
+STRINGS = [
+    *(("", name) for name in ("host", "client", "polled", "phase", "release", "system")),
+    *(("last", name) for name in ("release", "result", "reason", "system", "started", "finished", "log")),
+    ("", "a field of its own"),
+]
+
+
+@pytest.mark.parametrize("where", STRINGS, ids="-".join)
+def test_no_string_of_a_host_is_more_than_words(where: tuple[str, str], hostile: Site) -> None:
+    """Everything hostile in every string, in all that is printed: nothing escapes, and host b is not spoken for."""
+    release = hostile.current().release
+
+    def others() -> list[object]:
+        """What is said of host b."""
+        table = re.findall(r"(?m)^b .*$", hostile.run("status").out)
+        rows = json.loads(hostile.run("status", "--json").out)["hosts"]
+        metrics = [line for line in hostile.run("status", "--prometheus").out.splitlines() if '"b"' in line]
+        page = re.findall(r'<tr [^>]*><td>b<.*', hostile.run("status", "--html").out)
+        return [table, [row | {"seen": 0, "since": 0} for row in rows if row["host"] == "b"], metrics, page]
+
+    def ageless(said: list[object]) -> str:
+        return re.sub(r"\b[0-9.]+(s|min|h|d)\b", "0s", str(said))
+
+    hostile.write_report(release=release, last=last_data(release, "build-failed", "why"))
+    before = ageless(others())
+    tags = hostile.run("status", "--html").out.partition("<tbody>")[2].count("<")
+    for text in NASTY:
+        report: dict[str, Any] = {"release": release, "last": last_data(release, "build-failed", "why")}
+        (report["last"] if where[0] else report)[where[1]] = text
+        hostile.write_report(**report)
+        for form in ([], ["--json"], ["--prometheus"], ["--html"]):
+            ran = hostile.run("status", *form)
+            assert all(c.isprintable() or c == "\n" for c in ran.out + ran.err)
+            assert ran.out.isascii() or not form
+            if form == ["--prometheus"]:
+                check_metrics(ran.out)
+            if form == ["--html"]:
+                assert ran.out.partition("<tbody>")[2].count("<") == tags
+            if form == []:
+                assert len(ran.out.splitlines()) == 4
+        assert ageless(others()) == before
 
 
 @pytest.mark.parametrize("when", ["9999-12-31T23:59:59Z", "0001-01-01T00:00:00Z", "1969-12-31T23:59:59Z"])
@@ -2046,6 +2112,35 @@ def test_a_host_whose_clock_is_wrong(when: str, hostile: Site) -> None:
     assert (ran.code, row["seen"], row["offline"]) == (1, "1970-01-01T00:00:00Z", True)
     for form in ("--prometheus", "--html"):
         assert hostile.run("status", form).code == 1
+
+
+@pytest.mark.parametrize("polled", ["9999-12-31T23:59:59Z", "0001-01-01T00:00:00Z"])
+@pytest.mark.parametrize("finished", ["9999-12-31T23:59:59Z", "0001-01-01T00:00:00Z", "2026-11-23T10:15:02Z"])
+@pytest.mark.parametrize("seen_s", [-1e11, -1.0, 0.0, 1e9, 2e11, 3e14])
+def test_times_without_sense(polled: str, finished: str, seen_s: float, hostile: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a file system lets a host say, no form of `status` stumbles, and the columns hold."""
+    release = hostile.current().release
+    report = hostile.write_report(polled=polled, release=release, last=last_data(release, finished=finished))
+    real = os.fstat
+
+    def fstat(descriptor: int) -> os.stat_result:
+        found = real(descriptor)
+        if found.st_ino != report.stat().st_ino:
+            return found
+        fields = {name: getattr(found, name) for name in dir(found) if name.startswith("st_")}
+        return types.SimpleNamespace(**fields | {"st_mtime": seen_s})  # type: ignore[return-value]
+
+    monkeypatch.setattr(os, "fstat", fstat)
+    for form in ("--prometheus", "--html"):
+        assert hostile.run("status", form).code == int(seen_s < 1e10)
+    row = json.loads(hostile.run("status", "--json", "a").out)["hosts"][0]
+    assert 0 <= client.parse_time(row["seen"]) <= time.time()
+    assert row["since"] is None or 0 <= client.parse_time(row["since"]) <= time.time()
+    assert (row["since"] is None) == (finished > polled)
+    header, line, *_ = hostile.run("status", "a").out.splitlines()
+    assert line[header.index("SEEN") - 1] == " " != line[header.index("SEEN")]
+    assert line[header.index("NOTES") - 2 : header.index("NOTES")] == "  "
+    assert re.search(r"clock [0-9]+y (ahead|behind)$", line)
 
 
 def test_a_file_that_is_replaced_while_it_is_read(hostile: Site) -> None:
@@ -2080,10 +2175,11 @@ def test_a_file_that_is_replaced_while_it_is_read(hostile: Site) -> None:
     thread.join(5)
     assert set(seen) <= {"good", "", "logs/status.json: not a regular file", "logs/status.json: not JSON"}
     assert len(seen) >= 3
-    assert hostile.run("status").code in (0, 1)
+    for form in ([], ["--json"], ["--prometheus"], ["--html"]):
+        assert hostile.run("status", *form).code in (0, 1)
 
 
-def test_a_host_that_fills_its_logs(hostile: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_fills_its_logs(hostile: Site) -> None:
     hostile.write_report()
     logs = hostile.chroots / "a/logs"
     for number in range(bento.MAX_LOG_FILES):
@@ -2092,6 +2188,43 @@ def test_a_host_that_fills_its_logs(hostile: Site, monkeypatch: pytest.MonkeyPat
     check_harmless(ran, f"logs/ has more than {bento.MAX_LOG_FILES} files: the host fills it")
     (logs / f"{0:050}").unlink()
     assert hostile.run("status").code == 0
+
+
+@pytest.mark.parametrize("files", [1, 5])
+def test_a_host_that_fills_its_logs_by_size(files: int, hostile: Site) -> None:
+    """With one file or several; a sparse one counts whole, as it will in a backup."""
+    hostile.write_report()
+    logs = hostile.chroots / "a/logs"
+    for number in range(files):
+        (logs / f"{number}").touch()
+        os.truncate(logs / f"{number}", bento.MAX_LOGS_BYTES // files + 1)
+    for form in ([], ["--json"], ["--html"]):
+        check_harmless(hostile.run("status", *form), "logs/ holds more than 100 MB: the host fills it")
+    assert 'bento_host_needs_attention{host="a"} 1' in hostile.run("status", "--prometheus").out
+    os.truncate(logs / "0", 0)
+    assert hostile.run("status").code == 0
+
+
+def test_a_million_logs(hostile: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which a part is looked at. BENTO_TEST_FILES=1000000 makes as many as that."""
+    count = int(os.environ.get("BENTO_TEST_FILES", "3000"))
+    if count < bento.MAX_LOG_ENTRIES:
+        monkeypatch.setattr(bento, "MAX_LOG_ENTRIES", 2000)
+    logs = hostile.chroots / "a/logs"
+    for number in range(count):
+        os.close(os.open(logs / f"2020{number // 100000 + 1:02}01T{number:06}Z_aaaaaaaaaaaa_ok.log", os.O_CREAT | os.O_WRONLY))
+    release = hostile.current().release
+    hostile.write_report(release=release, last=last_data(release))
+    for form in ([], ["--json"], ["--html"]):
+        check_harmless(hostile.run("status", *form), "logs/ has more than 1000 files: the host fills it")
+    assert 'bento_host_needs_attention{host="a"} 1' in hostile.run("status", "--prometheus").out
+    word = f"a: more than {bento.MAX_LOG_ENTRIES} files in {logs}: not all were looked at\n"
+    assert hostile.run("log", "a") == Ran(0, "", word)
+    listed = hostile.run("log", "a", "--list")
+    assert (listed.code, listed.err, listed.out.count("\n")) == (0, word, bento.KEEP_LOGS)
+    assert hostile.run("log", "a", "--release", "b").err.startswith(f"{word}bento: error: a: no log of that release")
+    hostile.publish()
+    assert len(os.listdir(logs)) <= max(bento.KEEP_LOGS, count - 1000)
 
 
 # --- log ---

@@ -1,17 +1,20 @@
 """The fleet as monitoring, a page and a screen that stays; what would change, and what has moved."""
 
+import fcntl
 import html.parser
 import json
 import os
 import pty
 import re
-import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from toynixos import need, need_nix
@@ -21,6 +24,8 @@ import bento_client as client
 from bento import Row
 
 REPO = Path(__file__).resolve().parent.parent
+# Root would be asked for the hosts' accounts.
+AS_ANYBODY = "import os, sys; os.geteuid = lambda: 1000; import bento; sys.exit(bento.main())"
 NOW_S = client.parse_time("2026-11-23T12:00:00Z")
 A = "a" * 64
 CURRENT = client.Current("t470", A, 10240, "2026-11-23T10:00:00Z", "/nix/store/x-nixos")
@@ -65,11 +70,13 @@ class Page(html.parser.HTMLParser):
         super().__init__()
         self.tags: list[str] = []
         self.links: list[str] = []
+        self.targets: list[str] = []
         self.text = ""
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        self.targets += [value or "" for name, value in attrs if name == "id"]
         self.links += [value or "" for name, value in attrs if name in ("href", "src")]
         assert not any(name.startswith("on") for name, _ in attrs)
 
@@ -83,7 +90,10 @@ def test_page_is_self_contained_and_escapes_what_hosts_say() -> None:
     assert page.tags.count("tr") == 1 + len(ROWS)
     assert "<script>alert(1)</script>" in page.text  # as words
     assert "\x1b" not in page.text and "\u202e" not in page.text
-    assert page.links == [f"file:///home/chroot/{row.host}/logs/" for row in ROWS]
+    filters = ["all", "person", "rolled-back", "new", "up-to-date", "offline"]
+    logs = [f"file:///home/chroot/{row.host}/logs/" for row in ROWS]
+    assert page.links == [*(f"?{word}#{word}" for word in filters), *logs]
+    assert page.targets == filters[1:]
     for text in ("rolled-back", "up-to-date", "needs a person 1", "3 hosts"):
         assert text in page.text
 
@@ -108,49 +118,221 @@ def test_output_is_replaced_whole_and_exit_code_tells(tmp_path: Path, capsys: py
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_watch_draws_again_when_something_changes_and_ends_at_ctrl_c(tmp_path: Path) -> None:
-    host = tmp_path / "hosts/t470"
-    host.mkdir(parents=True)
-    (host / "configuration.nix").write_text("{ }\n")
-    (tmp_path / "chroot").mkdir()
-    master, slave = pty.openpty()
-    argv: list[str | Path] = [sys.executable, REPO / "bento.py", "--fleet", tmp_path, "--chroot-dir", tmp_path / "chroot"]
-    process = subprocess.Popen([*argv, "status", "--watch"], stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
-    os.close(slave)
-    os.set_blocking(master, False)
-    seen = b""
+class Screen:
+    """`status --watch` on a terminal, and what is on that: as much of a terminal as it takes."""
 
-    def wait_for(words: bytes) -> bool:
-        nonlocal seen
-        for _ in range(200):
-            with suppress(OSError):
-                seen += os.read(master, 1 << 16)
-            if words in seen:
-                return True
+    def __init__(self, fleet: Path, columns: int, lines: int, **environment: str) -> None:
+        self.master, slave = pty.openpty()
+        self.columns, self.lines, self.raw, self.cells = columns, lines, b"", [""] * lines
+        self.resize(columns, lines)
+        argv: list[str | Path] = [sys.executable, REPO / "bento.py", "--fleet", fleet, "--chroot-dir", fleet / "chroot"]
+        inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
+        # The terminal is its own, so that it is told of a change of size.
+        start = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", start, *argv, "status", "--watch"], stdin=slave, stdout=slave, stderr=slave,
+            start_new_session=True, env=inherited | environment,
+        )  # fmt: skip
+        os.close(slave)
+        os.set_blocking(self.master, False)
+
+    def resize(self, columns: int, lines: int) -> None:
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+        self.columns, self.lines = columns, lines
+
+    def read(self) -> None:
+        with suppress(OSError):
+            while chunk := os.read(self.master, 1 << 16):
+                self.raw += chunk
+
+    def wait_for(self, words: str) -> None:
+        for _ in range(400):
+            self.read()
+            if words in "\n".join(self.shown()):
+                return
             time.sleep(0.05)
-        return False
+        raise AssertionError((words, self.shown()))
 
-    assert wait_for(b"1 new"), seen
+    def shown(self) -> list[str]:
+        """The lines on the screen, drawn from all that was written; fails if a line is too long or the screen scrolls."""
+        lines, row, column = [""] * 200, 0, 0
+        for token in re.findall(r"\x1b\[[0-9;]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", self.raw.decode(errors="replace")):
+            if token == "\x1b[H":
+                row = column = 0
+            elif token == "\x1b[2J":
+                lines = [""] * 200
+            elif token == "\x1b[J":
+                lines[row:] = [lines[row][:column], *[""] * (199 - row)]
+            elif token == "\x1b[K":
+                lines[row] = lines[row][:column]
+            elif token == "\r":
+                column = 0
+            elif token == "\n":
+                row += 1
+            elif not token.startswith("\x1b"):
+                lines[row] = lines[row][:column] + token + lines[row][column + len(token) :]
+                column += len(token)
+        return [line for line in lines if line]
+
+    def end(self) -> None:
+        """Ctrl-C, as a person types it."""
+        os.write(self.master, b"\x03")
+        assert self.process.wait(10) == 0
+        self.read()
+        os.close(self.master)
+        assert b"Traceback" not in self.raw and b"\x1b[?" not in self.raw
+        assert self.raw.endswith(b"\r\x1b[J")
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Path:
+    """Thirty hosts with names in order, none published."""
+    for number in range(30):
+        host = tmp_path / f"hosts/host-{number:02}"
+        host.mkdir(parents=True)
+        (host / "configuration.nix").write_text("{ }\n")
+    (tmp_path / "chroot").mkdir()
+    return tmp_path
+
+
+def report_of(fleet: Path, name: str, **changes: Any) -> None:
+    """As a host that has just reported."""
+    logs = fleet / "chroot" / name / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    (logs.parent / "current.json").write_bytes(client.encode(replace(CURRENT, host=name)))
+    report = replace(REPORT, host=name, polled=client.format_time(time.time()), last=replace(LAST, **changes))
+    (logs / "new").write_bytes(client.encode(report))
+    os.rename(logs / "new", logs / "status.json")
+
+
+def test_watch_draws_again_when_something_changes_and_ends_at_ctrl_c(fleet: Path) -> None:
+    screen = Screen(fleet, 100, 50)
+    screen.wait_for("30 hosts: 30 new")
     time.sleep(3)
-    drawn = seen.count(b"\x1b[H")
-    assert drawn == 1, "nothing changed, so nothing is drawn"
-    logs = tmp_path / "chroot/t470/logs"
-    logs.mkdir(parents=True)
-    (tmp_path / "chroot/t470/current.json").write_bytes(client.encode(CURRENT))
-    (logs / "status.json").write_bytes(client.encode(REPORT))
-    assert wait_for(b"1 up-to-date"), seen
-    process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 0
-    assert b"Traceback" not in seen
-    os.close(master)
+    screen.read()
+    assert screen.raw.count(b"\x1b[H") == 1, "nothing changed, so nothing is drawn"
+    report_of(fleet, "host-07")
+    screen.wait_for("29 new, 1 up-to-date")
+    report_of(fleet, "host-07", result="build-failed", reason="no")
+    screen.wait_for("1 failing, 29 new")
+    assert "build-failed: no" in screen.shown()[1]
+    assert screen.raw.count(b"\x1b[2J") == 1, "it is drawn over, not wiped"
+    (fleet / "chroot/host-07/logs/status.json").write_text("{")  # in place: neither the directory nor the inode changes
+    screen.wait_for("not JSON")
+    screen.end()
 
 
-def run_bento(fleet: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    argv: list[str | Path] = [sys.executable, REPO / "bento.py", "--fleet", fleet, "--chroot-dir", fleet / "chroot"]
+def test_watch_follows_the_size_of_the_terminal(fleet: Path) -> None:
+    report_of(fleet, "host-07", result="rolled-back", reason="no")
+    report_of(fleet, "host-08", release="b" * 64)
+    report_of(fleet, "host-09")
+    screen = Screen(fleet, 80, 40)
+    screen.wait_for("30 hosts: 27 new")
+    assert len(screen.shown()) == 32
+    screen.resize(30, 10)
+    screen.wait_for("(25 more)")
+    assert screen.shown()[-3:] == ["(25 more)", "30 hosts: 27 new, 1 pending, 1", "rolled-back, 1 up-to-date"]
+    assert len(screen.shown()) <= 9 and "host-07" in screen.shown()[1]
+    screen.resize(30, 2)
+    screen.wait_for("up-to-date")
+    screen.resize(200, 60)
+    screen.wait_for("SYSTEM")
+    assert len(screen.shown()) == 32
+    screen.end()
+
+
+def test_watch_in_plain_letters(fleet: Path) -> None:
+    report_of(fleet, "host-07", result="rolled-back", reason="日本 é")
+    screen = Screen(fleet, 100, 40, PYTHONIOENCODING="ascii")
+    screen.wait_for("30 hosts: 29 new")
+    assert screen.shown()[1].startswith("< host-07 rolled-back ") and "?? ?" in screen.shown()[1]
+    assert screen.raw.isascii()
+    screen.end()
+
+
+@pytest.mark.parametrize("lines", range(1, 60))
+def test_a_table_for_a_short_terminal(lines: int) -> None:
+    """The top of the table and all of the summary, and what is left out is said."""
+    rows = [replace(GOOD, host=f"host-{number:02}") for number in range(40)]
+    shown = bento.format_table(rows, NOW_S, 30, height=lines).splitlines()
+    assert shown[0].startswith("HOST") and shown[-1] == "40 hosts: 40 up-to-date"
+    assert len(shown) <= max(lines, 3)
+    hosts = sum(line.startswith("host-") for line in shown)
+    assert hosts == 40 or f"({40 - hosts} more)" in shown
+
+
+@pytest.mark.parametrize(
+    ("line", "width", "wanted"),
+    [
+        ("plain", 5, "plain"),
+        ("plain", 4, "pla…"),
+        ("日本語", 6, "日本語"),
+        ("日本語", 5, "日本…"),
+        ("日本語", 4, "日…"),
+        ("x日本語", 5, "x日…"),
+        ("日本語", 2, "…"),
+        ("日本語", 1, "…"),
+        ("ｆｕｌｌ", 7, "ｆｕｌ…"),
+        ("e\u0301" * 3, 6, "e\u0301" * 3),
+        ("e\u0301" * 3, 5, "e\u0301e\u0301…"),
+        ("🙂🙂", 3, "🙂…"),
+        ("é…", 2, "é…"),
+        ("", 0, ""),
+    ],
+)
+def test_clip(line: str, width: int, wanted: str) -> None:
+    assert bento.clip(line, width) == wanted
+
+
+@pytest.mark.parametrize(
+    ("seconds", "wanted"),
+    [
+        (-1e18, "0s"), (-1, "0s"), (0, "0s"), (119.9, "119s"), (120, "2min"), (5999, "99min"), (6000, "1.7h"), (7199, "2.0h"),
+        (7200, "2h"), (172800, "2d"), (2 * 365 * 86400, "730d"), (2 * 366 * 86400, "2y"), (2.5e11, "7922y"),
+    ],
+)  # fmt: skip
+def test_age(seconds: float, wanted: str) -> None:
+    assert bento.age(seconds) == wanted
+
+
+ENCODINGS = [
+    {"PYTHONIOENCODING": "ascii"},
+    {"PYTHONIOENCODING": "latin-1"},
+    {"LC_ALL": "C"},
+    {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+    {"LC_ALL": "POSIX", "PYTHONIOENCODING": "ascii:strict"},
+]
+
+
+@pytest.mark.parametrize("environment", ENCODINGS, ids=str)
+def test_no_terminal_is_too_plain(environment: dict[str, str], fleet: Path) -> None:
+    name = "20261123T110000Z_aaaaaaaaaaaa_rolled-back.log"
+    report_of(fleet, "host-07", result="rolled-back", reason="日本 é… \ud800".encode(errors="replace").decode() * 30)
+    (fleet / "chroot/host-07/logs" / name).write_text("zwölf ✗\nx bento: error: rolled-back: 日本 é… \n")
+    utf8 = {"PYTHONUTF8": "1"}
+    for arguments, code in (
+        (["status"], 1), (["status", "--json"], 1), (["status", "--prometheus"], 1), (["status", "--html"], 1),
+        (["log", "host-07"], 0), (["log", "host-07", "--list"], 0), (["populate", "--dry-run"], 0), (["--help"], 0),
+    ):  # fmt: skip
+        done = run_bento(fleet, *arguments, **environment)
+        assert done.returncode == code and b"Traceback" not in done.stderr, done.stderr
+        assert done.stdout
+        if arguments[-1].startswith("--") and arguments[0] == "status":  # for programs: the same bytes in any locale
+            times = re.compile(rb"[0-9]+s\b|T[0-9:]+Z|_seconds.* -?[0-9.]+")
+            assert times.sub(b"", done.stdout) == times.sub(b"", run_bento(fleet, *arguments, **utf8).stdout)
+
+
+def run_bento(fleet: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    argv: list[str | Path] = [sys.executable, "-c", AS_ANYBODY, "--fleet", fleet, "--chroot-dir", fleet / "chroot"]
     return subprocess.run(
-        [*argv, *arguments], text=True, capture_output=True, timeout=120, check=False,
-        env=os.environ | {"NIX_CONFIG": "substitute = false\nsandbox = false"},
+        [*argv, *arguments], capture_output=True, timeout=120, check=False,
+        env=os.environ | {"NIX_CONFIG": "substitute = false\nsandbox = false", "PYTHONPATH": str(REPO)} | environment,
     )  # fmt: skip
+
+
+def say_bento(fleet: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    done = run_bento(fleet, *arguments)
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def test_update_takes_each_flake_once_and_says_what_moved(tmp_path: Path) -> None:
@@ -164,14 +346,14 @@ def test_update_takes_each_flake_once_and_says_what_moved(tmp_path: Path) -> Non
     (tmp_path / "hosts").mkdir()
     for name in ("a", "b"):
         (tmp_path / "hosts" / name).symlink_to("../all")
-    first = run_bento(tmp_path, "update")
+    first = say_bento(tmp_path, "update")
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("hosts/a: thing new -> ") and first.stdout.count("\n") == 1
-    assert run_bento(tmp_path, "update").stdout == "hosts/a: nothing moved\n"
+    assert say_bento(tmp_path, "update").stdout == "hosts/a: nothing moved\n"
     (tmp_path / "input/more").write_text("x")
-    moved = run_bento(tmp_path, "update", "thing").stdout
+    moved = say_bento(tmp_path, "update", "thing").stdout
     assert re.fullmatch(r"hosts/a: thing \S+ \S+ -> \S+ \S+\n", moved), moved
-    assert run_bento(tmp_path, "update", "other").stdout == "hosts/a: has no input other\n"
+    assert say_bento(tmp_path, "update", "other").stdout == "hosts/a: has no input other\n"
 
 
 def test_diff_compares_what_runs_with_what_was_built(tmp_path: Path) -> None:
@@ -193,7 +375,7 @@ def test_diff_compares_what_runs_with_what_was_built(tmp_path: Path) -> None:
     def diff(running: str, built: str | None) -> subprocess.CompletedProcess[str]:
         (tmp_path / "chroot/t470/current.json").write_bytes(client.encode(replace(CURRENT, system=built)))
         (logs / "status.json").write_bytes(client.encode(replace(REPORT, system=running)))
-        return run_bento(tmp_path, "diff")
+        return say_bento(tmp_path, "diff")
 
     assert diff(paths[0], paths[0]).stdout == f"t470: no difference, it runs {paths[0]}\n"
     changed = diff(paths[0], paths[1])

@@ -336,6 +336,22 @@ def test_kernel_without_network_is_left_again(host: Host, server: Server) -> Non
     settled(host, server, "v3")
 
 
+def test_kernel_without_network_is_left_again_after_a_power_cut(host: Host, server: Server) -> None:
+    """It went live on the old kernel and proved itself there; reboot = "never". Then the power goes."""
+    publish(server, host, "v2", kernel="broken")
+    settled(host, server, "v2")
+    host.power_cut()
+    host.boot()
+    assert wait(lambda: host.label(host.default_system()) == "v1" and not host.exists(f"{host.state}/pending.json"), 60), (
+        labels(host), host.console_tail(80),
+    )  # fmt: skip
+    host.power_cut()
+    publish(server, host, "v3")
+    host.boot()
+    settled(host, server, "v3")
+    assert "interrupted" in " ".join(os.listdir(server.path("/home/chroot/h1/logs")))
+
+
 def test_release_that_changes_the_bento_unit(host: Host, server: Server) -> None:
     """The switch reloads the unit that it runs in, and restarts its timer."""
     changed = behaviour(host)["units"]
