@@ -1303,13 +1303,13 @@ def format_decade(power: int) -> str:
 
 
 STYLE = """\
-svg { font: 14px system-ui, sans-serif; background: #fff; color: #222 }
-text { fill: currentColor } .grid { stroke: #ddd } .even { stroke: #888; stroke-dasharray: 5 5 }
-.s0 { --c: #0063a6 } .s1 { --c: #b84a00 } .s2 { --c: #00795a } .s3 { --c: #a3397c }
-polyline { fill: none; stroke: var(--c); stroke-width: 2.5 } circle { fill: var(--c) } text.name { fill: var(--c) }
+svg { font: 14px system-ui, sans-serif; color: #222 } .page { fill: #fff }
+text, circle { fill: currentColor } polyline { fill: none; stroke: currentColor; stroke-width: 2.5 }
+.grid { stroke: #ddd } .even { stroke: #888; stroke-dasharray: 5 5 }
+.s0 { color: #0063a6 } .s1 { color: #b84a00 } .s2 { color: #00795a } .s3 { color: #a3397c }
 @media (prefers-color-scheme: dark) {
-  svg { background: #16181c; color: #ddd } .grid { stroke: #363a42 } .even { stroke: #777 }
-  .s0 { --c: #5cb3f0 } .s1 { --c: #f09a55 } .s2 { --c: #4cc9a0 } .s3 { --c: #e58cc4 }
+  svg { color: #ddd } .page { fill: #16181c } .grid { stroke: #363a42 } .even { stroke: #777 }
+  .s0 { color: #5cb3f0 } .s1 { color: #f09a55 } .s2 { color: #4cc9a0 } .s3 { color: #e58cc4 }
 }"""
 
 
@@ -1317,7 +1317,7 @@ def plot_svg(series: Sequence[Series]) -> str:
     """The plot for a page: 800 wide, light and dark, nothing to load."""
     left, right = decades(n for each in series for n, _ in each.points)
     low, high = decades(s for each in series for _, s in each.points)
-    x0, x1, y0, y1 = 70, 590, 40, 410
+    x0, x1, y0, y1 = 70, 535, 40, 410
 
     def x(n: float) -> float:
         return x0 + (math.log10(n) - left) / (right - left) * (x1 - x0)
@@ -1327,6 +1327,7 @@ def plot_svg(series: Sequence[Series]) -> str:
 
     out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 470" width="800" height="470" role="img">']
     out += [f"<title>How Bento's cost grows with hosts and files</title><style>{STYLE}</style>"]
+    out.append('<rect class="page" width="800" height="470"/>')
     out.append(f'<text x="{x0}" y="22">Seconds, by the number of hosts or files; both axes logarithmic</text>')
     for power in range(left, right + 1):
         out.append(f'<line class="grid" x1="{x(10**power):.1f}" y1="{y0}" x2="{x(10**power):.1f}" y2="{y1}"/>')
@@ -1344,7 +1345,7 @@ def plot_svg(series: Sequence[Series]) -> str:
         out.append(f'<g class="s{index % 4}"><polyline points="{points}"/>')
         out += [f'<circle cx="{x(n):.1f}" cy="{y(seconds):.1f}" r="4"/>' for n, seconds in each.points]
         last = format_s(each.points[-1][1])
-        out.append(f'<text class="name" x="{x1 + 12}" y="{at + 5:.1f}">{each.name}, {last}</text></g>')
+        out.append(f'<text x="{x1 + 12}" y="{at + 5:.1f}">{each.name}, {last}</text></g>')
     return "\n".join([*out, "</svg>", ""])
 
 

@@ -1,8 +1,12 @@
 """The benchmark runs: each section prints its rows. What they say is not asserted: machines are noisy."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ ROWS = {
     "poll": ["a poll with nothing new, loopback, CPU"],
     "populate": ["populate, everything new, durable", "populate, nothing changed"],
     "status": ["status --json"],
-    "growth": [],
+    "growth": ["populate, peak memory, 5 hosts", "the same at 5 hosts"],
     "memory": ["populate, peak memory", "the client's peak memory"],
     "line": ["a poll with nothing new", "an update of", "connections of such an update", "an update of one line beside"],
     "load": ["polls of", "all timers aligned"],
@@ -43,3 +47,30 @@ def test_bench(section: str, tmp_path: Path) -> None:
         assert picture.read_text(encoding="utf-8").startswith("<svg")
     left = set(os.listdir("/var/lib")) - before
     assert not any(name.startswith("bento-bench") for name in left), "it cleans up"
+
+
+def commands() -> Iterator[bytes]:
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            yield path.read_bytes()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_nothing_is_left_after_an_interruption(how: signal.Signals, tmp_path: Path) -> None:
+    need_root()
+    need("sshd")
+    need("rsync")
+    argv = [sys.executable, str(BENCH), "--quick", "--hosts", "5", "--only", "load", "--load-seconds", "60"]
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    before = set(os.listdir("/var/lib"))
+    process = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    polling, deadline = f"bento-bench{process.pid}-13@".encode(), time.monotonic() + 60
+    while not any(polling in command for command in commands()):  # the load is on
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(how)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in output, output
+    assert f"bento-bench{process.pid}-" not in Path("/etc/passwd").read_text()
+    assert not any(name.startswith("bento-bench") for name in set(os.listdir("/var/lib")) - before)
+    assert list(tmp_path.iterdir()) == []
