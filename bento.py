@@ -48,7 +48,7 @@ from bento_client import BentoError, Current, Part, Phase, Report, Result, Usage
 CHROOT_DIR = "/home/chroot"
 GCROOTS = Path("/nix/var/nix/gcroots/bento")
 KEEP_RELEASES = 3
-KEEP_LOGS = 200
+KEEP_LOGS, MAX_PRUNED = 200, 20_000
 OFFLINE_AFTER_S = 2 * 3600
 WATCH_PAUSE_S = 2.0
 BUILD_LIMIT_S = 12 * 3600.0
@@ -159,22 +159,22 @@ def find_hosts(fleet: Fleet, wanted: Sequence[str]) -> tuple[list[str], list[str
     """The hosts to work on, and an error for each name in hosts/ that no host can have."""
     directory = fleet.directory / "hosts"
     try:
-        entries = sorted(os.listdir(directory))
+        entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
     except OSError as error:
         raise BentoError(f"{directory}: {error.strerror}: --fleet names the directory that has hosts/ in it") from None
     hosts, errors = [], []
     for entry in entries:
-        path = directory / entry
-        if entry.startswith(".") or entry.endswith(".pub") or (path.is_file() and not path.is_symlink()):
+        if entry.name.startswith(".") or entry.name.endswith(".pub") or entry.is_file(follow_symlinks=False):
             continue
-        if client.HOST_NAME.fullmatch(entry):
-            hosts.append(entry)
+        if client.HOST_NAME.fullmatch(entry.name):
+            hosts.append(entry.name)
         else:
             errors.append(
-                f"hosts/{one_line(entry)}: no host name: letters, digits, _ and -, at most 26, a letter or digit first"
+                f"hosts/{one_line(entry.name)}: no host name: letters, digits, _ and -, at most 26, a letter or digit first"
             )
+    known = set(hosts)
     for name in wanted:
-        if name not in hosts:
+        if name not in known:
             raise UsageError(
                 f"{one_line(name)}: no such host: there is no {directory / name}; 'bento.py add' makes one"
             )
@@ -1019,14 +1019,12 @@ def prune_releases(releases: Path, current: str) -> None:
 
 
 def prune_logs(chroot: Path) -> None:
-    """Removes the oldest of what a host left beyond a generous number of logs."""
-    with suppress(OSError):
-        names = os.listdir(chroot / "logs")
-        if len(names) <= KEEP_LOGS:
-            return
-        names = sorted(name for name in names if client.LOG_NAME.fullmatch(name))
+    """Removes the oldest of what a host left beyond a generous number of logs, in several runs if it left very many."""
+    with suppress(OSError), os.scandir(chroot / "logs") as entries:
+        names = sorted(e.name for e in islice(entries, MAX_PRUNED) if client.LOG_NAME.fullmatch(e.name))
         for name in names[:-KEEP_LOGS]:
-            (chroot / "logs" / name).unlink()
+            with suppress(OSError):  # a directory of such a name, say
+                os.unlink(chroot / "logs" / name)
 
 
 def prune_chroots(fleet: Fleet, hosts: Sequence[str], dry_run: bool) -> None:

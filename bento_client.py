@@ -1590,6 +1590,9 @@ def how_ended(code: int | None) -> str:
     return "no end in time" if code is None else f"exit {code}"
 
 
+NO_TIME = "no time was left for the health checks"
+
+
 def check_health(settings: Settings, log: Log, system: str, give_up: float) -> str | None:
     """`give_up`: when time is up for all checks together, on the monotonic clock."""
     if (
@@ -1600,7 +1603,7 @@ def check_health(settings: Settings, log: Log, system: str, give_up: float) -> s
     for command in health_checks(settings, system):
         left_s = give_up - time.monotonic()
         if left_s <= 0:
-            return f"no time was left for the health check: {one_line(command, 100)}"
+            return NO_TIME
         with log.output() as out:
             code = run(["sh", "-c", command], check=False, output=out, timeout=left_s).code
         if code != 0:
@@ -1613,9 +1616,14 @@ def prove(settings: Settings, log: Log, system: str) -> str | None:
     give_up = time.monotonic() + settings.confirm_timeout
     log.say(f"proof: {system}/sw/bin/bento-client probe, for at most {settings.confirm_timeout} s")
 
+    told: str | None = None
+
     def check() -> str | None:
+        nonlocal told
         failure = probe_system(settings, log, system, max(give_up - time.monotonic(), 1.0))
-        return f"new system: {failure}" if failure is not None else check_health(settings, log, system, give_up)
+        failure = f"new system: {failure}" if failure is not None else check_health(settings, log, system, give_up)
+        told = told if told is not None and failure == NO_TIME else failure  # what failed before says more
+        return told
 
     return until_confirm_timeout(settings, check)
 

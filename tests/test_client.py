@@ -468,7 +468,7 @@ HOST = f"toy{os.getpid()}"
 SERVER = "server.example"
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def accounts() -> Iterator[None]:
     """As root, `populate` wants the account of the host, as on a real server."""
     if os.geteuid() != 0:

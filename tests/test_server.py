@@ -1167,8 +1167,21 @@ def test_old_logs_are_pruned(site: Site) -> None:
     names = [f"20261123T{n // 60:02}{n % 60:02}00Z_9f3a61c07be4_ok.log" for n in range(bento.KEEP_LOGS + 30)]
     for name in [*names, "status.json", "something else"]:
         (logs / name).write_text("x")
+    (logs / "20261122T000000Z_9f3a61c07be4_ok.log").mkdir()  # in the way of what follows
     site.publish()
-    assert set(os.listdir(logs)) == {*names[30:], "status.json", "something else"}
+    left = {*names[30:], "status.json", "something else", "20261122T000000Z_9f3a61c07be4_ok.log"}
+    assert set(os.listdir(logs)) == left
+
+
+def test_very_many_logs_are_pruned_in_several_runs(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bento, "MAX_PRUNED", 300)
+    site.host("a")
+    site.publish()
+    for number in range(1000):
+        (site.chroots / f"a/logs/20261123T{number // 60:02}{number % 60:02}00Z_9f3a61c07be4_ok.log").touch()
+    for _ in range(9):
+        site.publish()
+    assert bento.KEEP_LOGS <= len(os.listdir(site.chroots / "a/logs")) <= 300
 
 
 # --- owners and modes ---

@@ -154,15 +154,15 @@ def end_cgroup(top: Path) -> None:
 
     def gone() -> bool:
         # Again and again: one may just have joined. Version 1 has no such file, and no process that version 2 has not.
-        with contextlib.suppress(FileNotFoundError):
+        # The machine's own thread may be removing it, too: then the kernel has no such device.
+        try:
             if (kill := top / "cgroup.kill").exists():
                 kill.write_text("1", encoding="utf-8")
             for directory, _, _ in os.walk(top, topdown=False):
-                try:
-                    os.rmdir(directory)
-                except OSError as error:
-                    if error.errno not in (errno.EBUSY, errno.ENOENT, errno.ENOTEMPTY):
-                        raise
+                os.rmdir(directory)
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.ENOENT, errno.ENODEV, errno.ENOTEMPTY):
+                raise
         return not top.exists()
 
     poll(gone, END_TIMEOUT_S, f"end all in {top}")
