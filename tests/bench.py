@@ -623,7 +623,7 @@ class Server:
             Path("/run/sshd").mkdir(mode=0o755)
             stack.callback(remove_directory, Path("/run/sshd"))
         # Not below /tmp: every directory above a chroot has to be root's, and writable by nobody else.
-        top = Path(tempfile.mkdtemp(prefix="bento-bench-", dir="/var/lib"))
+        top = Path(tempfile.mkdtemp(prefix=f"bento-bench-{os.getpid()}-", dir="/var/lib"))
         stack.callback(shutil.rmtree, top, ignore_errors=True)
         top.chmod(0o755)
         with socket.create_server(("127.0.0.1", 0)) as free:
