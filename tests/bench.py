@@ -621,7 +621,7 @@ class Server:
     def create(cls, stack: ExitStack) -> "Server":
         if not Path("/run/sshd").exists():
             Path("/run/sshd").mkdir(mode=0o755)
-            stack.callback(remove_directory, Path("/run/sshd"))
+            stack.callback(remove_run_sshd)
         # Not below /tmp: every directory above a chroot has to be root's, and writable by nobody else.
         top = Path(tempfile.mkdtemp(prefix=f"bento-bench-{os.getpid()}-", dir="/var/lib"))
         stack.callback(shutil.rmtree, top, ignore_errors=True)
@@ -756,9 +756,14 @@ def remove_account(user: str) -> None:
             time.sleep(0.3)
 
 
-def remove_directory(path: Path) -> None:
+def remove_run_sshd() -> None:
+    """sshd wants its directory for each connection: it stays while anybody else's sshd runs."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (path / "comm").read_text() == "sshd\n" and (path / "ns/mnt").readlink() == Path("/proc/self/ns/mnt").readlink():
+                return
     with suppress(OSError):
-        path.rmdir()
+        Path("/run/sshd").rmdir()
 
 
 def descendants(top: int) -> list[int]:

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,6 +25,20 @@ ROWS = {
 }
 
 
+def start(argv: Sequence[str | Path], scratch: Path) -> "subprocess.Popen[str]":
+    env = os.environ | {"TMPDIR": str(scratch)}
+    return subprocess.Popen(
+        argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )  # fmt: skip
+
+
+def left_by(process: "subprocess.Popen[str]", scratch: Path) -> list[str]:
+    """Accounts and directories of a bench that has ended; another may run at the same time."""
+    accounts = [line for line in Path("/etc/passwd").read_text().splitlines() if f"bento-bench{process.pid}-" in line]
+    directories = [*Path("/var/lib").glob(f"bento-bench-{process.pid}-*"), *scratch.iterdir()]
+    return accounts + [str(path) for path in directories]
+
+
 @pytest.mark.parametrize("section", ROWS)
 def test_bench(section: str, tmp_path: Path) -> None:
     need("rsync")
@@ -36,18 +50,18 @@ def test_bench(section: str, tmp_path: Path) -> None:
     small = ["--quick", "--hosts", "5", "--rounds", "1", "--load-seconds", "1", "--burst", "5"]
     argv: list[str | Path] = [sys.executable, BENCH, *small, "--only", section]
     argv += ["--svg", picture] if section == "growth" else []
-    process = subprocess.Popen(
-        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    assert "skipped" not in said
-    rows = [line for line in said.splitlines() if line.startswith("| ")]
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    process = start(argv, scratch)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "skipped" not in output
+    rows = [line for line in output.splitlines() if line.startswith("| ")]
     for words in ROWS[section]:
-        assert any(words in row for row in rows), said
+        assert any(words in row for row in rows), output
     if section == "growth":
         assert picture.read_text(encoding="utf-8").startswith("<svg")
-    assert not list(Path("/var/lib").glob(f"bento-bench-{process.pid}-*")), "it cleans up"
+    assert left_by(process, scratch) == []
 
 
 def commands() -> Iterator[bytes]:
@@ -62,15 +76,13 @@ def test_nothing_is_left_after_an_interruption(how: signal.Signals, tmp_path: Pa
     need("sshd")
     need("rsync")
     argv = [sys.executable, str(BENCH), "--quick", "--hosts", "5", "--only", "load", "--load-seconds", "60"]
-    env = os.environ | {"TMPDIR": str(tmp_path)}
-    process = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = start(argv, tmp_path)
     polling, deadline = f"bento-bench{process.pid}-13@".encode(), time.monotonic() + 60
     while not any(polling in command for command in commands()):  # the load is on
-        assert process.poll() is None and time.monotonic() < deadline
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
     process.send_signal(how)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted" in output, output
-    assert f"bento-bench{process.pid}-" not in Path("/etc/passwd").read_text()
-    assert not list(Path("/var/lib").glob(f"bento-bench-{process.pid}-*"))
-    assert list(tmp_path.iterdir()) == []
+    assert left_by(process, tmp_path) == []
