@@ -479,6 +479,12 @@ def read_untrusted(logs: int, name: str, limit: int, *, end: bool = False) -> tu
         os.close(descriptor)
 
 
+def arrival_s(found: os.stat_result) -> float:
+    """When a host's file came. A host could set the first of its times into the future, never the second. Before 1970
+    is no time at all."""
+    return max(0.0, min(found.st_mtime, found.st_ctime))
+
+
 def read_report(chroot: Path | str, name: str) -> tuple[Report | None, float | None, str]:
     """The host's report, when it came, and what is wrong with it or with logs/."""
     try:
@@ -490,8 +496,7 @@ def read_report(chroot: Path | str, name: str) -> tuple[Report | None, float | N
     seen_s = None
     try:
         raw, found = read_untrusted(logs, "status.json", client.MAX_JSON_BYTES)
-        # A host could set the first of them into the future, never the second. Before 1970 is no time at all.
-        seen_s = max(0.0, min(found.st_mtime, found.st_ctime))
+        seen_s = arrival_s(found)
         report = client.parse_report(raw, "logs/status.json")
         if report.host != name:
             raise BentoError(f"logs/status.json: it speaks for host {report.host!r}")
@@ -645,7 +650,7 @@ def row_cells(row: Row, now_s: float) -> dict[str, str]:
 def format_summary(rows: Sequence[Row]) -> str:
     counts = count_words(rows)
     words = [f"{count} {word.replace('_', ' ')}" for word, count in sorted(counts.items()) if count]
-    return f"{len(rows)} {'host' if len(rows) == 1 else 'hosts'}: {', '.join(words)}" if rows else "no hosts"
+    return f"{count_hosts(len(rows))}: {', '.join(words)}" if rows else "no hosts"
 
 
 def count_words(rows: Sequence[Row]) -> dict[str, int]:
@@ -996,10 +1001,7 @@ def tidy(chroot: Path, release: str) -> None:
     if link.is_dir() and not link.is_symlink():
         client.remove(link)
     if not link.is_symlink() or os.readlink(link) != target:
-        aside = chroot / ".config.new"
-        client.remove(aside)
-        aside.symlink_to(target)
-        os.rename(aside, link)
+        client.replace_link(link, target)
     prune_releases(chroot / "releases", release)
 
 
@@ -1083,10 +1085,7 @@ def keep_from_collection(name: str, system: str) -> None:
     """A garbage collection root, so that this server can serve the build. Only root can make one there."""
     if os.geteuid() == 0:
         GCROOTS.mkdir(parents=True, exist_ok=True)
-        link = GCROOTS / f".{name}.new"
-        client.remove(link)
-        link.symlink_to(system)
-        os.rename(link, GCROOTS / name)
+        client.replace_link(GCROOTS / name, system)
 
 
 # --- commands ---
@@ -1579,7 +1578,7 @@ def find_logs(logs: int, release: str | None) -> tuple[list[tuple[float, str]], 
             if client.LOG_NAME.fullmatch(entry.name) and entry.name.split("_")[1].startswith((release or "")[:12]):
                 with suppress(FileNotFoundError):
                     found = entry.stat(follow_symlinks=False)
-                    yield max(0.0, min(found.st_mtime, found.st_ctime)), entry.name
+                    yield arrival_s(found), entry.name
 
     with os.scandir(logs) as entries:
         return heapq.nlargest(KEEP_LOGS, matches(islice(entries, MAX_LOG_ENTRIES))), next(entries, None) is not None

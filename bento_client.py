@@ -590,6 +590,14 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
     sync_directory(path.parent)
 
 
+def replace_link(link: Path, target: str) -> None:
+    """Makes `link` a symbolic link to `target`, whatever it was before but a directory; never is there none."""
+    aside = link.with_name(f".{link.name}.new")
+    remove(aside)
+    aside.symlink_to(target)
+    os.rename(aside, link)
+
+
 def sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -1016,12 +1024,19 @@ def boot_parts(system: str) -> list[str | None]:
     return [os.path.realpath(link) if link.is_symlink() or link.exists() else None for link in links]
 
 
+def booted_system(settings: Settings) -> str:
+    return os.path.realpath(settings.system_path("/run/booted-system"))
+
+
+def has_kernel_of(settings: Settings, system: str) -> bool:
+    """Whether this machine was booted with the system's kernel, initrd and modules, as far as it says."""
+    booted = booted_system(settings)
+    return not os.path.exists(booted) or boot_parts(booted) == boot_parts(system)
+
+
 def has_new_kernel(settings: Settings) -> bool:
     """Whether a boot would give another kernel, initrd or modules than now."""
-    booted, profile = settings.system_path("/run/booted-system"), profile_path(settings)
-    if not (booted.exists() and profile.exists()):
-        return False
-    return boot_parts(os.path.realpath(booted)) != boot_parts(profile_system(settings))
+    return profile_path(settings).exists() and not has_kernel_of(settings, profile_system(settings))
 
 
 def needs_reboot(settings: Settings) -> bool:
@@ -1041,9 +1056,7 @@ def waiting_for_boot(settings: Settings) -> Pending | None:
 
 def boots_as_now(settings: Settings, system: str) -> str:
     """The system, if it has the kernel that is proven because it runs; else the one that was booted."""
-    booted = settings.system_path("/run/booted-system")
-    same = not booted.exists() or boot_parts(os.path.realpath(booted)) == boot_parts(system)
-    return system if same else os.path.realpath(booted)
+    return system if has_kernel_of(settings, system) else booted_system(settings)
 
 
 def can_go_live(settings: Settings, new: str) -> bool:
@@ -1062,6 +1075,14 @@ def set_profile(settings: Settings, log: Log, system: str) -> None:
             output=out,
             timeout=settings.activation_timeout,
         )
+
+
+def wait_for_units(pattern: str, give_up: float) -> None:
+    """Until none of these units is active, or the monotonic clock says `give_up`."""
+    while run(["systemctl", "is-active", "--quiet", pattern], check=False, timeout=30).code == 0:
+        if time.monotonic() > give_up:
+            return
+        time.sleep(0.5)
 
 
 def switch(settings: Settings, log: Log, system: str, action: str, token: str) -> int | None:
@@ -1086,10 +1107,7 @@ def switch(settings: Settings, log: Log, system: str, action: str, token: str) -
         started = time.monotonic()
         code = run(wrapped, check=False, output=out, timeout=limit_s + WATCHDOG_MARGIN_S).code
         # systemd-run may lose its bus in the middle of a switch. The unit is what counts.
-        while run(["systemctl", "is-active", "--quiet", unit], check=False, timeout=30).code == 0:
-            if time.monotonic() - started > limit_s + WATCHDOG_MARGIN_S:
-                break
-            time.sleep(0.5)
+        wait_for_units(unit, started + limit_s + WATCHDOG_MARGIN_S)
         return None if time.monotonic() - started >= limit_s else code
 
 
@@ -1101,15 +1119,6 @@ def stop_switch(settings: Settings, token: str) -> None:
     """Ends what an earlier client started and left, so that it neither holds the lock nor goes on behind our back."""
     if has_systemd(settings):
         run(["systemctl", "stop", f"bento-switch-{token}-*.service"], check=False, timeout=60)
-
-
-def wait_for_switch(settings: Settings, token: str) -> None:
-    """Lets what a client that is gone started come to its end: a boot loader is not to be left half written."""
-    give_up = time.monotonic() + settings.activation_timeout
-    while has_systemd(settings) and time.monotonic() < give_up:
-        if run(["systemctl", "is-active", "--quiet", f"bento-switch-{token}-*"], check=False, timeout=30).code != 0:
-            return
-        time.sleep(0.5)
 
 
 # --- reports ---
@@ -1267,10 +1276,10 @@ def fetch(session: Sftp, settings: Settings, current: Current, *, thrifty: bool)
     free, needed = shutil.disk_usage(settings.state).free, 2 * current.size + MIN_FREE_BYTES - here
     if free < needed:
         raise BentoError(f"{settings.state}: {free} bytes free, {needed} needed: free some space")
+    tar = partial / name
     try:
         if thrifty:
-            join_parts(session, settings, current, partial / name)
-        tar = partial / name
+            join_parts(session, settings, current, tar)
         if not tar.exists() or tar.stat().st_size < current.size:
             session.get(f"releases/{name}", f"partial/{name}", current.size, resume=tar.exists())
         size, digest = tar.stat().st_size, hash_file(tar)
@@ -1455,12 +1464,9 @@ def best_effort(log: Log) -> Iterator[None]:
 def keep_from_collection(settings: Settings, log: Log, system: str) -> None:
     """A garbage collection root for the system that a boot may have to lead back to."""
     link = settings.system_path("/nix/var/nix/gcroots/bento-way-back")
-    aside = link.with_name(f".{link.name}.new")
     with best_effort(log):
         link.parent.mkdir(parents=True, exist_ok=True)
-        remove(aside)
-        aside.symlink_to(system)
-        os.rename(aside, link)
+        replace_link(link, system)
 
 
 def save_pending(settings: Settings, pending: Pending) -> None:
@@ -1660,6 +1666,11 @@ def restore_profile(settings: Settings, log: Log, pending: Pending) -> bool:
     return code == 0 or pending.step == Step.COMMITTING
 
 
+def not_restored(pending: Pending, reason: str) -> Outcome:
+    reason = f"{reason}; and the boot default could not be set back to {pending.profile}"
+    return Outcome(Result.ROLLBACK_FAILED, f"{reason}: tried again at the next run")
+
+
 def roll_back(settings: Settings, log: Log, pending: Pending, outcome: Outcome) -> Outcome:
     """Goes back to the old system, by store path, and finds out whose fault it was.
 
@@ -1684,13 +1695,12 @@ def roll_back(settings: Settings, log: Log, pending: Pending, outcome: Outcome) 
             reason = f"{outcome.reason}; and going back to {pending.old} failed ({how_ended(code)}: {last_words(log)})"
             return Outcome(Result.ROLLBACK_FAILED, f"{reason}: tried again at the next run")
     if not restored:
-        reason = f"{outcome.reason}; and the boot default could not be set back to {pending.profile}"
-        return Outcome(Result.ROLLBACK_FAILED, f"{reason}: tried again at the next run")
+        return not_restored(pending, outcome.reason)
     if stays:
         return Outcome(Result.INTERRUPTED, f"{outcome.reason}; the old system takes effect at the next reboot")
     if outcome.result == Result.ROLLED_BACK:
         failure = until_confirm_timeout(settings, lambda: can_reach(settings, log, pending.old))
-        if failure is not None and os.path.realpath(settings.system_path("/run/booted-system")) == pending.new:
+        if failure is not None and booted_system(settings) == pending.new:
             return Outcome(Result.INTERRUPTED, f"{outcome.reason}; nor can the old one on its kernel")
         if failure is not None:
             reason = f"{outcome.reason}; nor can the old one: not the release's fault, tried again later"
@@ -1763,7 +1773,7 @@ def expect_boot(settings: Settings, log: Log, state: State) -> None:
         remove(path)
         waiting = None
     if waiting is None and state.system == new and state.release is not None and has_new_kernel(settings):
-        booted = os.path.realpath(settings.system_path("/run/booted-system"))
+        booted = booted_system(settings)
         waiting = Pending(
             release=state.release, published=state.published or format_time(0), old=booted, new=new, profile=booted,
             step=Step.REBOOTING, boot_id=boot_id(settings), token=os.urandom(4).hex(),
@@ -1834,7 +1844,8 @@ def recover(settings: Settings, log: Log, pending: Pending) -> Outcome | None:
             run(["systemctl", "reboot"], timeout=60)
             return None
         log.say(f"an activation was cut short while {pending.step}")
-        wait_for_switch(settings, pending.token)
+        if has_systemd(settings):  # a boot loader is not to be left half written
+            wait_for_units(f"bento-switch-{pending.token}-*", time.monotonic() + settings.activation_timeout)
         if pending.step == Step.COMMITTING and running == pending.new and not pending.verdict:
             return complete(settings, log, pending)
         return roll_back(settings, log, pending, verdict(pending, f"the client was ended while {pending.step}"))
@@ -1880,8 +1891,7 @@ def revert(settings: Settings, log: Log, pending: Pending, reason: str) -> Outco
         return roll_back(settings, log, pending, Outcome(Result.ROLLED_BACK, reason))
     log.say(f"going back to {pending.old} through a reboot: {reason}")
     if not restore_profile(settings, log, pending):
-        reason = f"{reason}; and the boot default could not be set back to {pending.profile}"
-        return Outcome(Result.ROLLBACK_FAILED, f"{reason}: tried again at the next run")
+        return not_restored(pending, reason)
     save_pending(
         settings,
         replace(
