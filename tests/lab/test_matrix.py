@@ -11,6 +11,7 @@ agree; the report says what happened; and the next good release is deployed.
 import json
 import os
 import random
+import select
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -209,8 +210,12 @@ def wait_for_phase(host: Host, phase: str) -> int:
 
 def strike(event: str, host: Host, server: Server, client: int) -> Callable[[], None]:
     """Lets the event happen; what it gives back ends it."""
-    if event in ("kill", "hang"):
-        os.kill(client, signal.SIGKILL if event == "kill" else signal.SIGSTOP)
+    if event == "kill":
+        with open(os.pidfd_open(client), "rb") as handle:
+            signal.pidfd_send_signal(handle.fileno(), signal.SIGKILL)
+            select.select([handle], [], [])  # a client that is still dying would be taken for the next one
+    elif event == "hang":
+        os.kill(client, signal.SIGSTOP)
     elif event == "power":
         host.power_cut()
         host.boot()
