@@ -37,7 +37,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -1374,7 +1374,7 @@ def note_system(fleet: Fleet, name: str, release: str, system: str) -> None:
         with populate_lock(fleet, wait=True):  # or it would undo what populate is about to publish
             current = read_published(fleet.chroot(name), name)
             if current is not None and current.release == release and current.system != system:
-                text = client.encode(replace(current, system=system))
+                text = client.encode(current._replace(system=system))
                 client.write_atomic(fleet.chroot(name) / "current.json", text, 0o644)
 
 
@@ -1487,7 +1487,7 @@ def prepare(
         if system is not None:
             keep_from_collection(name, system)
     if unchanged and before is not None and staged.release == before.release:
-        client.write_atomic(chroot / "current.json", client.encode(replace(before, system=system)), 0o644)
+        client.write_atomic(chroot / "current.json", client.encode(before._replace(system=system)), 0o644)
         client.remove(staged.tree.parent)
         return None
     return staged, system, before

@@ -30,18 +30,16 @@ import os
 import re
 import select
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
@@ -60,6 +58,8 @@ MAX_JSON_BYTES = 64 << 10
 LOG_HEAD_BYTES, LOG_TAIL_BYTES = 64 << 10, 960 << 10
 KEEP_LOGS = 20
 MIN_FREE_BYTES = 8 << 20
+# A release that may take its time on a slow line.
+LARGE_BYTES = 1 << 20
 # How long a transfer may stand still. Slow is fine, dead is not.
 STALL_S = 60.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 15 * 60, 24 * 3600
@@ -130,16 +130,14 @@ class Action(StrEnum):
     RETRY = "retry"
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A stretch of a release's archive: a large file, or what lies between two. `size` in bytes."""
 
     sha256: str
     size: int
 
 
-@dataclass(frozen=True)
-class Current:
+class Current(NamedTuple):
     """`current.json`: the release that a host is to run. `size` in bytes.
 
     `parts`, one after the other, are the archive; there are none when it has no large file. A host that has one
@@ -154,8 +152,7 @@ class Current:
     parts: tuple[Part, ...] = ()
 
 
-@dataclass(frozen=True)
-class Last:
+class Last(NamedTuple):
     """How one attempt at a release ended. `release` is None when `current.json` itself could not be used."""
 
     release: str | None
@@ -168,8 +165,7 @@ class Last:
     log: str
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
     """`logs/status.json`: what a host says of itself."""
 
     host: str
@@ -182,8 +178,7 @@ class Report:
     last: Last | None
 
 
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """`state.json`. `release` and `system` were proven together; `previous` are the two before them.
 
     `unpacked` is the release in config/, `tried` the last attempt at a release (`last` may be a later failure to
@@ -203,8 +198,7 @@ class State:
     last: Last | None = None
 
 
-@dataclass(frozen=True)
-class Pending:
+class Pending(NamedTuple):
     """`pending.json`, the journal. `deadline_s` is on CLOCK_BOOTTIME.
 
     Where to go back to: `old` is what ran, `profile` what would have been booted. They differ while a system waits
@@ -227,8 +221,7 @@ class Pending:
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """The client's settings: flags over the JSON file over these defaults. Times in seconds."""
 
     server: tuple[str, ...] = ()
@@ -419,8 +412,15 @@ def parse_pending(raw: bytes, what: str) -> Pending:
     return Pending(**values, watchdog=take(data, "watchdog", str, what, null=True))
 
 
+def plain(value: Any) -> Any:
+    """A record, and those in it, as JSON has them."""
+    if hasattr(value, "_asdict"):
+        return {name: plain(each) for name, each in value._asdict().items()}
+    return [plain(each) for each in value] if isinstance(value, tuple) else value
+
+
 def encode(record: Current | Report | State | Pending) -> bytes:
-    data = {"format": FORMAT} | asdict(record)
+    data = {"format": FORMAT} | plain(record)
     if not data.get("parts", True):
         del data["parts"]
     return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
@@ -436,7 +436,7 @@ SERVER_NAME = re.compile(r"[A-Za-z0-9:\[][A-Za-z0-9._:%\[\]-]*")
 def make_settings(values: Mapping[str, Any], what: str) -> Settings:
     """Settings from the JSON file and the flags together. UsageError names the first one that cannot work."""
     defaults = Settings()
-    known = {f.name: getattr(defaults, f.name) for f in fields(Settings)}
+    known = defaults._asdict()
     chosen: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known or value is None:
@@ -454,7 +454,7 @@ def make_settings(values: Mapping[str, Any], what: str) -> Settings:
         if not good:
             raise UsageError(f"{what}: setting {name!r} cannot be {one_line(repr(value), 60)}")
         chosen[name] = value
-    settings = replace(defaults, **chosen)
+    settings = defaults._replace(**chosen)
     if not HOST_NAME.fullmatch(settings.host):
         raise UsageError(f"{what}: setting 'host' must be this machine's name in the fleet, not {settings.host!r}")
     for server in settings.server:
@@ -465,20 +465,20 @@ def make_settings(values: Mapping[str, Any], what: str) -> Settings:
             f"{what}: setting 'reboot' is 'never', 'when-needed' or 'HH:MM-HH:MM', not {settings.reboot!r}"
         )
     if not settings.user:
-        settings = replace(settings, user=f"bento-{settings.host}")
+        settings = settings._replace(user=f"bento-{settings.host}")
     elif not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", settings.user):
         raise UsageError(f"{what}: setting 'user' cannot be {settings.user!r}")
     # One absolute spelling: sftp, Nix and the watchdog run in other directories than we do.
     paths = {
         n: os.path.abspath(v) for n in ("identity", "known_hosts", "state_dir", "root") if (v := getattr(settings, n))
     }
-    return replace(settings, **paths)
+    return settings._replace(**paths)
 
 
 def settings_argv(settings: Settings) -> list[str]:
     """The flags that give these settings again: the watchdog must not read a file that an activation changes."""
     argv = ["--config", os.devnull]
-    for name, value in asdict(settings).items():
+    for name, value in settings._asdict().items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             argv += [flag] if value else []
@@ -609,9 +609,16 @@ def sync_directory(path: Path) -> None:
 def remove(path: Path) -> None:
     """Removes a file or a tree, if it is there."""
     if path.is_dir() and not path.is_symlink():
+        import shutil  # loads bz2 and lzma where Python has them, and a poll is mostly start-up
+
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def free_bytes(path: Path) -> int:
+    found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize
 
 
 def read_journal(path: Path, parse: Callable[[bytes, str], T], log: Log) -> T | None:
@@ -642,7 +649,9 @@ def scratch(settings: Settings) -> Iterator[str]:
     try:
         yield name
     finally:
-        remove(settings.state / name)
+        for left in (settings.state / name).iterdir():
+            left.unlink()
+        (settings.state / name).rmdir()
 
 
 def name_holder(settings: Settings, text: str) -> None:
@@ -672,8 +681,7 @@ verbose = False
 children: set[subprocess.Popen[bytes]] = set()
 
 
-@dataclass(frozen=True)
-class Done:
+class Done(NamedTuple):
     """How a process ended: `code` is None when it was ended at its time limit."""
 
     code: int | None
@@ -759,7 +767,7 @@ class Log:
 
         On a full disk, nowhere: a switch that dies of an unwritable log would be worse than one without a log.
         """
-        full = shutil.disk_usage(self.path.parent).free < 1 << 20
+        full = free_bytes(self.path.parent) < 1 << 20
         with open(os.devnull if full else self.path, "ab") as file:
             yield file
 
@@ -836,13 +844,16 @@ class Sftp:
     """One `sftp` process in batch mode, which is one SSH connection.
 
     sftp reads its batch line by line, so commands go in as they are decided on, each with a harmless local command
-    behind it whose answer marks the end of the one before. Local names are relative to the state directory.
+    behind it whose answer marks the end of the one before. Local names are relative to the state directory. `heard`
+    is what sftp answered to commands that nobody waited for.
     """
 
     def __init__(self, settings: Settings, server: str) -> None:
         self.server = server
         self.directory = settings.state
         self.answer = b""
+        self.unanswered = 0
+        self.heard = ""
         argv = sftp_argv(settings, server)
         if verbose:
             print(f"+ {shlex.join(argv)}", file=sys.stderr)
@@ -865,10 +876,8 @@ class Sftp:
     def do(self, command: str | None, limit_s: float = STALL_S, grows: Path | None = None, ceiling: int = 0) -> str:
         """Runs one command to its end and returns what sftp said. `limit_s` counts from the last sign of life, which
         for a download is the growth of the file `grows`; one that outgrows `ceiling` bytes is broken off."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        line = f"{command}\n".encode() if command else b""
-        with suppress(BrokenPipeError):
-            self.process.stdin.write(line + MARK)
+        assert self.process.stdout is not None
+        self.send(command)
         give_up, size = time.monotonic() + limit_s, -1
         while True:
             ready, _, _ = select.select([self.process.stdout], [], [], 0.2)
@@ -877,10 +886,14 @@ class Sftp:
                 if not chunk:
                     raise self.failure()
                 self.answer = (self.answer + chunk)[-(1 << 18) :]
-                at = self.answer.find(b"\n" + MARKED) + 1 or (0 if self.answer.startswith(MARKED) else -1)
-                if at >= 0 and (end := self.answer.find(b"\n", at)) >= 0:
-                    said, self.answer = self.answer[:at], self.answer[end + 1 :]
-                    return said.decode(errors="replace")
+                at = self.find_mark()
+                while at >= 0 and (end := self.answer.find(b"\n", at)) >= 0:
+                    said, self.answer = self.answer[:at].decode(errors="replace"), self.answer[end + 1 :]
+                    self.unanswered -= 1
+                    if not self.unanswered:
+                        return said
+                    self.heard += said
+                    at = self.find_mark()
             if grows is not None and (now := grows.stat().st_size if grows.exists() else 0) != size:
                 size, give_up = now, time.monotonic() + limit_s
                 if size > ceiling:
@@ -889,6 +902,17 @@ class Sftp:
             if time.monotonic() > give_up:
                 self.kill()
                 raise Unreachable(f"{self.server}: no answer to '{command or 'connect'}' for {limit_s:.0f} s")
+
+    def send(self, command: str | None) -> None:
+        """Gives sftp a command, and waits for nothing: the next one that is waited for tells whether it went well."""
+        assert self.process.stdin is not None
+        line = f"{command}\n".encode() if command else b""
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(line + MARK)
+        self.unanswered += 1
+
+    def find_mark(self) -> int:
+        return 0 if self.answer.startswith(MARKED) else self.answer.find(b"\n" + MARKED) + 1 or -1
 
     def failure(self) -> BentoError:
         """Why sftp ended: 255 is ssh's own failure, and so is a line that died in the middle of a command."""
@@ -922,15 +946,35 @@ class Sftp:
         end_group(self.process)
         self.close()
 
-    def close(self) -> None:
-        assert self.process.stdin is not None and self.process.stdout is not None
+    def hang_up(self) -> None:
+        """Lets sftp end by itself, as soon as it has done what it was given."""
+        assert self.process.stdin is not None
         with suppress(OSError):
             self.process.stdin.close()
+
+    def close(self) -> None:
+        """Ends the connection: at once, or after the commands that nobody waited for."""
+        assert self.process.stdout is not None
+        self.hang_up()
+        if not self.unanswered and self.process.poll() is None:  # a farewell would take a round trip
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGTERM)
         try:
             self.process.wait(5)
         except subprocess.TimeoutExpired:
             end_group(self.process)
         self.process.stdout.close()
+
+
+def knock(settings: Settings) -> Sftp:
+    """A new connection to the first server that answers. Unreachable when none does."""
+    failures: list[str] = []
+    for server in settings.server:
+        try:
+            return Sftp(settings, server)
+        except BentoError as error:
+            failures.append(str(error))
+    raise Unreachable("; ".join(failures))
 
 
 def read_current(session: Sftp, settings: Settings, directory: str) -> Current:
@@ -1138,6 +1182,26 @@ def make_report(settings: Settings, state: State, phase: Phase) -> Report:
     )
 
 
+LIST_LOGS = "ls -1 logs"
+
+
+def write_report(settings: Settings, state: State, directory: str, phase: Phase) -> str:
+    """A fresh status.json: its name for sftp."""
+    name = f"{directory}/{phase}.json"
+    path = settings.state / name
+    path.write_bytes(encode(make_report(settings, state, phase)))
+    path.chmod(0o640)
+    return name
+
+
+def announce(session: Sftp, settings: Settings, state: State, directory: str, phase: Phase) -> None:
+    """Tells the server what comes next, without waiting for its answers: on a long line they take their time."""
+    with suppress(OSError):
+        name = write_report(settings, state, directory, phase)
+        for command in (f"put {name} logs/.{phase}", f"rename logs/.{phase} logs/status.json", LIST_LOGS):
+            session.send(f"-{command}")  # a refusal must not end the session
+
+
 def deliver(session: Sftp, settings: Settings, state: State, directory: str, phase: Phase = Phase.IDLE) -> None:
     """Uploads the logs in the outbox, oldest first, then a fresh status.json; keeps the newest logs on the server."""
     outbox = settings.state / "outbox"
@@ -1145,14 +1209,12 @@ def deliver(session: Sftp, settings: Settings, state: State, directory: str, pha
     for name in waiting:
         session.put(f"outbox/{name}", name)
         (outbox / name).unlink()
-    status = settings.state / directory / "status.json"
-    status.write_bytes(encode(make_report(settings, state, phase)))
-    status.chmod(0o640)
-    session.put(f"{directory}/status.json", "status.json")
+    session.put(write_report(settings, state, directory, phase), "status.json")
     if waiting:
-        there = re.findall(rf"(?m)^(?:logs/)?({LOG_NAME.pattern})\s*$", session.do("ls -1 logs"))
-        for name in sorted(set(there) - set(waiting))[: max(0, len(there) - KEEP_LOGS)]:
-            session.do(f"rm logs/{name}")
+        there = re.findall(rf"(?m)^(?:logs/)?({LOG_NAME.pattern})\s*$", session.heard or session.do(LIST_LOGS))
+        kept = max(0, KEEP_LOGS - len(waiting))
+        for name in sorted(set(there) - set(waiting), reverse=True)[kept:]:
+            session.send(f"rm logs/{name}")
 
 
 def report(
@@ -1177,8 +1239,7 @@ def report(
     log.say(f"report kept for the next run: {'; '.join(failures)}")
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How an attempt ended. `unreachable`: because of the line or the server, not of the release."""
 
     result: Result
@@ -1226,20 +1287,20 @@ def record(
         attempt=attempt,
         log=name,
     )
-    state = replace(state, last=state.tried if aside and outcome.result == Result.OK else last)
+    state = state._replace(last=state.tried if aside and outcome.result == Result.OK else last)
     if release is not None and not aside:
         before = state.interruptions if state.tried is not None and state.tried.release == release else 0
         interruptions = before + (outcome.result == Result.INTERRUPTED)
-        state = replace(state, tried=last, interruptions=interruptions, published=published)
+        state = state._replace(tried=last, interruptions=interruptions, published=published)
     if outcome.result in (Result.POSTPONED, Result.INTERRUPTED):
-        state = replace(state, rebooted=None)
+        state = state._replace(rebooted=None)
     running = running_system(settings)
     if outcome.result == Result.OK and outcome.system == running:
         if state.system != running:
-            state = replace(state, previous=state.system, previous_release=state.release)
-        state = replace(state, release=release, system=running)
+            state = state._replace(previous=state.system, previous_release=state.release)
+        state = state._replace(release=release, system=running)
     elif state.previous == running != state.system:  # back again
-        state = replace(state, release=state.previous_release, system=running, previous=None, previous_release=None)
+        state = state._replace(release=state.previous_release, system=running, previous=None, previous_release=None)
     outbox = settings.state / "outbox"
     outbox.mkdir(mode=0o700, exist_ok=True)
     try:
@@ -1273,7 +1334,7 @@ def fetch(session: Sftp, settings: Settings, current: Current, *, thrifty: bool)
         if left.stat().st_size > wanted.get(left.name, -1):
             left.unlink()
     here = sum(left.stat().st_size for left in partial.iterdir())
-    free, needed = shutil.disk_usage(settings.state).free, 2 * current.size + MIN_FREE_BYTES - here
+    free, needed = free_bytes(settings.state), 2 * current.size + MIN_FREE_BYTES - here
     if free < needed:
         raise BentoError(f"{settings.state}: {free} bytes free, {needed} needed: free some space")
     tar = partial / name
@@ -1309,6 +1370,8 @@ def join_parts(session: Sftp, settings: Settings, current: Current, tar: Path) -
     here = find_parts(settings.state / "config", current.parts)
     if not here:
         return
+    import shutil
+
     with open(tar, "ab") as file:
         end = 0
         for part in current.parts:
@@ -1350,7 +1413,8 @@ def unpack(tar_path: Path, target: Path) -> None:
     A release has only directories and regular files, so this is stricter than tarfile's `data` filter, which
     Python 3.11.2 does not have.
     """
-    import tarfile  # as late as hashlib
+    import shutil
+    import tarfile
 
     remove(target)
     target.mkdir(mode=0o755)
@@ -1398,11 +1462,11 @@ def is_untouched(tree: Path) -> bool:
 def adopt(settings: Settings, state: State, release: str) -> State:
     """Makes config.new the new config/. In between there is none that counts: state.json names what config/ holds."""
     os.sync()
-    state = replace(state, unpacked=None)
+    state = state._replace(unpacked=None)
     save_state(settings, state)
     remove(settings.state / "config")
     os.rename(settings.state / "config.new", settings.state / "config")
-    state = replace(state, unpacked=release)
+    state = state._replace(unpacked=release)
     save_state(settings, state)
     return state
 
@@ -1499,9 +1563,9 @@ def arm(settings: Settings, pending: Pending, limit_s: float) -> Pending:
     """
     deadline_s = time.clock_gettime(time.CLOCK_BOOTTIME) + limit_s
     if not has_systemd(settings):
-        return replace(pending, deadline_s=deadline_s)
+        return pending._replace(deadline_s=deadline_s)
     unit = f"bento-watchdog-{pending.token}-{os.urandom(3).hex()}"
-    armed = replace(pending, deadline_s=deadline_s, watchdog=unit)
+    armed = pending._replace(deadline_s=deadline_s, watchdog=unit)
     client = [sys.executable, "-I", os.path.abspath(__file__), "rollback", "--token", pending.token]
     run(
         ["systemd-run", "--quiet", "--collect", f"--unit={unit}", f"--on-active={int(limit_s)}",
@@ -1520,8 +1584,8 @@ def disarm(settings: Settings, pending: Pending) -> None:
 
 def advance(settings: Settings, pending: Pending, step: Step, limit_s: float) -> Pending:
     """The next step of an activation, with a deadline of its own, on disk before anything of it is done."""
-    save_pending(settings, replace(pending, step=step))
-    armed = arm(settings, replace(pending, step=step), limit_s + WATCHDOG_MARGIN_S)
+    save_pending(settings, pending._replace(step=step))
+    armed = arm(settings, pending._replace(step=step), limit_s + WATCHDOG_MARGIN_S)
     save_pending(settings, armed)
     return armed
 
@@ -1683,7 +1747,7 @@ def roll_back(settings: Settings, log: Log, pending: Pending, outcome: Outcome) 
     if pending.step in (Step.COMMITTING, Step.REBOOTING, Step.REVERTING) or profile_system(settings) != pending.profile:
         restored = restore_profile(settings, log, pending)
     rebooted = pending.boot_id != boot_id(settings)
-    pending = replace(pending, verdict=outcome.result, reason=one_line(outcome.reason))
+    pending = pending._replace(verdict=outcome.result, reason=one_line(outcome.reason))
     with best_effort(log):
         limit_s = settings.activation_timeout + settings.confirm_timeout
         pending = advance(settings, pending, Step.ROLLING_BACK if restored else Step(pending.step), limit_s)
@@ -1732,7 +1796,7 @@ def take_over(settings: Settings, log: Log, pending: Pending) -> Outcome:
         return roll_back(settings, log, pending, Outcome(Result.POSTPONED, trouble))
     if not live:
         back = boots_as_now(settings, pending.old)
-        save_pending(settings, replace(pending, step=Step.REBOOTING, old=back, profile=back))
+        save_pending(settings, pending._replace(step=Step.REBOOTING, old=back, profile=back))
         remove(settings.state / "waiting.json")
         keep_from_collection(settings, log, back)
         note = "it cannot go live: it takes effect at the next reboot, and is proven then"
@@ -1894,8 +1958,8 @@ def revert(settings: Settings, log: Log, pending: Pending, reason: str) -> Outco
         return not_restored(pending, reason)
     save_pending(
         settings,
-        replace(
-            pending, step=Step.REVERTING, boot_id=boot_id(settings), verdict=Result.ROLLED_BACK, reason=one_line(reason)
+        pending._replace(
+            step=Step.REVERTING, boot_id=boot_id(settings), verdict=Result.ROLLED_BACK, reason=one_line(reason)
         ),
     )
     run(["systemctl", "reboot"], timeout=60)
@@ -1916,7 +1980,7 @@ def reboot_if_due(settings: Settings, log: Log, state: State, directory: str) ->
         log.say("a reboot is due, but not into a system that Bento proved: left to a person")
         return
     save_pending(settings, waiting)
-    save_state(settings, replace(state, rebooted=new))
+    save_state(settings, state._replace(rebooted=new))
     log.say(f"rebooting into {new}")
     report(settings, log, state, directory, phase=Phase.ACTIVATING)
     try:
@@ -1948,7 +2012,7 @@ def update(settings: Settings, log: Log, state: State, directory: str, *, force:
         if action == Action.NOTHING:
             print(why)
             if state.last is not None and state.last.release is None:  # the server's files are in order again
-                state = replace(state, last=state.tried)
+                state = state._replace(last=state.tried)
                 save_state(settings, state)
             deliver(session, settings, state, directory)
             return 0
@@ -1957,12 +2021,8 @@ def update(settings: Settings, log: Log, state: State, directory: str, *, force:
         pending = start_journal(settings, log, state, current)
         outcome: Outcome | None = None
         try:
-            try:
-                deliver(session, settings, state, directory, Phase.BUILDING)
-            except Refused as error:
-                log.say(f"report kept for the next run: {error}")
-                session.close()
-                session, _ = poll(settings, directory, log)
+            if current.size > LARGE_BYTES:  # it takes its time, and may have to be begun again and again
+                announce(session, settings, state, directory, Phase.BUILDING)
             if action == Action.FETCH or not is_untouched(settings.state / "config"):
                 # What failed once is fetched whole: the fault may lie in the parts.
                 fetch(session, settings, current, thrifty=pending.attempt == 1)
@@ -1972,13 +2032,15 @@ def update(settings: Settings, log: Log, state: State, directory: str, *, force:
             raise
         except (BentoError, OSError) as error:
             outcome = Outcome(Result.FETCH_FAILED, str(error))
+        if outcome is not None:
+            finish(settings, log, state, directory, pending, outcome, session)
+        else:
+            announce(session, settings, state, directory, Phase.BUILDING)
+            session.hang_up()
+            outcome = deploy(settings, log, state, directory, pending, session, force=force)
+        return outcome.exit_code
     finally:
         session.close()
-    if outcome is None:
-        state, outcome = deploy(settings, log, state, directory, pending, force=force)
-    else:
-        state = finish(settings, log, state, directory, pending, outcome)
-    return outcome.exit_code
 
 
 def start_journal(settings: Settings, log: Log, state: State, current: Current) -> Pending:
@@ -2021,10 +2083,11 @@ def deploy(
     state: State,
     directory: str,
     pending: Pending,
+    first: Sftp,
     *,
     force: bool,
-) -> tuple[State, Outcome]:
-    """Builds config/ and puts the result to work."""
+) -> Outcome:
+    """Builds config/ and puts the result to work. `first`: the connection that the release came over."""
     session: Sftp | None = None
     left = load_pending(settings, log)
     if left is not None and left.token == pending.token:
@@ -2037,16 +2100,19 @@ def deploy(
         outcome = Outcome(Result.BUILD_FAILED, str(error))
     if outcome is None:
         try:
-            session, _ = poll(settings, directory, log)
-        except BentoError as error:
+            session = knock(settings)
+        except Unreachable as error:
             reason = f"built, but not activated, because the server went away: {error}"
             outcome = Outcome(Result.POSTPONED, reason, new, unreachable=True)
-    if outcome is None:
-        report(settings, log, state, directory, session, Phase.ACTIVATING)
+    first.close()  # what it still had to say comes before what a later connection says
+    if outcome is None and session is not None:
+        announce(session, settings, state, directory, Phase.ACTIVATING)
         left = load_pending(settings, log)
         ours = left if left is not None and left.token == pending.token else pending
-        outcome = replace(activate(settings, log, replace(ours, new=new)), system=new)
-    return finish(settings, log, state, directory, pending, outcome, session), outcome
+        outcome = activate(settings, log, ours._replace(new=new))._replace(system=new)
+    assert outcome is not None
+    finish(settings, log, state, directory, pending, outcome, session)
+    return outcome
 
 
 def refuse_to_activate(settings: Settings, new: str, old: str, *, force: bool) -> Outcome | None:
@@ -2058,7 +2124,7 @@ def refuse_to_activate(settings: Settings, new: str, old: str, *, force: bool) -
         if not force and not Path(new, part).exists():
             reason = f"the new system has no {part}: it would be this machine's last update: import ./utils/bento.nix"
             return Outcome(Result.BUILD_FAILED, reason, new)
-    if shutil.disk_usage(settings.state).free < MIN_FREE_BYTES:
+    if free_bytes(settings.state) < MIN_FREE_BYTES:
         return Outcome(Result.POSTPONED, f"built, but not activated: the disk of {settings.state} is full", new)
     return None
 
@@ -2154,7 +2220,7 @@ def go_back(
         outcome: Outcome | None = roll_back(settings, log, pending, Outcome(Result.ROLLED_BACK, "by hand"))
     else:
         if pending.step != Step.COMMITTING and not pending.reason:
-            pending = replace(pending, verdict=Result.INTERRUPTED, reason=f"the client hung while {pending.step}")
+            pending = pending._replace(verdict=Result.INTERRUPTED, reason=f"the client hung while {pending.step}")
         outcome = recover(settings, log, pending)
     if outcome is None:
         return 0
@@ -2241,23 +2307,23 @@ def format_status(report: Report, pending: Pending | None, waiting: int) -> str:
 # --- command line ---
 
 COMMANDS = {
-    "run": "poll, and update this machine if there is something new (what the timer starts)",
-    "key": "print this machine's public SSH key; make the key if there is none",
-    "probe": "can this machine reach its server and read its current.json? exit 0 or 75",
+    "run": "poll, and update if there is something new (what the timer starts)",
+    "key": "print this machine's public SSH key; make it if there is none",
+    "probe": "can this machine reach its server? exit 0, or 75 if not",
     "status": "what this machine runs and last did",
-    "rollback": "back to the system before: of an activation under way, else of the last update",
+    "rollback": "back from an activation under way, else from the last update",
 }
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """A flag for each setting, of the same name. SUPPRESS, so that they may stand before and after the command."""
+    """A flag for each setting, of the same name."""
     parser.add_argument("--config", default=argparse.SUPPRESS, help=f"settings as JSON (default {DEFAULT_CONFIG})")
     group = parser.add_argument_group("settings, over those of the file")
     defaults = Settings()
-    for setting in fields(Settings):
-        kind = type(getattr(defaults, setting.name))
-        flags = list(dict.fromkeys(f"--{setting.name.replace('_', sign)}" for sign in "-_"))
-        options: dict[str, Any] = {"dest": f"setting_{setting.name}", "default": argparse.SUPPRESS}
+    for name, value in defaults._asdict().items():
+        kind = type(value)
+        flags = list(dict.fromkeys(f"--{name.replace('_', sign)}" for sign in "-_"))
+        options: dict[str, Any] = {"dest": f"setting_{name}", "default": argparse.SUPPRESS}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
             flags = flags[:1]
@@ -2270,19 +2336,19 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="bento_client.py", description="Keep this NixOS machine at its published release."
+        prog="bento_client.py",
+        usage="%(prog)s [options] COMMAND",
+        description="Keep this NixOS machine at its published release.",
+        epilog="commands:\n" + "\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items()),
+        # With a width, argparse does not load shutil to ask the terminal for one.
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=80),
     )
     parser.add_argument("--version", action="version", version=VERSION)
     parser.add_argument("-v", "--verbose", action="store_true", help="show the programs that are run")
+    parser.add_argument("--force", action="store_true", help="run: try again what was given up or refused")
+    parser.add_argument("--token", help=argparse.SUPPRESS)
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of those below")
     add_settings(parser)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
-        add_settings(command)
-        if name == "run":
-            command.add_argument("--force", action="store_true", help="try again what was given up or refused")
-        if name == "rollback":
-            command.add_argument("--token", help=argparse.SUPPRESS)
     return parser
 
 
@@ -2307,10 +2373,14 @@ def read_settings(options: Mapping[str, Any]) -> Settings:
 
 def main(argv: Sequence[str] | None = None) -> int:
     global verbose
-    options = vars(make_parser().parse_args(argv))
+    parser = make_parser()
+    options = vars(parser.parse_args(argv))
     verbose = options["verbose"]
     os.umask(0o022)
     command: str = options["command"]
+    for flag, goes_with in (("force", "run"), ("token", "rollback")):
+        if options[flag] and command != goes_with:
+            parser.error(f"--{flag} goes with {goes_with}, not with {command}")
     try:
         settings = read_settings(options)
         if command in ("run", "probe") and not settings.server:

@@ -13,7 +13,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +190,7 @@ def attempt(result: str, number: int = 1, *, release: str = A, finished_s: float
 
 def state_after(result: str, number: int = 1, **more: Any) -> State:
     tried = attempt(result, number)
-    return replace(State(unpacked=A, tried=tried, last=tried, published="2026-11-23T10:00:00Z"), **more)
+    return State(unpacked=A, tried=tried, last=tried, published="2026-11-23T10:00:00Z")._replace(**more)
 
 
 CURRENT = Current(host="toy", release=A, size=10, published="2026-11-23T10:00:00Z")
@@ -238,7 +238,7 @@ def test_decide(state: State, later_s: float, action: Action, words: str) -> Non
 def test_decide_by_force(result: Result) -> None:
     state = state_after(result, 9, interruptions=2)
     assert decide(CURRENT, state, NOON, force=True) == (Action.RETRY, "release aaaaaaaaaaaa, by force")
-    assert decide(CURRENT, replace(state, unpacked=None), NOON, force=True)[0] == Action.FETCH
+    assert decide(CURRENT, state._replace(unpacked=None), NOON, force=True)[0] == Action.FETCH
 
 
 @pytest.mark.parametrize(
@@ -251,9 +251,9 @@ def test_decide_by_force(result: Result) -> None:
     ],
 )
 def test_decide_behind(published: str, replica: bool, action: Action) -> None:
-    current = replace(CURRENT, release=B, published=published)
+    current = CURRENT._replace(release=B, published=published)
     assert decide(current, state_after("ok"), NOON, replica=replica)[0] == action
-    assert decide(current, replace(state_after("ok"), published=None), NOON, replica=replica)[0] == Action.FETCH
+    assert decide(current, state_after("ok")._replace(published=None), NOON, replica=replica)[0] == Action.FETCH
 
 
 @pytest.mark.parametrize(
@@ -578,6 +578,9 @@ class Lab:
         """The report that the server has."""
         return parse_report((self.chroot / "logs/status.json").read_bytes(), "status.json")
 
+    def phase(self) -> str:
+        return self.report().phase if (self.chroot / "logs/status.json").exists() else ""
+
     def last(self) -> Last:
         last = self.report().last
         assert last is not None
@@ -596,7 +599,7 @@ class Lab:
         state = parse_state(path.read_bytes(), "state.json")
         assert state.tried is not None
         finished = bento_client.format_time(bento_client.parse_time(state.tried.finished) - seconds)
-        path.write_bytes(bento_client.encode(replace(state, tried=replace(state.tried, finished=finished))))
+        path.write_bytes(bento_client.encode(state._replace(tried=state.tried._replace(finished=finished))))
 
 
 @pytest.fixture
@@ -721,7 +724,7 @@ def test_two_runs_at_once(lab: Lab) -> None:
     lab.publish("v1", build_touch=lab.file("building"), build_wait=lab.file("go"))
     first = lab.start("run")
     wait_until(Path(lab.file("building")).exists)
-    assert lab.report().phase == "building"
+    wait_until(lambda: lab.phase() == "building")  # it is told without waiting for the answer
     assert "another run is at work" in lab.client("run")
     Path(lab.file("go")).touch()
     assert lab.finish(first) == 0
@@ -992,7 +995,7 @@ def test_server_down_during_the_proof(lab: Lab) -> None:
     lab.publish("v1", switch_touch=lab.file("switching"), switch_wait=lab.file("go"))
     process = lab.start("run")
     wait_until(Path(lab.file("switching")).exists)
-    assert lab.report().phase == "activating"
+    wait_until(lambda: lab.phase() == "activating")
     lab.down.touch()
     Path(lab.file("go")).touch()
     assert lab.finish(process) == 75
@@ -1024,6 +1027,33 @@ def test_outbox_is_delivered_in_order(lab: Lab) -> None:
     assert logs[-1].name == lab.last().log
     assert logs[-2].read_text() == f"this is {names[-1]}\n"
     assert (lab.chroot / "logs/notes.txt").exists()
+
+
+def test_refused_reports_are_not_the_releases_fault(lab: Lab) -> None:
+    lab.publish("v1", switch_touch=lab.file("switched"))
+    (lab.config / "large").write_bytes(os.urandom(2 << 20))  # this one is announced before it is fetched, too
+    lab.populate()
+    (lab.chroot / "logs").rename(lab.chroot / "away")
+    (lab.chroot / "logs").write_text("not a directory\n")
+    assert "report kept for the next run" in lab.client("run")
+    assert lab.labels() == ("v1", "v1", "v1")
+    (lab.chroot / "logs").unlink()
+    (lab.chroot / "away").rename(lab.chroot / "logs")
+    lab.client("run")
+    assert (lab.last().result, lab.last().attempt, len(lab.logs())) == (Result.OK, 1, 1)
+
+
+def test_an_sftp_that_does_not_end_by_itself_is_ended(lab: Lab) -> None:
+    """The first connection is left to itself while the release is built; what it still does must not come later."""
+    lab.publish("v1")
+    toy, fake, pids = lab.machine.env()["PATH"], lab.directory / "path/sftp", lab.directory / "pids"
+    fake.parent.mkdir()
+    fake.write_text(f'#!/bin/sh\necho $$ >>{pids}\nPATH={toy}\nsftp "$@"\ncode=$?\nsleep 300\nexit $code\n')
+    fake.chmod(0o755)
+    lab.client("run", PATH=f"{fake.parent}:{toy}")
+    assert lab.labels() == ("v1", "v1", "v1") and (lab.last().result, lab.report().phase) == (Result.OK, "idle")
+    started = pids.read_text().split()
+    assert len(started) == 3 and not any(Path(f"/proc/{pid}").exists() for pid in started)
 
 
 def sftp_by_server(lab: Lab, **chroots: Path | None) -> str:

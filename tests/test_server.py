@@ -24,7 +24,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -1334,7 +1334,7 @@ def test_what_is_published_already_is_built_once(site: Site, toys: Path) -> None
     before = site.current()
     assert before.system is None
     site.publish("--build")
-    assert site.current() == replace(before, system=site.current().system)
+    assert site.current() == before._replace(system=site.current().system)
     assert str(site.current().system).startswith(f"{toys}/")
     check_tidy(site.chroots / "a", {before.release})
     snap = snapshot(site.chroots / "a")
@@ -1613,14 +1613,14 @@ AFTER_S = 7200.0
 def test_every_combination_has_exactly_one_state() -> None:
     """All that can be published, reported and seen, against a sentence for each state and flag."""
     systems = ("/nix/store/x", "/nix/store/y", "")
-    published = (None, CURRENT, *(replace(CURRENT, system=system) for system in systems[:2]))
+    published = (None, CURRENT, *(CURRENT._replace(system=system) for system in systems[:2]))
     results = (*Result, "some-day")
     lasts = (None, *(
-        replace(LAST, release=release, result=result, system=system)
+        LAST._replace(release=release, result=result, system=system)
         for release, result, system in itertools.product((RELEASE, OTHER, None), results, (None, *systems[:2]))
     ))  # fmt: skip
     reports = (None, *(
-        replace(REPORT, phase=phase, release=release, system=system, needs_reboot=reboot, last=last)
+        REPORT._replace(phase=phase, release=release, system=system, needs_reboot=reboot, last=last)
         for phase, release, system, reboot, last in itertools.product(
             (*Phase, "some-day"), (RELEASE, OTHER, None), systems, (False, True), lasts
         )
@@ -1855,7 +1855,7 @@ def test_status_json(site: Site) -> None:
     assert up.pop("clock_ahead_s") in (-1, 0)
     assert up == {
         "host": "a", "state": "up-to-date", "offline": False, "needs_reboot": True, "drift": False,
-        "published": {k: v for k, v in asdict(current).items() if k != "parts"}, "release": current.release, "system": "/nix/store/x",
+        "published": {k: v for k, v in current._asdict().items() if k != "parts"}, "release": current.release, "system": "/nix/store/x",
         "client": client.VERSION, "phase": "idle", "last": last | {"reason": "two parts"},
         "seen": client.format_time(report.stat().st_mtime), "problem": None, "other_client": False,
     }  # fmt: skip

@@ -38,7 +38,7 @@ GOOD = Row("t470", "up-to-date", False, False, False, CURRENT, REPORT, NOW_S - 3
 NASTY = 'a"b\\c\n<script>alert(1)</script>&{x="1"} 9\x1b[31m\u202e'
 BAD = replace(
     GOOD, host="nas", state="rolled-back", offline=True,
-    report=replace(REPORT, host="nas", system=NASTY, last=replace(LAST, result="rolled-back", reason=NASTY)),
+    report=REPORT._replace(host="nas", system=NASTY, last=LAST._replace(result="rolled-back", reason=NASTY)),
 )  # fmt: skip
 NEW = Row("router", "new", False, False, False, None, None, None, "")
 ROWS = [BAD, GOOD, NEW]
@@ -104,8 +104,8 @@ def test_output_is_replaced_whole_and_exit_code_tells(tmp_path: Path, capsys: py
     (host / "configuration.nix").write_text("{ }\n")
     logs = tmp_path / "chroot/t470/logs"
     logs.mkdir(parents=True)
-    good = replace(REPORT, polled=client.format_time(time.time()))
-    bad = replace(good, last=replace(LAST, result="build-failed", reason="no"))
+    good = REPORT._replace(polled=client.format_time(time.time()))
+    bad = good._replace(last=LAST._replace(result="build-failed", reason="no"))
     (tmp_path / "chroot/t470/current.json").write_bytes(client.encode(CURRENT))
     target = tmp_path / "bento.prom"
     arguments = ["--fleet", str(tmp_path), "--chroot-dir", str(tmp_path / "chroot"), "status", "--prometheus"]
@@ -199,8 +199,8 @@ def report_of(fleet: Path, name: str, **changes: Any) -> None:
     """As a host that has just reported."""
     logs = fleet / "chroot" / name / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    (logs.parent / "current.json").write_bytes(client.encode(replace(CURRENT, host=name)))
-    report = replace(REPORT, host=name, polled=client.format_time(time.time()), last=replace(LAST, **changes))
+    (logs.parent / "current.json").write_bytes(client.encode(CURRENT._replace(host=name)))
+    report = REPORT._replace(host=name, polled=client.format_time(time.time()), last=LAST._replace(**changes))
     (logs / "new").write_bytes(client.encode(report))
     os.rename(logs / "new", logs / "status.json")
 
@@ -373,8 +373,8 @@ def test_diff_compares_what_runs_with_what_was_built(tmp_path: Path) -> None:
     logs.mkdir(parents=True)
 
     def diff(running: str, built: str | None) -> subprocess.CompletedProcess[str]:
-        (tmp_path / "chroot/t470/current.json").write_bytes(client.encode(replace(CURRENT, system=built)))
-        (logs / "status.json").write_bytes(client.encode(replace(REPORT, system=running)))
+        (tmp_path / "chroot/t470/current.json").write_bytes(client.encode(CURRENT._replace(system=built)))
+        (logs / "status.json").write_bytes(client.encode(REPORT._replace(system=running)))
         return say_bento(tmp_path, "diff")
 
     assert diff(paths[0], paths[0]).stdout == f"t470: no difference, it runs {paths[0]}\n"
