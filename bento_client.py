@@ -547,7 +547,7 @@ def may_reboot(setting: str, hour: int, minute: int) -> bool:
 SSH_FAILURES = [
     (r"Host key verification failed|REMOTE HOST IDENTIFICATION HAS CHANGED", False,
      "its host key is not the known one: if the server was renewed, correct the known hosts, else somebody is in between"),
-    (r"Permission denied|Too many authentication failures", False,
+    (r"Permission denied \(|Too many authentication failures", False,
      "it refuses this machine's key: give the output of 'bento-client key' to the fleet's administrator"),
     (r"Could not resolve hostname", True, "its name cannot be resolved"),
     (r"[Cc]onnection refused", True, "connection refused: is sshd running there, on this port?"),
@@ -649,9 +649,10 @@ def scratch(settings: Settings) -> Iterator[str]:
     try:
         yield name
     finally:
-        for left in (settings.state / name).iterdir():
-            left.unlink()
-        (settings.state / name).rmdir()
+        with suppress(FileNotFoundError):
+            for left in (settings.state / name).iterdir():
+                left.unlink()
+            (settings.state / name).rmdir()
 
 
 def name_holder(settings: Settings, text: str) -> None:
@@ -897,10 +898,10 @@ class Sftp:
             if grows is not None and (now := grows.stat().st_size if grows.exists() else 0) != size:
                 size, give_up = now, time.monotonic() + limit_s
                 if size > ceiling:
-                    self.kill()
+                    end_group(self.process)
                     raise BentoError(f"{self.server}: {command} gave more than the announced {ceiling} bytes")
             if time.monotonic() > give_up:
-                self.kill()
+                end_group(self.process)
                 raise Unreachable(f"{self.server}: no answer to '{command or 'connect'}' for {limit_s:.0f} s")
 
     def send(self, command: str | None) -> None:
@@ -919,7 +920,7 @@ class Sftp:
         try:
             code = self.process.wait(5)
         except subprocess.TimeoutExpired:
-            self.kill()
+            end_group(self.process)
             code = 255
         output = self.answer.decode(errors="replace")
         meaning, passing = explain_ssh(output)
@@ -942,10 +943,6 @@ class Sftp:
         self.do(f"put {local} logs/.{name}", limit_s)
         self.do(f"rename logs/.{name} logs/{name}")
 
-    def kill(self) -> None:
-        end_group(self.process)
-        self.close()
-
     def hang_up(self) -> None:
         """Lets sftp end by itself, as soon as it has done what it was given."""
         assert self.process.stdin is not None
@@ -966,12 +963,19 @@ class Sftp:
         self.process.stdout.close()
 
 
-def knock(settings: Settings) -> Sftp:
-    """A new connection to the first server that answers. Unreachable when none does."""
+def connect(settings: Settings, server: str, log: Log) -> Sftp:
+    session = Sftp(settings, server)
+    if "Permanently added" in session.greeting:
+        log.say(f"warning: first contact with {server}: its host key is kept in {settings.state / 'known_hosts'}")
+    return session
+
+
+def knock(settings: Settings, log: Log, favourite: str) -> Sftp:
+    """A new connection to the favourite, or else to the first server that answers. Unreachable when none does."""
     failures: list[str] = []
-    for server in settings.server:
+    for server in sorted(settings.server, key=lambda server: server != favourite):
         try:
-            return Sftp(settings, server)
+            return connect(settings, server, log)
         except BentoError as error:
             failures.append(str(error))
     raise Unreachable("; ".join(failures))
@@ -1004,17 +1008,13 @@ def poll(
         for server in settings.server:
             session: Sftp | None = None
             try:
-                session = Sftp(settings, server)
+                session = connect(settings, server, log)
                 current = read_current(session, settings, directory)
             except BentoError as error:
                 failures.append(error)
                 if session is not None:
                     session.close()
                 continue
-            if "Permanently added" in session.greeting:
-                log.say(
-                    f"warning: first contact with {server}: its host key is kept in {settings.state / 'known_hosts'}"
-                )
             if len(settings.server) > 1 and seen is not None and current.published < seen:
                 log.say(f"{server} is behind: it publishes a release of {current.published}")
                 if behind is None:
@@ -1183,6 +1183,7 @@ def make_report(settings: Settings, state: State, phase: Phase) -> Report:
 
 
 LIST_LOGS = "ls -1 logs"
+ANNOUNCEMENT = "logs/.announcement"
 
 
 def write_report(settings: Settings, state: State, directory: str, phase: Phase) -> str:
@@ -1198,8 +1199,9 @@ def announce(session: Sftp, settings: Settings, state: State, directory: str, ph
     """Tells the server what comes next, without waiting for its answers: on a long line they take their time."""
     with suppress(OSError):
         name = write_report(settings, state, directory, phase)
-        for command in (f"put {name} logs/.{phase}", f"rename logs/.{phase} logs/status.json", LIST_LOGS):
-            session.send(f"-{command}")  # a refusal must not end the session
+        # With a minus, a refusal does not end the session.
+        session.send(f"-put {name} {ANNOUNCEMENT}")
+        session.send(f"-rename {ANNOUNCEMENT} logs/status.json")
 
 
 def deliver(session: Sftp, settings: Settings, state: State, directory: str, phase: Phase = Phase.IDLE) -> None:
@@ -1209,12 +1211,15 @@ def deliver(session: Sftp, settings: Settings, state: State, directory: str, pha
     for name in waiting:
         session.put(f"outbox/{name}", name)
         (outbox / name).unlink()
+    if waiting:  # an announcement that is still on its way must not come after this
+        session.send(f"-rm {ANNOUNCEMENT}")
     session.put(write_report(settings, state, directory, phase), "status.json")
     if waiting:
-        there = re.findall(rf"(?m)^(?:logs/)?({LOG_NAME.pattern})\s*$", session.heard or session.do(LIST_LOGS))
-        kept = max(0, KEEP_LOGS - len(waiting))
-        for name in sorted(set(there) - set(waiting), reverse=True)[kept:]:
-            session.send(f"rm logs/{name}")
+        listing = session.heard if LIST_LOGS in session.heard else session.do(LIST_LOGS)
+        old = sorted(set(re.findall(rf"(?m)^(?:logs/)?({LOG_NAME.pattern})\s*$", listing)) - set(waiting))
+        surplus = len(old) - max(0, KEEP_LOGS - len(waiting))
+        for name in old[: min(max(0, surplus), KEEP_LOGS)]:  # no more: nobody reads what sftp says to it
+            session.send(f"-rm logs/{name}")
 
 
 def report(
@@ -2021,22 +2026,26 @@ def update(settings: Settings, log: Log, state: State, directory: str, *, force:
         pending = start_journal(settings, log, state, current)
         outcome: Outcome | None = None
         try:
-            if current.size > LARGE_BYTES:  # it takes its time, and may have to be begun again and again
+            wanted = action == Action.FETCH or not is_untouched(settings.state / "config")
+            slow = wanted and current.size > LARGE_BYTES  # then the server is told before
+            if slow:
                 announce(session, settings, state, directory, Phase.BUILDING)
-            if action == Action.FETCH or not is_untouched(settings.state / "config"):
+            if wanted:
                 # What failed once is fetched whole: the fault may lie in the parts.
                 fetch(session, settings, current, thrifty=pending.attempt == 1)
                 state = adopt(settings, state, current.release)
+            if not slow:
+                announce(session, settings, state, directory, Phase.BUILDING)
+            session.hang_up()
         except Unreachable:
             forget(settings, log, pending)
+            report(settings, log, state, directory)
             raise
         except (BentoError, OSError) as error:
             outcome = Outcome(Result.FETCH_FAILED, str(error))
         if outcome is not None:
             finish(settings, log, state, directory, pending, outcome, session)
         else:
-            announce(session, settings, state, directory, Phase.BUILDING)
-            session.hang_up()
             outcome = deploy(settings, log, state, directory, pending, session, force=force)
         return outcome.exit_code
     finally:
@@ -2100,13 +2109,14 @@ def deploy(
         outcome = Outcome(Result.BUILD_FAILED, str(error))
     if outcome is None:
         try:
-            session = knock(settings)
+            session = knock(settings, log, first.server)
         except Unreachable as error:
             reason = f"built, but not activated, because the server went away: {error}"
             outcome = Outcome(Result.POSTPONED, reason, new, unreachable=True)
     first.close()  # what it still had to say comes before what a later connection says
-    if outcome is None and session is not None:
+    if session is not None:
         announce(session, settings, state, directory, Phase.ACTIVATING)
+        session.send(f"-{LIST_LOGS}")  # for deliver, which need not wait for it then
         left = load_pending(settings, log)
         ours = left if left is not None and left.token == pending.token else pending
         outcome = activate(settings, log, ours._replace(new=new))._replace(system=new)
@@ -2168,7 +2178,8 @@ def end_lock_holder(settings: Settings, log: Log) -> None:
         log.say(f"ending the client that holds the lock (process {holder})")
         os.kill(holder, signal.SIGKILL)
         for child in children:  # each leads a group, see `run`
-            os.killpg(int(child), signal.SIGKILL)
+            with suppress(OSError):
+                os.killpg(int(child), signal.SIGKILL)
 
 
 def command_rollback(settings: Settings, *, token: str | None) -> int:
@@ -2224,7 +2235,7 @@ def go_back(
         outcome = recover(settings, log, pending)
     if outcome is None:
         return 0
-    state = finish(settings, log, state, directory, pending, outcome)
+    finish(settings, log, state, directory, pending, outcome)
     good = outcome.result != Result.ROLLBACK_FAILED
     print(f"{outcome.result}: {outcome.reason}; this machine runs {running_system(settings)}")
     return 0 if good else 1

@@ -1070,6 +1070,96 @@ def sftp_by_server(lab: Lab, **chroots: Path | None) -> str:
     return f"{fake.parent}:{toy}"
 
 
+def test_a_thousand_old_logs_do_not_hang_it(lab: Lab) -> None:
+    """Nobody reads what sftp says to their removal: of too many at once, both pipes are full."""
+    lab.publish("v1")
+    lab.client("run")
+    for number in range(2500):
+        (lab.chroot / "logs" / f"20200101T{number:06d}Z_{'a' * 12}_ok.log").write_text("old\n")
+    (lab.chroot / "logs" / f"20200101T000000Z_{'b' * 12}_ok.log").mkdir()
+    (lab.state / "outbox" / f"20200101T000000Z_{'c' * 12}_postponed.log").write_text("waits\n")
+    before = len(lab.logs())
+    assert lab.finish(lab.start("run")) == 0
+    assert before - 25 < len(lab.logs()) < before - 15 and list((lab.state / "outbox").iterdir()) == []
+
+
+def test_archive_that_outgrows_its_size_is_reported(lab: Lab) -> None:
+    release = lab.publish("v1")
+    os.truncate(lab.chroot / "releases" / f"{release}.tar", 6 << 30)  # sparse
+    lab.client("run", code=1)
+    assert (lab.last().result, len(lab.logs())) == (Result.FETCH_FAILED, 1)
+    assert "more than the announced" in lab.last().reason
+
+
+def test_release_that_never_arrives_does_not_hide_the_host(lab: Lab) -> None:
+    """The line brings current.json, and dies of what is larger. The host polls, and its server sees that."""
+    lab.publish("v1")
+    lab.client("run")
+    (lab.state / "outbox" / f"20200101T000000Z_{'c' * 12}_postponed.log").write_text("waits\n")
+    before = (lab.chroot / "logs/status.json").stat().st_mtime_ns
+    lab.publish("v2")
+    toy, fake = lab.machine.env()["PATH"], lab.directory / "path/sftp"
+    fake.parent.mkdir()
+    cut = 'sed -u "/get releases/q" | sed -u "/get releases/d"'
+    fake.write_text(f'#!/bin/sh\nPATH={toy}\n{cut} | sftp "$@"\necho Connection reset by peer\nexit 255\n')
+    fake.chmod(0o755)
+    assert "the connection was lost" in lab.client("run", code=75, PATH=f"{fake.parent}:{toy}")
+    assert (lab.chroot / "logs/status.json").stat().st_mtime_ns > before and len(lab.logs()) == 2
+
+
+# An sftp-server at the end of a line that brings one announcement late, after the client has given the connection up.
+LATE = """\
+import os, signal, subprocess, sys, time
+server, flag, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
+if os.fork():
+    signal.pause()  # ends with the client's sftp; the line does not
+os.setsid()
+process, until = subprocess.Popen([server, *sys.argv[4:]], stdin=subprocess.PIPE, bufsize=0), time.monotonic() + 30
+while data := os.read(0, 1 << 16):
+    if b".announcement" in data and b"rename" in data:
+        with open(flag, "a") as file:
+            file.write("x")
+        while os.path.getsize(flag) == number and not os.path.exists(flag + "-go") and time.monotonic() < until:
+            time.sleep(0.02)
+    process.stdin.write(data)
+process.stdin.close()
+process.wait()
+open(flag + "-over", "a").write("x")
+"""
+
+
+@pytest.mark.parametrize(("number", "phase"), [(1, "building"), (2, "activating")])
+def test_a_late_announcement_does_not_undo_the_report(lab: Lab, number: int, phase: str) -> None:
+    lab.publish("v1")
+    flag, late = Path(lab.file("flag")), lab.directory / "late"
+    servers = ("/usr/lib/openssh/sftp-server", "/usr/libexec/openssh/sftp-server", "/usr/lib/ssh/sftp-server")
+    server = next(path for path in servers if Path(path).exists())
+    (lab.directory / "late.py").write_text(LATE)
+    late.write_text(f'#!/bin/sh\nexec {sys.executable} {late}.py {server} {flag} {number} "$@"\n')
+    late.chmod(0o755)
+    impatient = "c.STALL_S = 1.0; c.Sftp.do.__defaults__ = (1.0, None, 0)"
+    code = f"import sys; sys.path.insert(0, {str(CLIENT.parent)!r}); import bento_client as c; {impatient}; sys.exit(c.main())"
+    done = lab.machine.run(sys.executable, "-c", code, *lab.argv("run")[3:], env=lab.env(TOY_SFTP_SERVER=str(late)))
+    Path(f"{flag}-go").touch()
+    assert done.returncode == 0, done.stdout
+    assert flag.read_text() == "xx"
+    over = Path(f"{flag}-over")
+    wait_until(lambda: over.exists() and len(over.read_text()) >= 3)  # all connections, the late one too
+    assert (lab.report().phase, lab.last().result) == ("idle", Result.OK), phase
+
+
+def test_a_report_goes_where_its_release_came_from(lab: Lab) -> None:
+    """Though another server, which has no release, answers first."""
+    lab.settings["server"] = ["first", "second"]
+    lab.publish("v1")
+    empty = lab.directory / "empty"
+    (empty / "logs").mkdir(parents=True)
+    path = sftp_by_server(lab, first=empty, second=lab.chroot)
+    lab.client("run", PATH=path, TOY_SERVER="")
+    assert (lab.last().result, lab.report().phase, len(lab.logs())) == (Result.OK, "idle", 1)
+    assert list((empty / "logs").iterdir()) == []
+
+
 def test_second_server_when_the_first_is_down(lab: Lab) -> None:
     lab.settings["server"] = ["first", "second"]
     path = sftp_by_server(lab, first=None, second=lab.chroot)
