@@ -23,7 +23,7 @@ from toynixos import write_config
 
 from lab.lab import TESTS, Host, Lab, Layer, MachineOff, Server
 
-SLOT_S = 5
+SLOT_S = 3
 EVENTS = ("kill", "hang", "power", "server", "link", "var-full", "boot-full", "clock")
 PHASES = ("fetch", "build", "before", "activate", "prove", "commit", "report")
 # In CI: every event and every phase at least once, and what has hurt others most.
@@ -64,7 +64,7 @@ Written by `BENTO_MATRIX=all tests/run -s tests/lab/test_matrix.py`. Each cell i
 hit in that phase: the reports of the release, in order, and the seconds from its publication until the machine was at
 rest. In every cell the release that was hit runs in the end (profile, boot default and running system agree, the
 server is reached), and so does the next one. Server, line and disk come back, or are emptied, six seconds after the
-event; a timer slot is five seconds, the limits are 3 to 20 s. A hung client is ended at its phase's limit and 30 s.
+event; a timer slot is three seconds, the limits are 3 to 20 s. A hung client is ended at its phase's limit and 30 s.
 
 kill: SIGKILL of the client. hang: SIGSTOP of it. power: the machine is off at once, and boots. server: its sshd is down.
 link: the cable is out. var-full, boot-full: the disk with /var/lib/bento, with /boot is full. clock: a year ahead.
@@ -208,6 +208,10 @@ def wait_for_phase(host: Host, phase: str) -> int:
     raise AssertionError(f"never came to the phase {phase}: {host.console_tail(40)}")
 
 
+def nothing() -> None:
+    """There is nothing to end: what happened is over."""
+
+
 def strike(event: str, host: Host, server: Server, client: int) -> Callable[[], None]:
     """Lets the event happen; what it gives back ends it."""
     if event == "kill":
@@ -233,7 +237,7 @@ def strike(event: str, host: Host, server: Server, client: int) -> Callable[[], 
         return lambda: host.unfill("/boot")
     elif event == "clock":
         host.clock_jump(366 * 86400)
-    return lambda: None
+    return nothing
 
 
 @pytest.mark.parametrize(("event", "phase"), CELLS, ids=["-".join(cell) for cell in CELLS])
@@ -251,10 +255,11 @@ def test_matrix(host: Host, server: Server, event: str, phase: str) -> None:
     calm = strike(event, host, server, client)
     time.sleep(2)
     host.write("/root/go", "")
-    time.sleep(4)
-    calm()
+    if calm is not nothing:
+        time.sleep(4)
+        calm()
     # A hung client holds its lock until the watchdog ends it, at the phase's own limit.
-    limit_s = 3 * SLOT_S + 25 + (60 if event == "hang" else 0)
+    limit_s = 3 * SLOT_S + 30 + (60 if event == "hang" else 0)
     assert wait(lambda: at_rest(host) and last(server).get("release") == release and reports(server, release)[-1] == "ok", limit_s), (
         labels(host), reports(server, release), last(server), host.console_tail(60),
     )  # fmt: skip
@@ -406,7 +411,7 @@ def test_interrupted_again_is_given_up(host: Host, server: Server, event: str) -
     time.sleep(2 * SLOT_S)
     assert not host.path("/root/at-switch").exists()  # not tried a third time
     assert (labels(host), last(server)["attempt"]) == (("v1",) * 3, 2)
-    assert "interrupted twice" in host.client("run").stdout
+    assert wait(lambda: "interrupted twice" in host.client("run").stdout, 20)  # unless the timer is just at work
     publish(server, host, "v3")
     settled(host, server, "v3")
 
