@@ -864,25 +864,24 @@ def find_owner(name: str) -> Owner | None:
 
 def prepare_chroot(chroot: Path, owner: Owner | None) -> None:
     """The directories of a host, with the owners and modes that sshd and the host need; and what a kill left is removed."""
-    for path, mode in ((chroot, 0o750), (chroot / "releases", 0o755), (chroot / "logs", 0o750)):
+    uid, gid = (owner.uid, owner.gid) if owner else (0, 0)
+    wanted = (("", 0o750, (0, gid)), ("/releases", 0o755, (0, 0)), ("/logs", 0o750, (uid, gid)))
+    for name, mode, ids in wanted:
+        path = f"{chroot}{name}"
         try:
             found = os.lstat(path)
         except FileNotFoundError:
-            path.mkdir(mode=mode)
+            os.mkdir(path, mode)
             found = os.lstat(path)
         if not stat.S_ISDIR(found.st_mode):
             raise BentoError(f"{path}: not a directory: remove it")
-        uid, gid = (owner.uid if path.name == "logs" else 0, owner.gid) if owner else (found.st_uid, found.st_gid)
-        if path.name == "releases" and owner:
-            uid, gid = 0, 0
-        if (found.st_uid, found.st_gid) != (uid, gid):
-            os.chown(path, uid, gid)
+        if owner and (found.st_uid, found.st_gid) != ids:
+            os.chown(path, *ids)
         if stat.S_IMODE(found.st_mode) != mode:
-            path.chmod(mode)
-    for directory in (chroot, chroot / "releases"):
-        for left in os.listdir(directory):
-            if left.startswith("."):
-                client.remove(directory / left)
+            os.chmod(path, mode)
+    for left in os.listdir(chroot):
+        if left.startswith("."):
+            client.remove(chroot / left)
 
 
 def is_whole(chroot: Path, current: Current) -> bool:
@@ -997,36 +996,42 @@ def reveal(chroot: Path, release: str) -> None:
 
 def tidy(chroot: Path, release: str) -> None:
     """What follows a publication. Done again for an unchanged host: a kill may have come between the two."""
-    link, target = chroot / "config", f"releases/{release}"
-    if link.is_dir() and not link.is_symlink():
-        client.remove(link)
-    if not link.is_symlink() or os.readlink(link) != target:
-        client.replace_link(link, target)
-    prune_releases(chroot / "releases", release)
+    link, target = f"{chroot}/config", f"releases/{release}"
+    try:
+        done = os.readlink(link) == target
+    except OSError:
+        done = False
+        if os.path.isdir(link):
+            client.remove(Path(link))
+    if not done:
+        client.replace_link(Path(link), target)
+    prune_releases(f"{chroot}/releases", release)
 
 
-def prune_releases(releases: Path, current: str) -> None:
+def prune_releases(releases: str, current: str) -> None:
     """Keeps the current release and the ones published just before it: a host may be fetching one of them.
 
     A tar has the time of its publication. One that is later than the current one's was placed, but never published.
     """
     names = os.listdir(releases)
-    times = {name.removesuffix(".tar"): os.stat(releases / name).st_mtime for name in names if name.endswith(".tar")}
+    times = {
+        name.removesuffix(".tar"): os.stat(f"{releases}/{name}").st_mtime for name in names if name.endswith(".tar")
+    }
     latest = times.get(current, float("inf"))
-    earlier = [release for release, when in times.items() if when < latest and os.path.isdir(releases / release)]
+    earlier = [release for release, when in times.items() if when < latest and os.path.isdir(f"{releases}/{release}")]
     keep = {current, *sorted(earlier, key=times.__getitem__, reverse=True)[: KEEP_RELEASES - 1]}
     for name in names:
         if name.removesuffix(".tar").removesuffix(".parts") not in keep:
-            client.remove(releases / name)
+            client.remove(Path(releases, name))
 
 
 def prune_logs(chroot: Path) -> None:
     """Removes the oldest of what a host left beyond a generous number of logs, in several runs if it left very many."""
-    with suppress(OSError), os.scandir(chroot / "logs") as entries:
+    with suppress(OSError), os.scandir(f"{chroot}/logs") as entries:
         names = sorted(e.name for e in islice(entries, MAX_PRUNED) if client.LOG_NAME.fullmatch(e.name))
         for name in names[:-KEEP_LOGS]:
             with suppress(OSError):  # a directory of such a name, say
-                os.unlink(chroot / "logs" / name)
+                os.unlink(f"{chroot}/logs/{name}")
 
 
 def prune_chroots(fleet: Fleet, hosts: Sequence[str], dry_run: bool) -> None:
