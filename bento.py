@@ -37,10 +37,10 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import bento_client as client
 from bento_client import BentoError, Current, Part, Phase, Report, Result, UsageError, format_time, one_line
@@ -64,6 +64,8 @@ CLOCK_TOLERANCE_S = 300.0
 # So many hosts are published with the same two syncs of the disk: syncs for each would cost more than the copying.
 BATCH = 256
 SMALL_FILE = 64 << 10
+# So much memory for what several hosts have in common. A member takes about the second of them besides its content.
+COMMON_BYTES, MEMBER_BYTES = 8 << 20, 512
 # Files of this size are parts of a release of their own, the largest ones if there are many.
 LARGE_FILE, MAX_LARGE_FILES = 1 << 20, 100
 
@@ -76,12 +78,59 @@ KEY_TYPES = {
 # --- types ---
 
 
+class Member(NamedTuple):
+    """One file or directory of a release: `name` as in the archive, `path` where it is read from.
+
+    `block` is its stretch of the archive, if that is in memory already.
+    """
+
+    name: str
+    path: str
+    is_directory: bool
+    executable: bool = False
+    size: int = 0
+    block: bytes | None = None
+
+
+@dataclass
+class Common:
+    """The directories that hosts link to, utils/ above all: each is walked, and its small files are read, once in a run.
+
+    So all hosts get them as they were at one moment; what changes meanwhile is for the next run. After a build, which
+    may take hours, they are read again. `branches`: what lies below such a directory, by its inode and its name in the
+    archive. `size` in bytes.
+    """
+
+    branches: dict[tuple[int, int, str], list[Member]] = field(default_factory=dict)
+    size: int = 0
+
+    def find(self, directory: os.stat_result, name: str) -> list[Member] | None:
+        return self.branches.get((directory.st_dev, directory.st_ino, name))
+
+    def keep(self, directory: os.stat_result, name: str, members: list[Member]) -> list[Member]:
+        """The same members, the small ones with their blocks, if there is room for them."""
+        size = sum(MEMBER_BYTES + (m.size if m.size <= SMALL_FILE else 0) for m in members)
+        if self.size + size > COMMON_BYTES:
+            self.clear()
+        if size > COMMON_BYTES:
+            return members
+        self.size += size
+        members = [m if m.block or m.size > SMALL_FILE else m._replace(block=pack(m)) for m in members]
+        self.branches[directory.st_dev, directory.st_ino, name] = members
+        return members
+
+    def clear(self) -> None:
+        self.branches.clear()
+        self.size = 0
+
+
 @dataclass(frozen=True)
 class Fleet:
-    """Where the fleet's files lie. `chroot_dir` holds a chroot a host."""
+    """Where the fleet's files lie. `chroot_dir` holds a chroot a host; `common` is of this run."""
 
     directory: Path
     chroot_dir: Path
+    common: Common = field(default_factory=Common, repr=False, compare=False)
 
     def host(self, name: str) -> Path:
         return self.directory / "hosts" / name
@@ -89,17 +138,13 @@ class Fleet:
     def chroot(self, name: str) -> Path:
         return self.chroot_dir / name
 
+    @functools.cached_property
+    def real(self) -> str:
+        return os.path.realpath(self.directory)
 
-@dataclass(frozen=True)
-class Member:
-    """One file or directory of a release: `name` as in the archive, `path` where it is read from."""
-
-    name: str
-    path: str
-    is_directory: bool
-    executable: bool = False
-    size: int = 0
-    stamp: tuple[int, int, int] = (0, 0, 0)
+    @functools.cached_property
+    def real_hosts(self) -> str:
+        return os.path.realpath(self.directory / "hosts")
 
 
 @dataclass(frozen=True)
@@ -284,62 +329,81 @@ def format_fleet(template: str, keys: dict[str, list[tuple[str, str, str]]], chr
 
 def list_members(fleet: Fleet, name: str) -> list[Member]:
     """Everything below hosts/NAME, symlinks followed, sorted bytewise. BentoError names what cannot be in a release."""
-    top = fleet.host(name)
-    if not top.is_dir():
-        reason = "dangling link" if top.is_symlink() else "not a directory"
-        raise BentoError(f"hosts/{name}: {reason}")
-    real = os.path.realpath(top)
-    bounds = (os.path.realpath(fleet.directory) + os.sep, real + os.sep)
-    members: list[Member] = []
-    walk(f"hosts/{name}", real, "", bounds, (real,), members)
+    top = f"{fleet.real_hosts}/{name}"
+    linked = os.path.islink(top)
+    if not os.path.isdir(top):
+        raise BentoError(f"hosts/{name}: {'dangling link' if linked else 'not a directory'}")
+    found, real = (os.stat(top), os.path.realpath(top)) if linked else (None, top)
+    members = fleet.common.find(found, "") if found else None
+    if members is None:
+        walk = Walk(f"hosts/{name}", (f"{fleet.real}/", f"{real}/"), fleet.common)
+        members = []
+        everywhere = walk.enter(real, "", (real,), members)
+        members.sort()  # by name, and strings compare as their UTF-8 does
+        if found and everywhere:
+            members = fleet.common.keep(found, "", members)
     if not any(m.name in ("flake.nix", "configuration.nix") and not m.is_directory for m in members):
         raise BentoError(f"hosts/{name}: neither flake.nix nor configuration.nix in it")
-    members.sort(key=lambda member: member.name.encode())
     return members
 
 
-def walk(
-    shown: str, directory: str, prefix: str, bounds: tuple[str, str], above: tuple[str, ...], members: list[Member]
-) -> None:
-    """Collects what lies in `directory`. `shown` is its name for a person, `above` the real directories it is in."""
-    for entry in os.scandir(directory):
-        if entry.name == ".git":
-            continue
-        where = f"{shown}/{entry.name}"
-        try:
-            entry.name.encode()
-        except UnicodeEncodeError:
-            raise BentoError(f"{one_line(repr(where))}: the name is not UTF-8: rename it") from None
-        real = entry.path
-        if entry.is_symlink():
-            real = os.path.realpath(entry.path)
-            if real.startswith("/nix/store/"):
+@dataclass(frozen=True)
+class Walk:
+    """Through one host's directories. `shown`: its name for a person; `bounds`: where links may lead, the fleet first."""
+
+    shown: str
+    bounds: tuple[str, str]
+    common: Common
+
+    def enter(self, directory: str, prefix: str, above: tuple[str, ...], members: list[Member]) -> bool:
+        """Collects what lies in a directory; `above` are the real ones that it is in, and itself.
+
+        Whether every host would find the same there: no link led out of the fleet's directory. There was no loop, and
+        so there is none for another host: a directory that it comes from leads here, and would have been one already.
+        """
+        everywhere = True
+        for entry in os.scandir(directory):
+            if entry.name == ".git":
                 continue
-            followed = follow(where, entry.path)
-            if not (real + os.sep).startswith(bounds):
-                raise BentoError(f"{one_line(where)}: link out of the fleet directory, to {one_line(real)}")
-        else:
-            followed = entry.stat(follow_symlinks=False)
-        member = f"{prefix}{entry.name}"
-        if stat.S_ISDIR(followed.st_mode):
-            if real in above:
-                raise BentoError(f"{one_line(where)}: link loop: it leads to a directory that it is in")
-            members.append(Member(member, real, True))
-            walk(where, real, f"{member}/", bounds, (*above, real), members)
-        elif stat.S_ISREG(followed.st_mode):
-            stamp = (followed.st_dev, followed.st_ino, followed.st_mtime_ns)
-            members.append(Member(member, real, False, bool(followed.st_mode & 0o100), followed.st_size, stamp))
-        else:
-            raise BentoError(f"{one_line(where)}: neither a file nor a directory (a socket, FIFO or device)")
+            name, real, linked = f"{prefix}{entry.name}", entry.path, entry.is_symlink()
+            where = f"{self.shown}/{name}"
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                raise BentoError(f"{one_line(repr(where))}: the name is not UTF-8: rename it") from None
+            if linked:
+                with suppress(OSError):  # which follow() will tell
+                    if known := self.common.find(entry.stat(), name):
+                        members += known
+                        continue
+                real = os.path.realpath(entry.path)
+                if real.startswith("/nix/store/"):
+                    continue
+                everywhere = everywhere and f"{real}/".startswith(self.bounds[0])
+            found = self.follow(where, entry, real) if linked else entry.stat(follow_symlinks=False)
+            if stat.S_ISREG(found.st_mode):
+                members.append(Member(name, real, False, bool(found.st_mode & 0o100), found.st_size))
+            elif stat.S_ISDIR(found.st_mode):
+                if real in above:
+                    raise BentoError(f"{one_line(where)}: link loop: it leads to a directory that it is in")
+                below = [Member(name, real, True)]
+                same = self.enter(real, f"{name}/", (*above, real), below)
+                members += self.common.keep(found, name, below) if linked and same else below
+                everywhere = everywhere and same
+            else:
+                raise BentoError(f"{one_line(where)}: neither a file nor a directory (a socket, FIFO or device)")
+        return everywhere
 
-
-def follow(where: str, path: str) -> os.stat_result:
-    try:
-        return os.stat(path)
-    except FileNotFoundError:
-        raise BentoError(f"{one_line(where)}: dangling link to {one_line(os.readlink(path))}") from None
-    except OSError as error:
-        raise BentoError(f"{one_line(where)}: link loop ({error.strerror})") from None
+    def follow(self, where: str, link: os.DirEntry[str], real: str) -> os.stat_result:
+        try:
+            found = link.stat()
+        except FileNotFoundError:
+            raise BentoError(f"{one_line(where)}: dangling link to {one_line(os.readlink(link))}") from None
+        except OSError as error:
+            raise BentoError(f"{one_line(where)}: link loop ({error.strerror})") from None
+        if not f"{real}/".startswith(self.bounds):
+            raise BentoError(f"{one_line(where)}: link out of the fleet directory, to {one_line(real)}")
+        return found
 
 
 @functools.lru_cache(maxsize=4096)
@@ -352,22 +416,52 @@ def header(name: str, size: int, is_directory: bool, executable: bool) -> bytes:
     return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict")
 
 
-@functools.lru_cache(maxsize=256)
-def read_small(path: str, stamp: tuple[int, int, int], size: int) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(size + 1)
-
-
-def file_chunks(member: Member) -> Iterator[bytes]:
+def pack(member: Member) -> bytes:
+    """What the archive has of a directory or a small file: its header, and its content, padded."""
+    head = header(member.name, member.size, member.is_directory, member.executable)
+    if member.is_directory:
+        return head
     try:
-        if member.size <= SMALL_FILE:
-            yield read_small(member.path, member.stamp, member.size)
-            return
+        descriptor = os.open(member.path, os.O_RDONLY)  # twice as fast as open()
+        try:
+            content = os.read(descriptor, member.size + 1)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise BentoError(f"{one_line(member.path)}: cannot be read: {error.strerror}") from None
+    check_size(member, len(content))
+    return head + content + bytes(-member.size % tarfile.BLOCKSIZE)
+
+
+def content_of(block: bytes, size: int) -> bytes:
+    end = len(block) - -size % tarfile.BLOCKSIZE
+    return block[end - size : end]
+
+
+def check_size(member: Member, read: int) -> None:
+    if read != member.size:
+        raise BentoError(f"{one_line(member.path)}: changed while it was read: run this again")
+
+
+def read_large(member: Member) -> Iterator[bytes]:
+    read = 0
+    try:
         with open(member.path, "rb") as file:
             while chunk := file.read(1 << 20):
+                read += len(chunk)
                 yield chunk
     except OSError as error:
         raise BentoError(f"{one_line(member.path)}: cannot be read: {error.strerror}") from None
+    check_size(member, read)
+
+
+def pass_large(member: Member, put: Callable[[bytes], None]) -> Iterator[bytes]:
+    """The content of a large file, chunk by chunk; what the archive has of it is given to `put` on the way."""
+    put(header(member.name, member.size, member.is_directory, member.executable))
+    for chunk in read_large(member):
+        put(chunk)
+        yield chunk
+    put(bytes(-member.size % tarfile.BLOCKSIZE))
 
 
 def write_release(members: Sequence[Member], tar: BinaryIO | None = None, tree: Path | None = None) -> tuple[str, int]:
@@ -389,13 +483,21 @@ def write_release(members: Sequence[Member], tar: BinaryIO | None = None, tree: 
     if tree is not None:
         tree.mkdir(mode=0o755)
     for member in members:
-        put(header(member.name, member.size, member.is_directory, member.executable))
-        target = None if tree is None else f"{tree}/{member.name}"
-        if member.is_directory:
-            if target is not None:
-                os.mkdir(target, 0o755)
+        content: Iterable[bytes] = ()
+        if member.size > SMALL_FILE:
+            content = pass_large(member, put)
         else:
-            copy_member(member, put, target)
+            block = member.block or pack(member)
+            put(block)
+            if tree is not None:
+                content = (content_of(block, member.size),)
+        if tree is None:
+            for _ in content:
+                pass
+        elif member.is_directory:
+            os.mkdir(f"{tree}/{member.name}", 0o755)
+        else:
+            write_file(f"{tree}/{member.name}", member.executable, content)
     put(bytes(2 * tarfile.BLOCKSIZE + -(size + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE))
     if tree is not None:
         for directory in [*[f"{tree}/{m.name}" for m in reversed(members) if m.is_directory], str(tree)]:
@@ -403,27 +505,15 @@ def write_release(members: Sequence[Member], tar: BinaryIO | None = None, tree: 
     return digest.hexdigest(), size
 
 
-def copy_member(member: Member, put: Callable[[bytes], None], target: str | None) -> None:
-    """Gives a file's content to `put`, padded as in the archive, and to the file `target`."""
-    read = 0
-    descriptor = -1
-    if target is not None:
-        mode = 0o755 if member.executable else 0o644
-        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+def write_file(path: str, executable: bool, content: Iterable[bytes]) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o755 if executable else 0o644)
     try:
-        for chunk in file_chunks(member):
-            read += len(chunk)
-            put(chunk)
-            while descriptor >= 0 and chunk:
+        for chunk in content:
+            while chunk:
                 chunk = chunk[os.write(descriptor, chunk) :]
-        if descriptor >= 0:
-            os.utime(descriptor, (1, 1))
+        os.utime(descriptor, (1, 1))
     finally:
-        if descriptor >= 0:
-            os.close(descriptor)
-    if read != member.size:
-        raise BentoError(f"{one_line(member.path)}: changed while it was read: run this again")
-    put(bytes(-read % tarfile.BLOCKSIZE))
+        os.close(descriptor)
 
 
 # --- states of hosts ---
@@ -1277,6 +1367,7 @@ def rebuild_one(fleet: Fleet, name: str, attempt: Attempt, work: Path, progress:
     try:
         progress.set(name, "reading")
         (work / "releases").mkdir(parents=True)
+        fleet.common.clear()
         staged = stage(work, name, list_members(fleet, name))
         progress.set(name, "building" if attempt.action == "build" else "checking")
         system = rebuild(attempt.action, staged.tree, name, attempt.limit_s)
@@ -1434,6 +1525,7 @@ def publish(
                 placed.append(place(fleet.chroot(name), *found, time.time()))
         except (BentoError, OSError) as error:
             failures.append(f"{name}: {error}")
+            fleet.common.clear()  # if a file has changed, the next host gets it as it is now
     if placed:
         os.sync()
     progress.clear()
@@ -1483,6 +1575,7 @@ def prepare(
     staged = stage(chroot, name, members)
     system = None
     if plan.action is not None:
+        fleet.common.clear()
         try:
             system = rebuild(plan.action, staged.tree, name, BUILD_LIMIT_S)
         except BaseException:
