@@ -903,7 +903,7 @@ def format_json(rows: Sequence[Row], now_s: float) -> str:
 def row_json(row: Row) -> dict[str, object]:
     """A host in `status --json`. Every string that a host wrote is one line of printable characters."""
     last, since_s, ahead_s = row.report.last if row.report else None, row.since_s, row.ahead_s
-    published = vars(row.current).copy() if row.current else {}
+    published = row.current._asdict() if row.current else {}
     published.pop("parts", None)  # of no interest to whom this is for
     return {
         "host": row.host,
@@ -917,7 +917,7 @@ def row_json(row: Row) -> dict[str, object]:
         "system": row.report.system if row.report else None,
         "client": row.report.client if row.report else None,
         "phase": row.report.phase if row.report else None,
-        "last": None if last is None else vars(last) | {"reason": one_line(last.reason)},
+        "last": None if last is None else last._asdict() | {"reason": one_line(last.reason)},
         "since": None if since_s is None else format_time(since_s),
         "seen": None if row.seen_s is None else format_time(row.seen_s),
         "clock_ahead_s": None if ahead_s is None else round(ahead_s),
