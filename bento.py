@@ -37,7 +37,6 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -92,7 +91,6 @@ class Member(NamedTuple):
     block: bytes | None = None
 
 
-@dataclass
 class Common:
     """The directories that hosts link to, utils/ above all: each is walked, and its small files are read, once in a run.
 
@@ -101,8 +99,9 @@ class Common:
     archive. `size` in bytes.
     """
 
-    branches: dict[tuple[int, int, str], list[Member]] = field(default_factory=dict)
-    size: int = 0
+    def __init__(self) -> None:
+        self.branches: dict[tuple[int, int, str], list[Member]] = {}
+        self.size = 0
 
     def find(self, directory: os.stat_result, name: str) -> list[Member] | None:
         return self.branches.get((directory.st_dev, directory.st_ino, name))
@@ -124,13 +123,13 @@ class Common:
         self.size = 0
 
 
-@dataclass(frozen=True)
 class Fleet:
     """Where the fleet's files lie. `chroot_dir` holds a chroot a host; `common` is of this run."""
 
-    directory: Path
-    chroot_dir: Path
-    common: Common = field(default_factory=Common, repr=False, compare=False)
+    def __init__(self, directory: Path, chroot_dir: Path) -> None:
+        self.directory, self.chroot_dir = directory, chroot_dir
+        self.real, self.real_hosts = os.path.realpath(directory), os.path.realpath(directory / "hosts")
+        self.common = Common()
 
     def host(self, name: str) -> Path:
         return self.directory / "hosts" / name
@@ -138,17 +137,8 @@ class Fleet:
     def chroot(self, name: str) -> Path:
         return self.chroot_dir / name
 
-    @functools.cached_property
-    def real(self) -> str:
-        return os.path.realpath(self.directory)
 
-    @functools.cached_property
-    def real_hosts(self) -> str:
-        return os.path.realpath(self.directory / "hosts")
-
-
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """What is known of a host. `seen_s`: seconds since 1970 on the server's clock."""
 
     host: str
@@ -189,8 +179,7 @@ class Row:
         return None if age_s < -CLOCK_TOLERANCE_S else max(0.0, self.seen_s - max(0.0, age_s))
 
 
-@dataclass(frozen=True)
-class Owner:
+class Owner(NamedTuple):
     """The ids that a host's chroot is given to. None of it when we are not root."""
 
     uid: int
@@ -347,8 +336,7 @@ def list_members(fleet: Fleet, name: str) -> list[Member]:
     return members
 
 
-@dataclass(frozen=True)
-class Walk:
+class Walk(NamedTuple):
     """Through one host's directories. `shown`: its name for a person; `bounds`: where links may lead, the fleet first."""
 
     shown: str
@@ -985,8 +973,7 @@ def is_whole(chroot: Path, current: Current) -> bool:
     return whole and os.path.isdir(release)
 
 
-@dataclass(frozen=True)
-class Staged:
+class Staged(NamedTuple):
     """A release that lies beside the published ones, whole but not synced, not yet named: `tree` is what is built."""
 
     name: str
@@ -1321,8 +1308,7 @@ class Progress:
         self.draw()
 
 
-@dataclass(frozen=True)
-class Attempt:
+class Attempt(NamedTuple):
     """How a build on the server goes: nixos-rebuild's action, how many at once, and for how long (seconds)."""
 
     action: str
@@ -1474,8 +1460,7 @@ def note_system(fleet: Fleet, name: str, release: str, system: str) -> None:
                 client.write_atomic(fleet.chroot(name) / "current.json", text, 0o644)
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What `populate` was asked to do with each host."""
 
     action: str | None  # nixos-rebuild's, that a host has to pass

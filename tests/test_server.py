@@ -24,7 +24,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -1795,7 +1795,7 @@ def make_rows(prefix: str = "") -> list[bento.Row]:
         report = client.parse_report(raw, "status.json")
         judged = bento.judge(CURRENT, report, now_s - age_s, now_s, AFTER_S)
         rows.append(bento.Row(name, *judged, CURRENT, report, now_s - age_s, ""))
-    rows = [replace(row, host=f"{prefix}{row.host}") for row in rows]
+    rows = [row._replace(host=f"{prefix}{row.host}") for row in rows]
     return bento.sort_rows(rows)
 
 
@@ -1820,7 +1820,7 @@ def test_the_table() -> None:
 @pytest.mark.parametrize("width", [70, 79, 80, 81, 105, 106, 107, 200])
 @pytest.mark.parametrize("decorated", [False, True])
 def test_no_line_is_wider_than_the_terminal(width: int, decorated: bool) -> None:
-    long = replace(make_rows()[0], host="x" * 26, problem="what is wrong " * 40)
+    long = make_rows()[0]._replace(host="x" * 26, problem="what is wrong " * 40)
     rows = [long, *make_rows("n" * 15)] * 100
     text = bento.format_table(rows, client.parse_time("2026-11-23T10:25:02Z"), width, decorated=decorated)
     lines = re.sub("\x1b\\[[0-9;]*m", "", text).splitlines()
