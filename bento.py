@@ -994,26 +994,26 @@ def stage(chroot: Path, name: str, members: Sequence[Member]) -> Staged:
             os.fchmod(file.fileno(), 0o644)
             # The tree's name matters: a channel configuration that says ./. gets it into a store path.
             release, size = write_release(members, file, directory / "config")
-        parts = cut_release(members, directory / "release.tar", directory / "config", directory / "parts")
     except BaseException:
         client.remove(directory)  # on a full disk, the first thing that is needed is room
         raise
-    return Staged(name, release, size, directory / "release.tar", directory / "config", parts)
+    return Staged(name, release, size, directory / "release.tar", directory / "config")
 
 
-def cut_release(members: Sequence[Member], tar: Path, tree: Path, directory: Path) -> tuple[Part, ...]:
+def cut_release(staged: Staged, members: Sequence[Member]) -> tuple[Part, ...]:
     """Cuts the archive before and after each large file, for hosts that have that file already.
 
-    Each part lies in `directory` under its SHA-256; a large one is a hard link to the file in `tree`, and costs
-    no room. A release without large files has no parts.
+    Each part lies in parts/, beside the tree, under its SHA-256; a large one is a hard link to the file in the tree,
+    and costs no room. A release without large files has no parts.
     """
+    tree, directory = staged.tree, staged.tree.parent / "parts"
     large = sorted((m for m in members if m.size >= LARGE_FILE), key=lambda m: m.size)[-MAX_LARGE_FILES:]
     parts: list[Part] = []
     if not large:
         return ()
     directory.mkdir(mode=0o755)
     names = {member.name for member in large}
-    with open(tar, "rb") as file:
+    with open(staged.tar, "rb") as file:
         position = cut = 0
         for member in members:
             position += len(header(member.name, member.size, member.is_directory, member.executable))
@@ -1557,23 +1557,22 @@ def prepare(
     prepare_chroot(chroot, owner)
     if before is not None:
         tidy(chroot, before.release)
-    staged = stage(chroot, name, members)
-    system = None
-    if plan.action is not None:
-        fleet.common.clear()
-        try:
+    staged, system = stage(chroot, name, members), None
+    try:
+        if plan.action is not None:
+            fleet.common.clear()
             system = rebuild(plan.action, staged.tree, name, BUILD_LIMIT_S)
-        except BaseException:
+            client.remove(staged.tree.parent / "result")
+            if system is not None:
+                keep_from_collection(name, system)
+        if unchanged and before is not None and staged.release == before.release:
+            client.write_atomic(chroot / "current.json", client.encode(before._replace(system=system)), 0o644)
             client.remove(staged.tree.parent)
-            raise
-        client.remove(staged.tree.parent / "result")
-        if system is not None:
-            keep_from_collection(name, system)
-    if unchanged and before is not None and staged.release == before.release:
-        client.write_atomic(chroot / "current.json", client.encode(before._replace(system=system)), 0o644)
+            return None
+        return staged._replace(parts=cut_release(staged, members)), system, before
+    except BaseException:
         client.remove(staged.tree.parent)
-        return None
-    return staged, system, before
+        raise
 
 
 def gather(

@@ -1458,6 +1458,33 @@ def test_what_is_published_already_is_built_once(site: Site, toys: Path) -> None
     assert snapshot(site.chroots / "a") == snap
 
 
+def test_only_what_passes_is_cut_into_parts(site: Site, toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nixos-rebuild gets are files of their own, and `check` and `build` throw no parts away."""
+    (toy_host(site, "a") / "big").write_bytes(os.urandom(LARGE))
+    built: list[int] = []
+    rebuild = bento.rebuild
+
+    def watch(action: str, tree: Path, *arguments: Any) -> str | None:
+        built.append((tree / "big").stat().st_nlink)
+        assert not (tree.parent / "parts").exists()
+        return rebuild(action, tree, *arguments)
+
+    monkeypatch.setattr(bento, "rebuild", watch)
+    site.publish("--build")
+    assert check_parts(site)[1] == LARGE
+    (site.fleet / "hosts/a/big").write_bytes(os.urandom(LARGE))
+    before = site.current()
+    with monkeypatch.context() as patched:
+        patched.setattr(bento, "copy_part", lambda *_: os.listdir("/gone"))
+        assert site.run("check").code == site.run("build").code == 0
+        assert site.run("populate", "--check").errors == ["bento: error: a: [Errno 2] No such file or directory: '/gone'"]
+    assert site.current() == before
+    assert not (site.chroots / "a/releases/.new").exists()
+    site.publish("--check")
+    assert site.current() != before and check_parts(site)[1] == LARGE
+    assert built == [1] * 5
+
+
 @pytest.fixture
 def real_nix() -> None:
     need_nix()  # here: before `site` hides that we are root
