@@ -743,7 +743,8 @@ def count_words(rows: Sequence[Row]) -> dict[str, int]:
 def notes(row: Row, now_s: float) -> list[str]:
     """What a person should know of a host, most important first."""
     found = [row.problem] if row.problem else []
-    found += [mark.replace("_", " ") for mark in MARKS[:3] if getattr(row, mark)]
+    # Of another client, the version is told, further down.
+    found += [mark.replace("_", " ") for mark in MARKS if mark != "other_client" and getattr(row, mark)]
     last = row.report.last if row.report else None
     if row.state in ("failing", "rolled-back") and last is not None:
         found.append(one_line(last.reason if last.result == row.state else f"{last.result}: {last.reason}"))
@@ -861,7 +862,7 @@ def format_html(rows: Sequence[Row], now_s: float, logs_url: str) -> str:
     page = PAGE.format(
         refresh_s=refresh_s,
         old_s=2 * refresh_s,
-        title=f"{len(rows)} hosts, {kinds[1][2]} for a person to look at",
+        title=f"{count_hosts(len(rows))}, {kinds[1][2]} for a person to look at",
         time=format_time(now_s),
         filters="\n".join(filters),
         targets="".join(f'<i id="{word}"></i>' for word, _, _ in kinds[1:]),

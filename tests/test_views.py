@@ -95,6 +95,7 @@ def test_page_is_self_contained_and_escapes_what_hosts_say() -> None:
     assert page.targets == filters[1:]
     for text in ("rolled-back", "up-to-date", "needs a person 1", "3 hosts"):
         assert text in page.text
+    assert "1 host, 0 for a person to look at" in Page(bento.format_html([GOOD], NOW_S, "")).text
 
 
 def test_output_is_replaced_whole_and_exit_code_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
