@@ -404,17 +404,25 @@ def header(name: str, size: int, is_directory: bool, executable: bool) -> bytes:
     return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict")
 
 
+def read_file(path: str, limit: int) -> bytes:
+    """At most `limit` bytes of a file, in half the time that open() takes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.read(descriptor, limit)
+    except OSError as error:
+        error.filename = path
+        raise
+    finally:
+        os.close(descriptor)
+
+
 def pack(member: Member) -> bytes:
     """What the archive has of a directory or a small file: its header, and its content, padded."""
     head = header(member.name, member.size, member.is_directory, member.executable)
     if member.is_directory:
         return head
     try:
-        descriptor = os.open(member.path, os.O_RDONLY)  # twice as fast as open()
-        try:
-            content = os.read(descriptor, member.size + 1)
-        finally:
-            os.close(descriptor)
+        content = read_file(member.path, member.size + 1)
     except OSError as error:
         raise BentoError(f"{one_line(member.path)}: cannot be read: {error.strerror}") from None
     check_size(member, len(content))
@@ -605,8 +613,8 @@ def weigh_logs(logs: int) -> str:
 
 def read_published(chroot: Path | str, name: str) -> Current | None:
     try:
-        with open(f"{chroot}/current.json", "rb", buffering=0) as file:
-            return client.parse_current(file.read(), f"{chroot}/current.json", name)
+        raw = read_file(f"{chroot}/current.json", client.MAX_JSON_BYTES + 1)
+        return client.parse_current(raw, f"{chroot}/current.json", name)
     except FileNotFoundError:
         return None
 
