@@ -37,10 +37,9 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import bento_client as client
 from bento_client import BentoError, Current, Part, Phase, Report, Result, UsageError, format_time, one_line
@@ -64,6 +63,8 @@ CLOCK_TOLERANCE_S = 300.0
 # So many hosts are published with the same two syncs of the disk: syncs for each would cost more than the copying.
 BATCH = 256
 SMALL_FILE = 64 << 10
+# So much memory for what several hosts have in common. A member takes about the second of them besides its content.
+COMMON_BYTES, MEMBER_BYTES = 8 << 20, 512
 # Files of this size are parts of a release of their own, the largest ones if there are many.
 LARGE_FILE, MAX_LARGE_FILES = 1 << 20, 100
 
@@ -76,12 +77,59 @@ KEY_TYPES = {
 # --- types ---
 
 
-@dataclass(frozen=True)
-class Fleet:
-    """Where the fleet's files lie. `chroot_dir` holds a chroot a host."""
+class Member(NamedTuple):
+    """One file or directory of a release: `name` as in the archive, `path` where it is read from.
 
-    directory: Path
-    chroot_dir: Path
+    `block` is its stretch of the archive, if that is in memory already.
+    """
+
+    name: str
+    path: str
+    is_directory: bool
+    executable: bool = False
+    size: int = 0
+    block: bytes | None = None
+
+
+class Common:
+    """The directories that hosts link to, utils/ above all: each is walked, and its small files are read, once in a run.
+
+    So all hosts get them as they were at one moment; what changes meanwhile is for the next run. After a build, which
+    may take hours, they are read again. `branches`: what lies below such a directory, by its inode and its name in the
+    archive. `size` in bytes.
+    """
+
+    def __init__(self) -> None:
+        self.branches: dict[tuple[int, int, str], list[Member]] = {}
+        self.size = 0
+
+    def find(self, directory: os.stat_result, name: str) -> list[Member] | None:
+        return self.branches.get((directory.st_dev, directory.st_ino, name))
+
+    def keep(self, directory: os.stat_result, name: str, members: list[Member]) -> list[Member]:
+        """The same members, the small ones with their blocks, if there is room for them."""
+        size = sum(MEMBER_BYTES + (m.size if m.size <= SMALL_FILE else 0) for m in members)
+        if self.size + size > COMMON_BYTES:
+            self.clear()
+        if size > COMMON_BYTES:
+            return members
+        self.size += size
+        members = [m if m.block or m.size > SMALL_FILE else m._replace(block=pack(m)) for m in members]
+        self.branches[directory.st_dev, directory.st_ino, name] = members
+        return members
+
+    def clear(self) -> None:
+        self.branches.clear()
+        self.size = 0
+
+
+class Fleet:
+    """Where the fleet's files lie. `chroot_dir` holds a chroot a host; `common` is of this run."""
+
+    def __init__(self, directory: Path, chroot_dir: Path) -> None:
+        self.directory, self.chroot_dir = directory, chroot_dir
+        self.real, self.real_hosts = os.path.realpath(directory), os.path.realpath(directory / "hosts")
+        self.common = Common()
 
     def host(self, name: str) -> Path:
         return self.directory / "hosts" / name
@@ -90,20 +138,7 @@ class Fleet:
         return self.chroot_dir / name
 
 
-@dataclass(frozen=True)
-class Member:
-    """One file or directory of a release: `name` as in the archive, `path` where it is read from."""
-
-    name: str
-    path: str
-    is_directory: bool
-    executable: bool = False
-    size: int = 0
-    stamp: tuple[int, int, int] = (0, 0, 0)
-
-
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """What is known of a host. `seen_s`: seconds since 1970 on the server's clock."""
 
     host: str
@@ -144,8 +179,7 @@ class Row:
         return None if age_s < -CLOCK_TOLERANCE_S else max(0.0, self.seen_s - max(0.0, age_s))
 
 
-@dataclass(frozen=True)
-class Owner:
+class Owner(NamedTuple):
     """The ids that a host's chroot is given to. None of it when we are not root."""
 
     uid: int
@@ -284,62 +318,80 @@ def format_fleet(template: str, keys: dict[str, list[tuple[str, str, str]]], chr
 
 def list_members(fleet: Fleet, name: str) -> list[Member]:
     """Everything below hosts/NAME, symlinks followed, sorted bytewise. BentoError names what cannot be in a release."""
-    top = fleet.host(name)
-    if not top.is_dir():
-        reason = "dangling link" if top.is_symlink() else "not a directory"
-        raise BentoError(f"hosts/{name}: {reason}")
-    real = os.path.realpath(top)
-    bounds = (os.path.realpath(fleet.directory) + os.sep, real + os.sep)
-    members: list[Member] = []
-    walk(f"hosts/{name}", real, "", bounds, (real,), members)
+    top = f"{fleet.real_hosts}/{name}"
+    linked = os.path.islink(top)
+    if not os.path.isdir(top):
+        raise BentoError(f"hosts/{name}: {'dangling link' if linked else 'not a directory'}")
+    found, real = (os.stat(top), os.path.realpath(top)) if linked else (None, top)
+    members = fleet.common.find(found, "") if found else None
+    if members is None:
+        walk = Walk(f"hosts/{name}", (f"{fleet.real}/", f"{real}/"), fleet.common)
+        members = []
+        everywhere = walk.enter(real, "", (real,), members)
+        members.sort()  # by name, and strings compare as their UTF-8 does
+        if found and everywhere:
+            members = fleet.common.keep(found, "", members)
     if not any(m.name in ("flake.nix", "configuration.nix") and not m.is_directory for m in members):
         raise BentoError(f"hosts/{name}: neither flake.nix nor configuration.nix in it")
-    members.sort(key=lambda member: member.name.encode())
     return members
 
 
-def walk(
-    shown: str, directory: str, prefix: str, bounds: tuple[str, str], above: tuple[str, ...], members: list[Member]
-) -> None:
-    """Collects what lies in `directory`. `shown` is its name for a person, `above` the real directories it is in."""
-    for entry in os.scandir(directory):
-        if entry.name == ".git":
-            continue
-        where = f"{shown}/{entry.name}"
-        try:
-            entry.name.encode()
-        except UnicodeEncodeError:
-            raise BentoError(f"{one_line(repr(where))}: the name is not UTF-8: rename it") from None
-        real = entry.path
-        if entry.is_symlink():
-            real = os.path.realpath(entry.path)
-            if real.startswith("/nix/store/"):
+class Walk(NamedTuple):
+    """Through one host's directories. `shown`: its name for a person; `bounds`: where links may lead, the fleet first."""
+
+    shown: str
+    bounds: tuple[str, str]
+    common: Common
+
+    def enter(self, directory: str, prefix: str, above: tuple[str, ...], members: list[Member]) -> bool:
+        """Collects what lies in a directory; `above` are the real ones that it is in, and itself.
+
+        Whether every host would find the same there: no link led out of the fleet's directory. There was no loop, and
+        so there is none for another host: a directory that it comes from leads here, and would have been one already.
+        """
+        everywhere = True
+        for entry in os.scandir(directory):
+            if entry.name == ".git":
                 continue
-            followed = follow(where, entry.path)
-            if not (real + os.sep).startswith(bounds):
-                raise BentoError(f"{one_line(where)}: link out of the fleet directory, to {one_line(real)}")
-        else:
-            followed = entry.stat(follow_symlinks=False)
-        member = f"{prefix}{entry.name}"
-        if stat.S_ISDIR(followed.st_mode):
-            if real in above:
-                raise BentoError(f"{one_line(where)}: link loop: it leads to a directory that it is in")
-            members.append(Member(member, real, True))
-            walk(where, real, f"{member}/", bounds, (*above, real), members)
-        elif stat.S_ISREG(followed.st_mode):
-            stamp = (followed.st_dev, followed.st_ino, followed.st_mtime_ns)
-            members.append(Member(member, real, False, bool(followed.st_mode & 0o100), followed.st_size, stamp))
-        else:
-            raise BentoError(f"{one_line(where)}: neither a file nor a directory (a socket, FIFO or device)")
+            name, real, linked = f"{prefix}{entry.name}", entry.path, entry.is_symlink()
+            where = f"{self.shown}/{name}"
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                raise BentoError(f"{one_line(repr(where))}: the name is not UTF-8: rename it") from None
+            if linked:
+                with suppress(OSError):  # which follow() will tell
+                    if known := self.common.find(entry.stat(), name):
+                        members += known
+                        continue
+                real = os.path.realpath(entry.path)
+                if real.startswith("/nix/store/"):
+                    continue
+                everywhere = everywhere and f"{real}/".startswith(self.bounds[0])
+            found = self.follow(where, entry, real) if linked else entry.stat(follow_symlinks=False)
+            if stat.S_ISREG(found.st_mode):
+                members.append(Member(name, real, False, bool(found.st_mode & 0o100), found.st_size))
+            elif stat.S_ISDIR(found.st_mode):
+                if real in above:
+                    raise BentoError(f"{one_line(where)}: link loop: it leads to a directory that it is in")
+                below = [Member(name, real, True)]
+                same = self.enter(real, f"{name}/", (*above, real), below)
+                members += self.common.keep(found, name, below) if linked and same else below
+                everywhere = everywhere and same
+            else:
+                raise BentoError(f"{one_line(where)}: neither a file nor a directory (a socket, FIFO or device)")
+        return everywhere
 
-
-def follow(where: str, path: str) -> os.stat_result:
-    try:
-        return os.stat(path)
-    except FileNotFoundError:
-        raise BentoError(f"{one_line(where)}: dangling link to {one_line(os.readlink(path))}") from None
-    except OSError as error:
-        raise BentoError(f"{one_line(where)}: link loop ({error.strerror})") from None
+    def follow(self, where: str, link: os.DirEntry[str], real: str) -> os.stat_result:
+        try:
+            found = link.stat()
+        except FileNotFoundError:
+            raise BentoError(f"{one_line(where)}: dangling link to {one_line(os.readlink(link))}") from None
+        except OSError as error:
+            raise BentoError(f"{one_line(where)}: link loop ({error.strerror})") from None
+        if not f"{real}/".startswith(self.bounds):
+            raise BentoError(f"{one_line(where)}: link out of the fleet directory, to {one_line(real)}")
+        return found
 
 
 @functools.lru_cache(maxsize=4096)
@@ -352,22 +404,60 @@ def header(name: str, size: int, is_directory: bool, executable: bool) -> bytes:
     return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict")
 
 
-@functools.lru_cache(maxsize=256)
-def read_small(path: str, stamp: tuple[int, int, int], size: int) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(size + 1)
-
-
-def file_chunks(member: Member) -> Iterator[bytes]:
+def read_file(path: str, limit: int) -> bytes:
+    """At most `limit` bytes of a file, in half the time that open() takes."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        if member.size <= SMALL_FILE:
-            yield read_small(member.path, member.stamp, member.size)
-            return
+        return os.read(descriptor, limit)
+    except OSError as error:
+        error.filename = path
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def pack(member: Member) -> bytes:
+    """What the archive has of a directory or a small file: its header, and its content, padded."""
+    head = header(member.name, member.size, member.is_directory, member.executable)
+    if member.is_directory:
+        return head
+    try:
+        content = read_file(member.path, member.size + 1)
+    except OSError as error:
+        raise BentoError(f"{one_line(member.path)}: cannot be read: {error.strerror}") from None
+    check_size(member, len(content))
+    return head + content + bytes(-member.size % tarfile.BLOCKSIZE)
+
+
+def content_of(block: bytes, size: int) -> bytes:
+    end = len(block) - -size % tarfile.BLOCKSIZE
+    return block[end - size : end]
+
+
+def check_size(member: Member, read: int) -> None:
+    if read != member.size:
+        raise BentoError(f"{one_line(member.path)}: changed while it was read: run this again")
+
+
+def read_large(member: Member) -> Iterator[bytes]:
+    read = 0
+    try:
         with open(member.path, "rb") as file:
             while chunk := file.read(1 << 20):
+                read += len(chunk)
                 yield chunk
     except OSError as error:
         raise BentoError(f"{one_line(member.path)}: cannot be read: {error.strerror}") from None
+    check_size(member, read)
+
+
+def pass_large(member: Member, put: Callable[[bytes], None]) -> Iterator[bytes]:
+    """The content of a large file, chunk by chunk; what the archive has of it is given to `put` on the way."""
+    put(header(member.name, member.size, member.is_directory, member.executable))
+    for chunk in read_large(member):
+        put(chunk)
+        yield chunk
+    put(bytes(-member.size % tarfile.BLOCKSIZE))
 
 
 def write_release(members: Sequence[Member], tar: BinaryIO | None = None, tree: Path | None = None) -> tuple[str, int]:
@@ -389,13 +479,21 @@ def write_release(members: Sequence[Member], tar: BinaryIO | None = None, tree: 
     if tree is not None:
         tree.mkdir(mode=0o755)
     for member in members:
-        put(header(member.name, member.size, member.is_directory, member.executable))
-        target = None if tree is None else f"{tree}/{member.name}"
-        if member.is_directory:
-            if target is not None:
-                os.mkdir(target, 0o755)
+        content: Iterable[bytes] = ()
+        if member.size > SMALL_FILE:
+            content = pass_large(member, put)
         else:
-            copy_member(member, put, target)
+            block = member.block or pack(member)
+            put(block)
+            if tree is not None:
+                content = (content_of(block, member.size),)
+        if tree is None:
+            for _ in content:
+                pass
+        elif member.is_directory:
+            os.mkdir(f"{tree}/{member.name}", 0o755)
+        else:
+            write_file(f"{tree}/{member.name}", member.executable, content)
     put(bytes(2 * tarfile.BLOCKSIZE + -(size + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE))
     if tree is not None:
         for directory in [*[f"{tree}/{m.name}" for m in reversed(members) if m.is_directory], str(tree)]:
@@ -403,27 +501,15 @@ def write_release(members: Sequence[Member], tar: BinaryIO | None = None, tree: 
     return digest.hexdigest(), size
 
 
-def copy_member(member: Member, put: Callable[[bytes], None], target: str | None) -> None:
-    """Gives a file's content to `put`, padded as in the archive, and to the file `target`."""
-    read = 0
-    descriptor = -1
-    if target is not None:
-        mode = 0o755 if member.executable else 0o644
-        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+def write_file(path: str, executable: bool, content: Iterable[bytes]) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o755 if executable else 0o644)
     try:
-        for chunk in file_chunks(member):
-            read += len(chunk)
-            put(chunk)
-            while descriptor >= 0 and chunk:
+        for chunk in content:
+            while chunk:
                 chunk = chunk[os.write(descriptor, chunk) :]
-        if descriptor >= 0:
-            os.utime(descriptor, (1, 1))
+        os.utime(descriptor, (1, 1))
     finally:
-        if descriptor >= 0:
-            os.close(descriptor)
-    if read != member.size:
-        raise BentoError(f"{one_line(member.path)}: changed while it was read: run this again")
-    put(bytes(-read % tarfile.BLOCKSIZE))
+        os.close(descriptor)
 
 
 # --- states of hosts ---
@@ -527,8 +613,8 @@ def weigh_logs(logs: int) -> str:
 
 def read_published(chroot: Path | str, name: str) -> Current | None:
     try:
-        with open(f"{chroot}/current.json", "rb", buffering=0) as file:
-            return client.parse_current(file.read(), f"{chroot}/current.json", name)
+        raw = read_file(f"{chroot}/current.json", client.MAX_JSON_BYTES + 1)
+        return client.parse_current(raw, f"{chroot}/current.json", name)
     except FileNotFoundError:
         return None
 
@@ -665,7 +751,8 @@ def count_words(rows: Sequence[Row]) -> dict[str, int]:
 def notes(row: Row, now_s: float) -> list[str]:
     """What a person should know of a host, most important first."""
     found = [row.problem] if row.problem else []
-    found += [mark.replace("_", " ") for mark in MARKS[:3] if getattr(row, mark)]
+    # Of another client, the version is told, further down.
+    found += [mark.replace("_", " ") for mark in MARKS if mark != "other_client" and getattr(row, mark)]
     last = row.report.last if row.report else None
     if row.state in ("failing", "rolled-back") and last is not None:
         found.append(one_line(last.reason if last.result == row.state else f"{last.result}: {last.reason}"))
@@ -783,7 +870,7 @@ def format_html(rows: Sequence[Row], now_s: float, logs_url: str) -> str:
     page = PAGE.format(
         refresh_s=refresh_s,
         old_s=2 * refresh_s,
-        title=f"{len(rows)} hosts, {kinds[1][2]} for a person to look at",
+        title=f"{count_hosts(len(rows))}, {kinds[1][2]} for a person to look at",
         time=format_time(now_s),
         filters="\n".join(filters),
         targets="".join(f'<i id="{word}"></i>' for word, _, _ in kinds[1:]),
@@ -813,7 +900,7 @@ def format_json(rows: Sequence[Row], now_s: float) -> str:
 def row_json(row: Row) -> dict[str, object]:
     """A host in `status --json`. Every string that a host wrote is one line of printable characters."""
     last, since_s, ahead_s = row.report.last if row.report else None, row.since_s, row.ahead_s
-    published = vars(row.current).copy() if row.current else {}
+    published = row.current._asdict() if row.current else {}
     published.pop("parts", None)  # of no interest to whom this is for
     return {
         "host": row.host,
@@ -827,7 +914,7 @@ def row_json(row: Row) -> dict[str, object]:
         "system": row.report.system if row.report else None,
         "client": row.report.client if row.report else None,
         "phase": row.report.phase if row.report else None,
-        "last": None if last is None else vars(last) | {"reason": one_line(last.reason)},
+        "last": None if last is None else last._asdict() | {"reason": one_line(last.reason)},
         "since": None if since_s is None else format_time(since_s),
         "seen": None if row.seen_s is None else format_time(row.seen_s),
         "clock_ahead_s": None if ahead_s is None else round(ahead_s),
@@ -864,25 +951,24 @@ def find_owner(name: str) -> Owner | None:
 
 def prepare_chroot(chroot: Path, owner: Owner | None) -> None:
     """The directories of a host, with the owners and modes that sshd and the host need; and what a kill left is removed."""
-    for path, mode in ((chroot, 0o750), (chroot / "releases", 0o755), (chroot / "logs", 0o750)):
+    uid, gid = (owner.uid, owner.gid) if owner else (0, 0)
+    wanted = (("", 0o750, (0, gid)), ("/releases", 0o755, (0, 0)), ("/logs", 0o750, (uid, gid)))
+    for name, mode, ids in wanted:
+        path = f"{chroot}{name}"
         try:
             found = os.lstat(path)
         except FileNotFoundError:
-            path.mkdir(mode=mode)
+            os.mkdir(path, mode)
             found = os.lstat(path)
         if not stat.S_ISDIR(found.st_mode):
             raise BentoError(f"{path}: not a directory: remove it")
-        uid, gid = (owner.uid if path.name == "logs" else 0, owner.gid) if owner else (found.st_uid, found.st_gid)
-        if path.name == "releases" and owner:
-            uid, gid = 0, 0
-        if (found.st_uid, found.st_gid) != (uid, gid):
-            os.chown(path, uid, gid)
+        if owner and (found.st_uid, found.st_gid) != ids:
+            os.chown(path, *ids)
         if stat.S_IMODE(found.st_mode) != mode:
-            path.chmod(mode)
-    for directory in (chroot, chroot / "releases"):
-        for left in os.listdir(directory):
-            if left.startswith("."):
-                client.remove(directory / left)
+            os.chmod(path, mode)
+    for left in os.listdir(chroot):
+        if left.startswith("."):
+            client.remove(chroot / left)
 
 
 def is_whole(chroot: Path, current: Current) -> bool:
@@ -896,8 +982,7 @@ def is_whole(chroot: Path, current: Current) -> bool:
     return whole and os.path.isdir(release)
 
 
-@dataclass(frozen=True)
-class Staged:
+class Staged(NamedTuple):
     """A release that lies beside the published ones, whole but not synced, not yet named: `tree` is what is built."""
 
     name: str
@@ -918,26 +1003,26 @@ def stage(chroot: Path, name: str, members: Sequence[Member]) -> Staged:
             os.fchmod(file.fileno(), 0o644)
             # The tree's name matters: a channel configuration that says ./. gets it into a store path.
             release, size = write_release(members, file, directory / "config")
-        parts = cut_release(members, directory / "release.tar", directory / "config", directory / "parts")
     except BaseException:
         client.remove(directory)  # on a full disk, the first thing that is needed is room
         raise
-    return Staged(name, release, size, directory / "release.tar", directory / "config", parts)
+    return Staged(name, release, size, directory / "release.tar", directory / "config")
 
 
-def cut_release(members: Sequence[Member], tar: Path, tree: Path, directory: Path) -> tuple[Part, ...]:
+def cut_release(staged: Staged, members: Sequence[Member]) -> tuple[Part, ...]:
     """Cuts the archive before and after each large file, for hosts that have that file already.
 
-    Each part lies in `directory` under its SHA-256; a large one is a hard link to the file in `tree`, and costs
-    no room. A release without large files has no parts.
+    Each part lies in parts/, beside the tree, under its SHA-256; a large one is a hard link to the file in the tree,
+    and costs no room. A release without large files has no parts.
     """
+    tree, directory = staged.tree, staged.tree.parent / "parts"
     large = sorted((m for m in members if m.size >= LARGE_FILE), key=lambda m: m.size)[-MAX_LARGE_FILES:]
     parts: list[Part] = []
     if not large:
         return ()
     directory.mkdir(mode=0o755)
     names = {member.name for member in large}
-    with open(tar, "rb") as file:
+    with open(staged.tar, "rb") as file:
         position = cut = 0
         for member in members:
             position += len(header(member.name, member.size, member.is_directory, member.executable))
@@ -997,36 +1082,42 @@ def reveal(chroot: Path, release: str) -> None:
 
 def tidy(chroot: Path, release: str) -> None:
     """What follows a publication. Done again for an unchanged host: a kill may have come between the two."""
-    link, target = chroot / "config", f"releases/{release}"
-    if link.is_dir() and not link.is_symlink():
-        client.remove(link)
-    if not link.is_symlink() or os.readlink(link) != target:
-        client.replace_link(link, target)
-    prune_releases(chroot / "releases", release)
+    link, target = f"{chroot}/config", f"releases/{release}"
+    try:
+        done = os.readlink(link) == target
+    except OSError:
+        done = False
+        if os.path.isdir(link):
+            client.remove(Path(link))
+    if not done:
+        client.replace_link(Path(link), target)
+    prune_releases(f"{chroot}/releases", release)
 
 
-def prune_releases(releases: Path, current: str) -> None:
+def prune_releases(releases: str, current: str) -> None:
     """Keeps the current release and the ones published just before it: a host may be fetching one of them.
 
     A tar has the time of its publication. One that is later than the current one's was placed, but never published.
     """
     names = os.listdir(releases)
-    times = {name.removesuffix(".tar"): os.stat(releases / name).st_mtime for name in names if name.endswith(".tar")}
+    times = {
+        name.removesuffix(".tar"): os.stat(f"{releases}/{name}").st_mtime for name in names if name.endswith(".tar")
+    }
     latest = times.get(current, float("inf"))
-    earlier = [release for release, when in times.items() if when < latest and os.path.isdir(releases / release)]
+    earlier = [release for release, when in times.items() if when < latest and os.path.isdir(f"{releases}/{release}")]
     keep = {current, *sorted(earlier, key=times.__getitem__, reverse=True)[: KEEP_RELEASES - 1]}
     for name in names:
         if name.removesuffix(".tar").removesuffix(".parts") not in keep:
-            client.remove(releases / name)
+            client.remove(Path(releases, name))
 
 
 def prune_logs(chroot: Path) -> None:
     """Removes the oldest of what a host left beyond a generous number of logs, in several runs if it left very many."""
-    with suppress(OSError), os.scandir(chroot / "logs") as entries:
+    with suppress(OSError), os.scandir(f"{chroot}/logs") as entries:
         names = sorted(e.name for e in islice(entries, MAX_PRUNED) if client.LOG_NAME.fullmatch(e.name))
         for name in names[:-KEEP_LOGS]:
             with suppress(OSError):  # a directory of such a name, say
-                os.unlink(chroot / "logs" / name)
+                os.unlink(f"{chroot}/logs/{name}")
 
 
 def prune_chroots(fleet: Fleet, hosts: Sequence[str], dry_run: bool) -> None:
@@ -1226,8 +1317,7 @@ class Progress:
         self.draw()
 
 
-@dataclass(frozen=True)
-class Attempt:
+class Attempt(NamedTuple):
     """How a build on the server goes: nixos-rebuild's action, how many at once, and for how long (seconds)."""
 
     action: str
@@ -1272,6 +1362,7 @@ def rebuild_one(fleet: Fleet, name: str, attempt: Attempt, work: Path, progress:
     try:
         progress.set(name, "reading")
         (work / "releases").mkdir(parents=True)
+        fleet.common.clear()
         staged = stage(work, name, list_members(fleet, name))
         progress.set(name, "building" if attempt.action == "build" else "checking")
         system = rebuild(attempt.action, staged.tree, name, attempt.limit_s)
@@ -1378,8 +1469,7 @@ def note_system(fleet: Fleet, name: str, release: str, system: str) -> None:
                 client.write_atomic(fleet.chroot(name) / "current.json", text, 0o644)
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What `populate` was asked to do with each host."""
 
     action: str | None  # nixos-rebuild's, that a host has to pass
@@ -1429,6 +1519,7 @@ def publish(
                 placed.append(place(fleet.chroot(name), *found, time.time()))
         except (BentoError, OSError) as error:
             failures.append(f"{name}: {error}")
+            fleet.common.clear()  # if a file has changed, the next host gets it as it is now
     if placed:
         os.sync()
     progress.clear()
@@ -1475,22 +1566,22 @@ def prepare(
     prepare_chroot(chroot, owner)
     if before is not None:
         tidy(chroot, before.release)
-    staged = stage(chroot, name, members)
-    system = None
-    if plan.action is not None:
-        try:
+    staged, system = stage(chroot, name, members), None
+    try:
+        if plan.action is not None:
+            fleet.common.clear()
             system = rebuild(plan.action, staged.tree, name, BUILD_LIMIT_S)
-        except BaseException:
+            client.remove(staged.tree.parent / "result")
+            if system is not None:
+                keep_from_collection(name, system)
+        if unchanged and before is not None and staged.release == before.release:
+            client.write_atomic(chroot / "current.json", client.encode(before._replace(system=system)), 0o644)
             client.remove(staged.tree.parent)
-            raise
-        client.remove(staged.tree.parent / "result")
-        if system is not None:
-            keep_from_collection(name, system)
-    if unchanged and before is not None and staged.release == before.release:
-        client.write_atomic(chroot / "current.json", client.encode(before._replace(system=system)), 0o644)
+            return None
+        return staged._replace(parts=cut_release(staged, members)), system, before
+    except BaseException:
         client.remove(staged.tree.parent)
-        return None
-    return staged, system, before
+        raise
 
 
 def gather(

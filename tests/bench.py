@@ -43,6 +43,7 @@ from typing import NoReturn
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
+from sshd import descendants, end_sshd, match_block, max_startups, run_directory
 from toynixos import TOY
 
 import bento_client as client
@@ -591,22 +592,6 @@ def why_no_server() -> str | None:
     return f"needs {', '.join(missing)}" if missing else None
 
 
-def match_block(fleet_nix: str) -> str:
-    """What fleet.nix appends to sshd_config."""
-    found = re.search(r"extraConfig = [^\n]*''\n(.*?)\n *'';", fleet_nix, re.DOTALL)
-    if found is None:
-        raise BenchError("no extraConfig in fleet.nix")
-    return textwrap.dedent(found[1])
-
-
-def max_startups(fleet_nix: str, count: int) -> str:
-    """What fleet.nix gives sshd for a fleet of so many hosts."""
-    found = re.search(r'MaxStartups = [^"]*"\$\{toString \((\d+) \+ count\)}:(\d+):\$\{toString \((\d+) \+ count\)}"', fleet_nix)
-    if found is None:
-        raise BenchError("no MaxStartups in fleet.nix")
-    return f"{int(found[1]) + count}:{found[2]}:{int(found[3]) + count}"
-
-
 @dataclass
 class Server:
     """A real sshd with fleet.nix's settings, and a few hosts' accounts and chroots, all below `top`."""
@@ -619,9 +604,7 @@ class Server:
 
     @classmethod
     def create(cls, stack: ExitStack) -> "Server":
-        if not Path("/run/sshd").exists():
-            Path("/run/sshd").mkdir(mode=0o755)
-            stack.callback(remove_run_sshd)
+        stack.enter_context(run_directory())
         # Not below /tmp: every directory above a chroot has to be root's, and writable by nobody else.
         top = Path(tempfile.mkdtemp(prefix=f"bento-bench-{os.getpid()}-", dir="/var/lib"))
         stack.callback(shutil.rmtree, top, ignore_errors=True)
@@ -695,19 +678,9 @@ class Server:
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """Ends sshd, and then the connections that it leaves behind: userdel wants the users gone."""
-        if self.process is None:
-            return
-        children = descendants(self.process.pid)
-        self.process.terminate()
-        self.process.wait(10)
-        self.process = None
-        for pid in children:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        give_up = time.monotonic() + 10
-        while any(Path("/proc", str(pid)).exists() for pid in children) and time.monotonic() < give_up:
-            time.sleep(0.05)
+        if self.process is not None:
+            end_sshd(self.process)
+            self.process = None
 
     def cpu_s(self) -> float:
         """Of sshd and all of its connections that have ended."""
@@ -754,27 +727,6 @@ def remove_account(user: str) -> None:
             return
         if said:
             time.sleep(0.3)
-
-
-def remove_run_sshd() -> None:
-    """sshd wants its directory for each connection: it stays while anybody else's sshd runs."""
-    for path in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if (path / "comm").read_text() == "sshd\n" and (path / "ns/mnt").readlink() == Path("/proc/self/ns/mnt").readlink():
-                return
-    with suppress(OSError):
-        Path("/run/sshd").rmdir()
-
-
-def descendants(top: int) -> list[int]:
-    parents: dict[int, int] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-    found = [top]
-    for pid in found:
-        found += [child for child, parent in parents.items() if parent == pid]
-    return found[1:]
 
 
 # --- what is measured ---

@@ -24,7 +24,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,6 @@ class Site:
         return ["--fleet", str(self.fleet), "--chroot-dir", str(self.chroots), *arguments]
 
     def run(self, *arguments: str) -> Ran:
-        # A process reads a file once; here it must be read again although no time has passed.
-        bento.read_small.cache_clear()
         self.capsys.readouterr()
         try:
             code = bento.main(self.argv(*arguments))
@@ -386,6 +384,127 @@ def test_the_hosts_own_link_may_leave_the_fleet(site: Site, tmp_path: Path) -> N
     (outside / "passwd").symlink_to("/etc/passwd")
     ran = site.run("populate", "a")
     assert ran.errors == ["bento: error: a: hosts/a/passwd: link out of the fleet directory, to /etc/passwd"]
+
+
+def share(site: Site, *names: str) -> Path:
+    """Hosts that link to the same utils/, and one more that is a link to the first."""
+    utils = site.fleet / "utils"
+    (utils / "sub").mkdir(parents=True)
+    (utils / "bento.nix").write_text("{ }\n")
+    (utils / "sub/script").write_text("#!/bin/sh\n")
+    (utils / "sub/script").chmod(0o755)
+    for name in names:
+        (site.host(name, {"configuration.nix": f"{{ }} # {name}\n"}) / "utils").symlink_to("../../utils")
+    for name in ("like-1", "like-2"):
+        (site.fleet / "hosts" / name).symlink_to(names[0])
+    return utils
+
+
+def test_what_hosts_share_is_read_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    share(site, "a", "b", "c")
+    site.publish()
+    read: list[str] = []
+    pack = bento.pack
+
+    def watch(member: bento.Member) -> bytes:
+        read.append(f"{Path(member.path).relative_to(site.fleet)} as {member.name}")
+        return pack(member)
+
+    monkeypatch.setattr(bento, "pack", watch)
+    assert site.publish().out == "5 hosts: 0 published, 5 unchanged, 0 failed\n"
+    assert sorted(path for path in read if "configuration.nix" in path) == [
+        # The second time for the two that are links to it.
+        *["hosts/a/configuration.nix as configuration.nix"] * 2,
+        "hosts/b/configuration.nix as configuration.nix", "hosts/c/configuration.nix as configuration.nix",
+    ]  # fmt: skip
+    assert [path for path in read if "bento.nix" in path] == ["utils/bento.nix as utils/bento.nix"]
+
+
+@pytest.mark.parametrize("room", [0, 1600, 8 << 20])
+def test_what_hosts_share_makes_no_other_release(room: int, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bento, "COMMON_BYTES", room)
+    utils = share(site, "a", "b", "c")
+    (site.fleet / "hosts/b/again").symlink_to("../../utils/sub")
+    (utils / "more").symlink_to("../more")
+    (site.fleet / "more").mkdir()
+    (site.fleet / "more/large").write_bytes(os.urandom(bento.SMALL_FILE + 1))
+    site.publish()
+    for name in ("a", "b", "c", "like-1", "like-2"):
+        alone = bento.list_members(bento.Fleet(site.fleet, site.chroots), name)
+        assert check_chroot(site.chroots / name) == bento.write_release(alone, None)[0]
+        tree = site.chroots / name / "config"
+        assert (tree / "utils/more/large").read_bytes() == (site.fleet / "more/large").read_bytes()
+        assert os.access(tree / "utils/sub/script", os.X_OK)
+    assert site.current("like-2").release == site.current("a").release
+
+
+def test_an_error_in_what_hosts_share_names_each_host(site: Site) -> None:
+    utils = share(site, "a", "b")
+    site.host("c")
+    (utils / "sub/x").symlink_to("gone")
+    ran = site.run("populate")
+    hosts = ("a", "b", "like-1", "like-2")
+    assert ran.errors == [f"bento: error: {name}: hosts/{name}/utils/sub/x: dangling link to gone" for name in hosts]
+    check_chroot(site.chroots / "c")
+
+
+def test_a_loop_through_what_hosts_share(site: Site) -> None:
+    share(site, "a", "b")
+    (site.fleet / "utils/deep").symlink_to("../hosts/b")
+    site.host("c")
+    (site.fleet / "hosts/c/b").symlink_to("../b")
+    loop = "link loop: it leads to a directory that it is in"
+    ran = site.run("populate")
+    assert ran.errors == [
+        f"bento: error: a: hosts/a/utils/deep/utils: {loop}", f"bento: error: b: hosts/b/utils/deep: {loop}",
+        f"bento: error: c: hosts/c/b/utils/deep: {loop}", f"bento: error: like-1: hosts/like-1/utils/deep/utils: {loop}",
+        f"bento: error: like-2: hosts/like-2/utils/deep/utils: {loop}",
+    ]  # fmt: skip
+
+
+def test_a_link_that_only_one_host_may_have_is_not_shared(site: Site, tmp_path: Path) -> None:
+    """The host that is a link out of the fleet comes first, and a shared link leads to its directory."""
+    outside = tmp_path / "elsewhere"
+    outside.mkdir()
+    (outside / "configuration.nix").write_text("{ }\n")
+    (outside / "utils").symlink_to(site.fleet / "utils")
+    (site.fleet / "hosts/0").symlink_to(outside)
+    utils = share(site, "a")
+    (utils / "sub/own").symlink_to(outside / "configuration.nix")
+    ran = site.run("populate")
+    words = f"utils/sub/own: link out of the fleet directory, to {outside}/configuration.nix"
+    assert ran.errors == [f"bento: error: {name}: hosts/{name}/{words}" for name in ("a", "like-1", "like-2")]
+    check_chroot(site.chroots / "0")
+
+
+@pytest.mark.parametrize("size", [3, 5, bento.SMALL_FILE + 2])
+def test_a_shared_file_that_changes_in_the_middle_of_a_run(
+    size: int, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each release is whole and named by what is in it. The next run publishes what came too late."""
+    utils = share(site, "a", "b", "c")
+    before, after = b"x" * max(3, size - 1), b"y" * size
+    (utils / "file").write_bytes(before)
+    stage = bento.stage
+
+    def change(chroot: Path, *arguments: Any) -> bento.Staged:
+        found = stage(chroot, *arguments)
+        (utils / "file").write_bytes(after)
+        return found
+
+    monkeypatch.setattr(bento, "stage", change)
+    ran = site.run("populate")
+    late = [name for name in ("a", "b", "c", "like-1", "like-2") if not (site.chroots / name / "current.json").exists()]
+    # What was too large to be kept was read again. One host met the change, the ones behind it have the new file.
+    assert late == (["b"] if size > bento.SMALL_FILE else [])
+    assert ran.errors == [f"bento: error: b: {utils}/file: changed while it was read: run this again" for _ in late]
+    for name in {"a", "b", "c", "like-1", "like-2"} - set(late):
+        check_chroot(site.chroots / name)
+        assert (site.chroots / name / "config/utils/file").read_bytes() in (before, after)
+    assert site.publish().out.splitlines()[-1].endswith(", 0 failed")
+    for name in ("a", "b", "c", "like-1", "like-2"):
+        assert (site.chroots / name / "config/utils/file").read_bytes() == after
+    assert site.publish().out == "5 hosts: 0 published, 5 unchanged, 0 failed\n"
 
 
 # --- what is refused ---
@@ -723,7 +842,6 @@ class Killing:
             self.site.host(name, CONFIGURATION | {"number": f"{name} {'x' * number}\n", "d/file": "y"})
 
     def populate(self) -> None:
-        bento.read_small.cache_clear()
         bento.main(self.site.argv("populate"))
 
     def check(self, status: int) -> bool:
@@ -811,7 +929,6 @@ def test_a_kill_then_a_change_of_mind(site: Site) -> None:
             bento.reveal = reveal
             bento.main(site.argv("populate"))
 
-        bento.read_small.cache_clear()
         assert os.WIFSIGNALED(os.waitpid(forked(populate), 0)[1])
         new = check_chroot(site.chroots / "a")
         assert (new == old) == (moment == "before")
@@ -1092,7 +1209,6 @@ def test_a_dry_run_changes_nothing(site: Site) -> None:
     (site.chroots / "a/releases/.new").mkdir()
     before = snapshot(site.chroots)
     fleet = bento.Fleet(site.fleet, site.chroots)
-    bento.read_small.cache_clear()
     release, size = bento.write_release(bento.list_members(fleet, "a"), None)
     assert site.publish("--dry-run", "--prune").out == (
         f"gone: would remove {site.chroots}/gone\n"
@@ -1340,6 +1456,33 @@ def test_what_is_published_already_is_built_once(site: Site, toys: Path) -> None
     snap = snapshot(site.chroots / "a")
     site.publish("--build")
     assert snapshot(site.chroots / "a") == snap
+
+
+def test_only_what_passes_is_cut_into_parts(site: Site, toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nixos-rebuild gets are files of their own, and `check` and `build` throw no parts away."""
+    (toy_host(site, "a") / "big").write_bytes(os.urandom(LARGE))
+    built: list[int] = []
+    rebuild = bento.rebuild
+
+    def watch(action: str, tree: Path, *arguments: Any) -> str | None:
+        built.append((tree / "big").stat().st_nlink)
+        assert not (tree.parent / "parts").exists()
+        return rebuild(action, tree, *arguments)
+
+    monkeypatch.setattr(bento, "rebuild", watch)
+    site.publish("--build")
+    assert check_parts(site)[1] == LARGE
+    (site.fleet / "hosts/a/big").write_bytes(os.urandom(LARGE))
+    before = site.current()
+    with monkeypatch.context() as patched:
+        patched.setattr(bento, "copy_part", lambda *_: os.listdir("/gone"))
+        assert site.run("check").code == site.run("build").code == 0
+        assert site.run("populate", "--check").errors == ["bento: error: a: [Errno 2] No such file or directory: '/gone'"]
+    assert site.current() == before
+    assert not (site.chroots / "a/releases/.new").exists()
+    site.publish("--check")
+    assert site.current() != before and check_parts(site)[1] == LARGE
+    assert built == [1] * 5
 
 
 @pytest.fixture
@@ -1679,7 +1822,7 @@ def make_rows(prefix: str = "") -> list[bento.Row]:
         report = client.parse_report(raw, "status.json")
         judged = bento.judge(CURRENT, report, now_s - age_s, now_s, AFTER_S)
         rows.append(bento.Row(name, *judged, CURRENT, report, now_s - age_s, ""))
-    rows = [replace(row, host=f"{prefix}{row.host}") for row in rows]
+    rows = [row._replace(host=f"{prefix}{row.host}") for row in rows]
     return bento.sort_rows(rows)
 
 
@@ -1704,7 +1847,7 @@ def test_the_table() -> None:
 @pytest.mark.parametrize("width", [70, 79, 80, 81, 105, 106, 107, 200])
 @pytest.mark.parametrize("decorated", [False, True])
 def test_no_line_is_wider_than_the_terminal(width: int, decorated: bool) -> None:
-    long = replace(make_rows()[0], host="x" * 26, problem="what is wrong " * 40)
+    long = make_rows()[0]._replace(host="x" * 26, problem="what is wrong " * 40)
     rows = [long, *make_rows("n" * 15)] * 100
     text = bento.format_table(rows, client.parse_time("2026-11-23T10:25:02Z"), width, decorated=decorated)
     lines = re.sub("\x1b\\[[0-9;]*m", "", text).splitlines()

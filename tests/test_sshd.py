@@ -12,7 +12,6 @@ import pwd
 import re
 import select
 import shutil
-import signal
 import socket
 import stat
 import struct
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sshd import end_sshd, match_block, max_startups, run_directory
 from toynixos import CLIENT, TOY, ToyMachine, _missing, need, write_config
 
 SERVER = CLIENT.parent / "bento.py"
@@ -58,23 +58,6 @@ def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as found:
         port: int = found.getsockname()[1]
     return port
-
-
-def match_block(fleet_nix: str) -> str:
-    """What the module appends to sshd_config, from the generated file: what is tested is what ships."""
-    found = re.search(r"extraConfig = [^\n]*''\n(.*?)\n *'';", fleet_nix, re.DOTALL)
-    assert found is not None, "no extraConfig in fleet.nix"
-    block = textwrap.dedent(found[1])
-    assert "${" not in block
-    return block
-
-
-def max_startups(fleet_nix: str, count: int) -> str:
-    found = re.search(
-        r'MaxStartups = [^"]*"\$\{toString \((\d+) \+ count\)}:(\d+):\$\{toString \((\d+) \+ count\)}"', fleet_nix
-    )
-    assert found is not None, "no MaxStartups in fleet.nix"
-    return f"{int(found[1]) + count}:{found[2]}:{int(found[3]) + count}"
 
 
 @dataclass
@@ -174,28 +157,8 @@ class Server:
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """Ends sshd, and then the connections that it leaves behind: userdel wants the users gone."""
         assert self.process is not None
-        children = descendants(self.process.pid)
-        self.process.terminate()
-        self.process.wait(10)
-        for pid in children:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        deadline = time.monotonic() + 10
-        while any(Path("/proc", str(pid)).exists() for pid in children) and time.monotonic() < deadline:
-            time.sleep(0.05)
-
-
-def descendants(top: int) -> list[int]:
-    parents: dict[int, int] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-    found = [top]
-    for pid in found:
-        found += [child for child, parent in parents.items() if parent == pid]
-    return found[1:]
+        end_sshd(self.process)
 
 
 @pytest.fixture(scope="module")
@@ -207,9 +170,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         stack.enter_context(pytest.MonkeyPatch.context()).setenv("PATH", path)
         for program in ("sshd", "ssh", "sftp", "ssh-keygen", "ssh-agent", "useradd", "userdel", "usermod", "prlimit"):
             need(program)
-        if not Path("/run/sshd").exists():
-            Path("/run/sshd").mkdir(mode=0o755)
-            stack.callback(Path("/run/sshd").rmdir)
+        stack.enter_context(run_directory())
         # Not below /tmp: every directory above a chroot has to be root's, and writable by nobody else.
         top = Path(tempfile.mkdtemp(prefix="bento-sshd-", dir="/var/lib"))
         stack.callback(shutil.rmtree, top)

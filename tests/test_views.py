@@ -12,7 +12,6 @@ import sys
 import termios
 import time
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,8 @@ LAST = client.Last(
 REPORT = client.Report("t470", client.VERSION, "2026-11-23T11:55:00Z", "idle", A, "/nix/store/x-nixos", False, LAST)
 GOOD = Row("t470", "up-to-date", False, False, False, CURRENT, REPORT, NOW_S - 300, "")
 NASTY = 'a"b\\c\n<script>alert(1)</script>&{x="1"} 9\x1b[31m\u202e'
-BAD = replace(
-    GOOD, host="nas", state="rolled-back", offline=True,
+BAD = GOOD._replace(
+    host="nas", state="rolled-back", offline=True,
     report=REPORT._replace(host="nas", system=NASTY, last=LAST._replace(result="rolled-back", reason=NASTY)),
 )  # fmt: skip
 NEW = Row("router", "new", False, False, False, None, None, None, "")
@@ -96,6 +95,7 @@ def test_page_is_self_contained_and_escapes_what_hosts_say() -> None:
     assert page.targets == filters[1:]
     for text in ("rolled-back", "up-to-date", "needs a person 1", "3 hosts"):
         assert text in page.text
+    assert "1 host, 0 for a person to look at" in Page(bento.format_html([GOOD], NOW_S, "")).text
 
 
 def test_output_is_replaced_whole_and_exit_code_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,7 +253,7 @@ def test_watch_in_plain_letters(fleet: Path) -> None:
 @pytest.mark.parametrize("lines", range(1, 60))
 def test_a_table_for_a_short_terminal(lines: int) -> None:
     """The top of the table and all of the summary, and what is left out is said."""
-    rows = [replace(GOOD, host=f"host-{number:02}") for number in range(40)]
+    rows = [GOOD._replace(host=f"host-{number:02}") for number in range(40)]
     shown = bento.format_table(rows, NOW_S, 30, height=lines).splitlines()
     assert shown[0].startswith("HOST") and shown[-1] == "40 hosts: 40 up-to-date"
     assert len(shown) <= max(lines, 3)
