@@ -353,7 +353,7 @@ class Walk(NamedTuple):
         for entry in os.scandir(directory):
             if entry.name == ".git":
                 continue
-            name, real, linked = f"{prefix}{entry.name}", entry.path, entry.is_symlink()
+            name, real, linked, inside = f"{prefix}{entry.name}", entry.path, entry.is_symlink(), True
             where = f"{self.shown}/{name}"
             try:
                 name.encode()
@@ -367,7 +367,7 @@ class Walk(NamedTuple):
                 real = os.path.realpath(entry.path)
                 if real.startswith("/nix/store/"):
                     continue
-                everywhere = everywhere and f"{real}/".startswith(self.bounds[0])
+                inside = f"{real}/".startswith(self.bounds[0])
             found = self.follow(where, entry, real) if linked else entry.stat(follow_symlinks=False)
             if stat.S_ISREG(found.st_mode):
                 members.append(Member(name, real, False, bool(found.st_mode & 0o100), found.st_size))
@@ -375,11 +375,11 @@ class Walk(NamedTuple):
                 if real in above:
                     raise BentoError(f"{one_line(where)}: link loop: it leads to a directory that it is in")
                 below = [Member(name, real, True)]
-                same = self.enter(real, f"{name}/", (*above, real), below)
-                members += self.common.keep(found, name, below) if linked and same else below
-                everywhere = everywhere and same
+                inside = self.enter(real, f"{name}/", (*above, real), below) and inside
+                members += self.common.keep(found, name, below) if linked and inside else below
             else:
                 raise BentoError(f"{one_line(where)}: neither a file nor a directory (a socket, FIFO or device)")
+            everywhere = everywhere and inside
         return everywhere
 
     def follow(self, where: str, link: os.DirEntry[str], real: str) -> os.stat_result:

@@ -477,6 +477,19 @@ def test_a_link_that_only_one_host_may_have_is_not_shared(site: Site, tmp_path: 
     check_chroot(site.chroots / "0")
 
 
+def test_a_directory_that_only_one_host_may_link_to_is_not_shared(site: Site, tmp_path: Path) -> None:
+    outside = tmp_path / "elsewhere"
+    (outside / "own").mkdir(parents=True)
+    (outside / "own/secret").write_text("not for others\n")
+    (outside / "configuration.nix").write_text("{ }\n")
+    (outside / "linked").symlink_to(outside / "own")
+    (site.fleet / "hosts/0").symlink_to(outside)
+    (site.host("a", {"configuration.nix": "{ }\n"}) / "linked").symlink_to(outside / "own")
+    ran = site.run("populate")
+    assert ran.errors == [f"bento: error: a: hosts/a/linked: link out of the fleet directory, to {outside}/own"]
+    check_chroot(site.chroots / "0")
+
+
 @pytest.mark.parametrize("size", [3, 5, bento.SMALL_FILE + 2])
 def test_a_shared_file_that_changes_in_the_middle_of_a_run(
     size: int, site: Site, monkeypatch: pytest.MonkeyPatch
