@@ -64,6 +64,9 @@ LARGE_BYTES = 1 << 20
 STALL_S = 60.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 15 * 60, 24 * 3600
 WATCHDOG_MARGIN_S = 30
+# A poll that takes longer hangs: no watchdog guards it, and no other run could start. Twenty large logs on a slow line
+# may take hours.
+POLL_LIMIT_S = 12 * 3600
 
 
 # --- errors ---
@@ -2083,6 +2086,7 @@ def start_journal(settings: Settings, log: Log, state: State, current: Current) 
             pending = advance(settings, pending, Step.BUILDING, settings.build_timeout)
         else:  # its watchdog would come in the middle of the release that may mend things
             save_pending(settings, arm(settings, left, settings.build_timeout + WATCHDOG_MARGIN_S))
+        signal.alarm(0)
     return pending
 
 
@@ -2161,6 +2165,7 @@ def command_run(settings: Settings, *, force: bool) -> int:
                     state = finish(settings, log, state, directory, pending, outcome)
                 if (left := load_pending(settings, log)) is not None and left.step == Step.REVERTING:
                     return 1
+            signal.alarm(POLL_LIMIT_S)  # which ends us, until a deployment has its watchdog
             code = update(settings, log, state, directory, force=force)
             if code == 0:
                 state = read_journal(settings.state / "state.json", parse_state, log) or state

@@ -1083,6 +1083,24 @@ def test_a_thousand_old_logs_do_not_hang_it(lab: Lab) -> None:
     assert before - 25 < len(lab.logs()) < before - 15 and list((lab.state / "outbox").iterdir()) == []
 
 
+def test_a_poll_that_hangs_is_ended(lab: Lab) -> None:
+    """No watchdog guards it, and as long as it holds the lock no other run can start."""
+    lab.publish("v1")
+    lab.client("run")
+    toy, fake, pid = lab.machine.env()["PATH"], lab.directory / "path/sftp", lab.directory / "pid"
+    fake.parent.mkdir()
+    fake.write_text(f'#!/bin/sh\necho $$ >{pid}\nPATH={toy}\nsed -u "/^put/q" | sftp "$@"\nexec sleep 300\n')
+    fake.chmod(0o755)
+    code = f"import sys; sys.path.insert(0, {str(CLIENT.parent)!r}); import bento_client as c;"
+    code += "c.POLL_LIMIT_S = 2; sys.exit(c.main())"
+    env = lab.env(PATH=f"{fake.parent}:{toy}")
+    done = lab.machine.run(sys.executable, "-c", code, *lab.argv("run")[3:], env=env)
+    os.killpg(int(pid.read_text()), signal.SIGKILL)
+    assert done.returncode == -signal.SIGALRM, done.stdout
+    assert "up to date" in lab.client("run")
+    assert not list(lab.state.glob(".tmp-*"))
+
+
 def test_archive_that_outgrows_its_size_is_reported(lab: Lab) -> None:
     release = lab.publish("v1")
     os.truncate(lab.chroot / "releases" / f"{release}.tar", 6 << 30)  # sparse
