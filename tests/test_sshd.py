@@ -89,8 +89,8 @@ class Server:
 
     def logs(self, host: str) -> list[str]:
         """The logs that a host has uploaded, in the order in which they came."""
-        paths = sorted((self.chroot(host) / "logs").glob("*.log"), key=lambda path: path.stat().st_mtime_ns)
-        return [path.name for path in paths]
+        paths = (self.chroot(host) / "logs").glob("*.log")
+        return [name for _, name in sorted((path.stat().st_mtime_ns, path.name) for path in paths)]
 
     def status(self, host: str) -> dict[str, Any]:
         done = self.bento("status", "--json", host, errors=subprocess.DEVNULL)
