@@ -652,7 +652,7 @@ def scratch(settings: Settings) -> Iterator[str]:
     try:
         yield name
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):  # not `remove`: it would load shutil in each poll
             for left in (settings.state / name).iterdir():
                 left.unlink()
             (settings.state / name).rmdir()
@@ -2027,7 +2027,6 @@ def update(settings: Settings, log: Log, state: State, directory: str, *, force:
         log.kept = True
         log.say(why)
         pending = start_journal(settings, log, state, current)
-        outcome: Outcome | None = None
         try:
             wanted = action == Action.FETCH or not is_untouched(settings.state / "config")
             slow = wanted and current.size > LARGE_BYTES  # then the server is told before
@@ -2041,16 +2040,14 @@ def update(settings: Settings, log: Log, state: State, directory: str, *, force:
                 announce(session, settings, state, directory, Phase.BUILDING)
             session.hang_up()
         except Unreachable:
-            forget(settings, log, pending)
             report(settings, log, state, directory)
+            forget(settings, log, pending)
             raise
         except (BentoError, OSError) as error:
             outcome = Outcome(Result.FETCH_FAILED, str(error))
-        if outcome is not None:
             finish(settings, log, state, directory, pending, outcome, session)
-        else:
-            outcome = deploy(settings, log, state, directory, pending, session, force=force)
-        return outcome.exit_code
+            return outcome.exit_code
+        return deploy(settings, log, state, directory, pending, session, force=force).exit_code
     finally:
         session.close()
 
@@ -2333,7 +2330,7 @@ COMMANDS = {
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """A flag for each setting, of the same name."""
-    parser.add_argument("--config", default=argparse.SUPPRESS, help=f"settings as JSON (default {DEFAULT_CONFIG})")
+    parser.add_argument("--config", help=f"settings as JSON (default {DEFAULT_CONFIG})")
     group = parser.add_argument_group("settings, over those of the file")
     defaults = Settings()
     for name, value in defaults._asdict().items():
@@ -2371,7 +2368,7 @@ def make_parser() -> argparse.ArgumentParser:
 def read_settings(options: Mapping[str, Any]) -> Settings:
     """The settings that the command line and its configuration file give together."""
     given = {name.removeprefix("setting_"): value for name, value in options.items() if name.startswith("setting_")}
-    config = options.get("config")
+    config = options["config"]
     path = Path(config) if config else Path(given.get("root", "/")) / DEFAULT_CONFIG.lstrip("/")
     values: dict[str, Any] = {}
     if path != Path(os.devnull):
