@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toynixos import CLIENT, ToyMachine, need, write_config
+from toynixos import CLIENT, TOY, ToyMachine, need, write_config
 
 import bento
 import bento_client
@@ -559,6 +559,11 @@ class Lab:
         assert "Traceback" not in done.stdout
         return done.stdout
 
+    def run_patched(self, patch: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """Like `run`, with constants of the client's module, here `c`, changed."""
+        code = f"import sys; sys.path.insert(0, {str(CLIENT.parent)!r}); import bento_client as c; {patch}; sys.exit(c.main())"
+        return self.machine.run(sys.executable, "-c", code, *self.argv("run")[3:], env=self.env(**env))
+
     def start(self, *words: str) -> subprocess.Popen[bytes]:
         with open(self.directory / "output", "ab") as out:
             return subprocess.Popen(
@@ -1043,14 +1048,20 @@ def test_refused_reports_are_not_the_releases_fault(lab: Lab) -> None:
     assert (lab.last().result, lab.last().attempt, len(lab.logs())) == (Result.OK, 1, 1)
 
 
+def fake_sftp(lab: Lab, script: str) -> str:
+    """A PATH on which `sftp` is this shell script. In it, `sftp` is the toy's."""
+    toy, fake = lab.machine.env()["PATH"], lab.directory / "path/sftp"
+    fake.parent.mkdir(exist_ok=True)
+    fake.write_text(f"#!/bin/sh\nPATH={toy}\n{script}")
+    fake.chmod(0o755)
+    return f"{fake.parent}:{toy}"
+
+
 def test_an_sftp_that_does_not_end_by_itself_is_ended(lab: Lab) -> None:
     """The first connection is left to itself while the release is built; what it still does must not come later."""
     lab.publish("v1")
-    toy, fake, pids = lab.machine.env()["PATH"], lab.directory / "path/sftp", lab.directory / "pids"
-    fake.parent.mkdir()
-    fake.write_text(f'#!/bin/sh\necho $$ >>{pids}\nPATH={toy}\nsftp "$@"\ncode=$?\nsleep 300\nexit $code\n')
-    fake.chmod(0o755)
-    lab.client("run", PATH=f"{fake.parent}:{toy}")
+    pids = lab.directory / "pids"
+    lab.client("run", PATH=fake_sftp(lab, f'echo $$ >>{pids}\nsftp "$@"\ncode=$?\nsleep 300\nexit $code\n'))
     assert lab.labels() == ("v1", "v1", "v1") and (lab.last().result, lab.report().phase) == (Result.OK, "idle")
     started = pids.read_text().split()
     assert len(started) == 3 and not any(Path(f"/proc/{pid}").exists() for pid in started)
@@ -1062,12 +1073,7 @@ def sftp_by_server(lab: Lab, **chroots: Path | None) -> str:
         f"*@{name}) {'export TOY_CHROOT=' + str(chroot) if chroot else 'export TOY_SERVER_DOWN=/'} ;;\n"
         for name, chroot in chroots.items()
     )
-    toy = lab.machine.env()["PATH"]
-    fake = lab.directory / "path/sftp"
-    fake.parent.mkdir(exist_ok=True)
-    fake.write_text(f'#!/bin/sh\nfor word; do :; done\ncase $word in\n{cases}esac\nPATH={toy}\nexec sftp "$@"\n')
-    fake.chmod(0o755)
-    return f"{fake.parent}:{toy}"
+    return fake_sftp(lab, f'for word; do :; done\ncase $word in\n{cases}esac\nexec sftp "$@"\n')
 
 
 def test_a_thousand_old_logs_do_not_hang_it(lab: Lab) -> None:
@@ -1087,14 +1093,9 @@ def test_a_poll_that_hangs_is_ended(lab: Lab) -> None:
     """No watchdog guards it, and as long as it holds the lock no other run can start."""
     lab.publish("v1")
     lab.client("run")
-    toy, fake, pid = lab.machine.env()["PATH"], lab.directory / "path/sftp", lab.directory / "pid"
-    fake.parent.mkdir()
-    fake.write_text(f'#!/bin/sh\necho $$ >{pid}\nPATH={toy}\nsed -u "/^put/q" | sftp "$@"\nexec sleep 300\n')
-    fake.chmod(0o755)
-    code = f"import sys; sys.path.insert(0, {str(CLIENT.parent)!r}); import bento_client as c;"
-    code += "c.POLL_LIMIT_S = 2; sys.exit(c.main())"
-    env = lab.env(PATH=f"{fake.parent}:{toy}")
-    done = lab.machine.run(sys.executable, "-c", code, *lab.argv("run")[3:], env=env)
+    pid = lab.directory / "pid"
+    path = fake_sftp(lab, f'echo $$ >{pid}\nsed -u "/^put/q" | sftp "$@"\nexec sleep 300\n')
+    done = lab.run_patched("c.POLL_LIMIT_S = 2", PATH=path)
     os.killpg(int(pid.read_text()), signal.SIGKILL)
     assert done.returncode == -signal.SIGALRM, done.stdout
     assert "up to date" in lab.client("run")
@@ -1116,12 +1117,9 @@ def test_release_that_never_arrives_does_not_hide_the_host(lab: Lab) -> None:
     (lab.state / "outbox" / f"20200101T000000Z_{'c' * 12}_postponed.log").write_text("waits\n")
     before = (lab.chroot / "logs/status.json").stat().st_mtime_ns
     lab.publish("v2")
-    toy, fake = lab.machine.env()["PATH"], lab.directory / "path/sftp"
-    fake.parent.mkdir()
     cut = 'sed -u "/get releases/q" | sed -u "/get releases/d"'
-    fake.write_text(f'#!/bin/sh\nPATH={toy}\n{cut} | sftp "$@"\necho Connection reset by peer\nexit 255\n')
-    fake.chmod(0o755)
-    assert "the connection was lost" in lab.client("run", code=75, PATH=f"{fake.parent}:{toy}")
+    path = fake_sftp(lab, f'{cut} | sftp "$@"\necho Connection reset by peer\nexit 255\n')
+    assert "the connection was lost" in lab.client("run", code=75, PATH=path)
     assert (lab.chroot / "logs/status.json").stat().st_mtime_ns > before and len(lab.logs()) == 2
 
 
@@ -1132,7 +1130,7 @@ server, flag, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
 if os.fork():
     signal.pause()  # ends with the client's sftp; the line does not
 os.setsid()
-process, until = subprocess.Popen([server, *sys.argv[4:]], stdin=subprocess.PIPE, bufsize=0), time.monotonic() + 30
+process, until = subprocess.Popen([server], stdin=subprocess.PIPE, bufsize=0), time.monotonic() + 30
 while data := os.read(0, 1 << 16):
     if b".announcement" in data and b"rename" in data:
         with open(flag, "a") as file:
@@ -1150,14 +1148,12 @@ open(flag + "-over", "a").write("x")
 def test_a_late_announcement_does_not_undo_the_report(lab: Lab, number: int, phase: str) -> None:
     lab.publish("v1")
     flag, late = Path(lab.file("flag")), lab.directory / "late"
-    servers = ("/usr/lib/openssh/sftp-server", "/usr/libexec/openssh/sftp-server", "/usr/lib/ssh/sftp-server")
-    server = next(path for path in servers if Path(path).exists())
     (lab.directory / "late.py").write_text(LATE)
-    late.write_text(f'#!/bin/sh\nexec {sys.executable} {late}.py {server} {flag} {number} "$@"\n')
+    # toy-ssh knows where the real server is, and which directory it serves.
+    late.write_text(f"#!/bin/sh\nunset TOY_SFTP_SERVER\nexec {sys.executable} {late}.py {TOY / 'toy-ssh'} {flag} {number}\n")
     late.chmod(0o755)
     impatient = "c.STALL_S = 1.0; c.Sftp.do.__defaults__ = (1.0, None, 0)"
-    code = f"import sys; sys.path.insert(0, {str(CLIENT.parent)!r}); import bento_client as c; {impatient}; sys.exit(c.main())"
-    done = lab.machine.run(sys.executable, "-c", code, *lab.argv("run")[3:], env=lab.env(TOY_SFTP_SERVER=str(late)))
+    done = lab.run_patched(impatient, TOY_SFTP_SERVER=str(late))
     Path(f"{flag}-go").touch()
     assert done.returncode == 0, done.stdout
     assert flag.read_text() == "xx"
