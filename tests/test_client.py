@@ -1130,23 +1130,31 @@ server, flag, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
 if os.fork():
     signal.pause()  # ends with the client's sftp; the line does not
 os.setsid()
-process, until = subprocess.Popen([server], stdin=subprocess.PIPE, bufsize=0), time.monotonic() + 30
+process, until, late = subprocess.Popen([server], stdin=subprocess.PIPE, bufsize=0), time.monotonic() + 30, False
 while data := os.read(0, 1 << 16):
     if b".announcement" in data and b"rename" in data:
         with open(flag, "a") as file:
             file.write("x")
-        while os.path.getsize(flag) == number and not os.path.exists(flag + "-go") and time.monotonic() < until:
+        late = os.path.getsize(flag) == number
+        while late and not os.path.exists(flag + "-go") and time.monotonic() < until:
             time.sleep(0.02)
     process.stdin.write(data)
 process.stdin.close()
 process.wait()
-open(flag + "-over", "a").write("x")
+if late:
+    open(flag + "-over", "w").close()
 """
 
 
-@pytest.mark.parametrize(("number", "phase"), [(1, "building"), (2, "activating")])
-def test_a_late_announcement_does_not_undo_the_report(lab: Lab, number: int, phase: str) -> None:
-    lab.publish("v1")
+@pytest.mark.parametrize(
+    ("number", "build", "announced", "result"),
+    [(1, "ok", "xx", Result.OK), (2, "ok", "xx", Result.OK), (1, "fail", "x", Result.BUILD_FAILED)],
+    ids=["building", "activating", "building what fails"],
+)
+def test_a_late_announcement_does_not_undo_the_report(
+    lab: Lab, number: int, build: str, announced: str, result: Result
+) -> None:
+    lab.publish("v1", build=build)
     flag, late = Path(lab.file("flag")), lab.directory / "late"
     (lab.directory / "late.py").write_text(LATE)
     # toy-ssh knows where the real server is, and which directory it serves.
@@ -1155,11 +1163,10 @@ def test_a_late_announcement_does_not_undo_the_report(lab: Lab, number: int, pha
     impatient = "c.STALL_S = 1.0; c.Sftp.do.__defaults__ = (1.0, None, 0)"
     done = lab.run_patched(impatient, TOY_SFTP_SERVER=str(late))
     Path(f"{flag}-go").touch()
-    assert done.returncode == 0, done.stdout
-    assert flag.read_text() == "xx"
-    over = Path(f"{flag}-over")
-    wait_until(lambda: over.exists() and len(over.read_text()) >= 3)  # all connections, the late one too
-    assert (lab.report().phase, lab.last().result) == ("idle", Result.OK), phase
+    assert done.returncode == (0 if result == Result.OK else 1), done.stdout
+    assert flag.read_text() == announced
+    wait_until(Path(f"{flag}-over").exists)  # the late one has come, too
+    assert (lab.report().phase, lab.last().result) == ("idle", result)
 
 
 def test_a_report_goes_where_its_release_came_from(lab: Lab) -> None:
