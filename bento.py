@@ -23,6 +23,7 @@ import hashlib
 import heapq
 import html
 import io
+import itertools
 import json
 import os
 import pwd
@@ -36,8 +37,7 @@ import textwrap
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from itertools import islice
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -62,7 +62,7 @@ LOG_END_BYTES = 4 << 10
 CLOCK_TOLERANCE_S = 300.0
 # So many hosts are published with the same two syncs of the disk: syncs for each would cost more than the copying.
 BATCH = 256
-SMALL_FILE = 64 << 10
+SMALL_FILE = 128 << 10
 # So much memory for what several hosts have in common. A member takes about the second of them besides its content.
 COMMON_BYTES, MEMBER_BYTES = 8 << 20, 512
 # Files of this size are parts of a release of their own, the largest ones if there are many.
@@ -80,7 +80,8 @@ KEY_TYPES = {
 class Member(NamedTuple):
     """One file or directory of a release: `name` as in the archive, `path` where it is read from.
 
-    `block` is its stretch of the archive, if that is in memory already.
+    `block` is its stretch of the archive, if that is in memory already. `copy`: where a file that hosts share is kept
+    for their trees to link to, in this run.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Member(NamedTuple):
     executable: bool = False
     size: int = 0
     block: bytes | None = None
+    copy: str | None = None
 
 
 class Common:
@@ -96,12 +98,14 @@ class Common:
 
     So all hosts get them as they were at one moment; what changes meanwhile is for the next run. After a build, which
     may take hours, they are read again. `branches`: what lies below such a directory, by its inode and its name in the
-    archive. `size` in bytes.
+    archive. `size` in bytes. `copies`: a directory for links to the first host's files, if the others' may link to them.
     """
 
     def __init__(self) -> None:
         self.branches: dict[tuple[int, int, str], list[Member]] = {}
         self.size = 0
+        self.copies: Path | None = None
+        self.numbers = itertools.count()
 
     def find(self, directory: os.stat_result, name: str) -> list[Member] | None:
         return self.branches.get((directory.st_dev, directory.st_ino, name))
@@ -114,7 +118,14 @@ class Common:
         if size > COMMON_BYTES:
             return members
         self.size += size
-        members = [m if m.block or m.size > SMALL_FILE else m._replace(block=pack(m)) for m in members]
+        members = pack_small(members)
+        if self.copies is not None:
+            members = [
+                m._replace(copy=f"{self.copies}/{next(self.numbers)}")
+                if m.block and not m.is_directory and not m.copy
+                else m
+                for m in members
+            ]
         self.branches[directory.st_dev, directory.st_ino, name] = members
         return members
 
@@ -429,6 +440,10 @@ def pack(member: Member) -> bytes:
     return head + content + bytes(-member.size % tarfile.BLOCKSIZE)
 
 
+def pack_small(members: Sequence[Member]) -> list[Member]:
+    return [m if m.block or m.size > SMALL_FILE else m._replace(block=pack(m)) for m in members]
+
+
 def content_of(block: bytes, size: int) -> bytes:
     end = len(block) - -size % tarfile.BLOCKSIZE
     return block[end - size : end]
@@ -493,7 +508,7 @@ def write_release(members: Sequence[Member], tar: BinaryIO | None = None, tree: 
         elif member.is_directory:
             os.mkdir(f"{tree}/{member.name}", 0o755)
         else:
-            write_file(f"{tree}/{member.name}", member.executable, content)
+            write_file(f"{tree}/{member.name}", member.executable, content, member.copy)
     put(bytes(2 * tarfile.BLOCKSIZE + -(size + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE))
     if tree is not None:
         for directory in [*[f"{tree}/{m.name}" for m in reversed(members) if m.is_directory], str(tree)]:
@@ -501,7 +516,12 @@ def write_release(members: Sequence[Member], tar: BinaryIO | None = None, tree: 
     return digest.hexdigest(), size
 
 
-def write_file(path: str, executable: bool, content: Iterable[bytes]) -> None:
+def write_file(path: str, executable: bool, content: Iterable[bytes], copy: str | None = None) -> None:
+    """Writes a file of a tree, or links to its `copy`; makes that when there is none."""
+    if copy is not None:
+        with suppress(OSError):  # it is the first, or has as many links as it can have
+            os.link(copy, path)
+            return
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o755 if executable else 0o644)
     try:
         for chunk in content:
@@ -510,6 +530,9 @@ def write_file(path: str, executable: bool, content: Iterable[bytes]) -> None:
         os.utime(descriptor, (1, 1))
     finally:
         os.close(descriptor)
+    if copy is not None:
+        with suppress(OSError):
+            os.link(path, copy)
 
 
 # --- states of hosts ---
@@ -999,7 +1022,7 @@ def stage(chroot: Path, name: str, members: Sequence[Member]) -> Staged:
     client.remove(directory)
     directory.mkdir(mode=0o755)
     try:
-        with open(directory / "release.tar", "wb") as file:
+        with open(directory / "release.tar", "wb", 1 << 20) as file:
             os.fchmod(file.fileno(), 0o644)
             # The tree's name matters: a channel configuration that says ./. gets it into a store path.
             release, size = write_release(members, file, directory / "config")
@@ -1114,7 +1137,7 @@ def prune_releases(releases: str, current: str) -> None:
 def prune_logs(chroot: Path) -> None:
     """Removes the oldest of what a host left beyond a generous number of logs, in several runs if it left very many."""
     with suppress(OSError), os.scandir(f"{chroot}/logs") as entries:
-        names = sorted(e.name for e in islice(entries, MAX_PRUNED) if client.LOG_NAME.fullmatch(e.name))
+        names = sorted(e.name for e in itertools.islice(entries, MAX_PRUNED) if client.LOG_NAME.fullmatch(e.name))
         for name in names[:-KEEP_LOGS]:
             with suppress(OSError):  # a directory of such a name, say
                 os.unlink(f"{chroot}/logs/{name}")
@@ -1477,6 +1500,19 @@ class Plan(NamedTuple):
     verbose: bool
 
 
+@contextmanager
+def shared_copies(fleet: Fleet) -> Iterator[None]:
+    """Lets the hosts' trees have in common, on disk too, the files that they share."""
+    copies = fleet.chroot_dir / ".copies"
+    client.remove(copies)
+    copies.mkdir(mode=0o700)
+    fleet.common.copies = copies
+    try:
+        yield
+    finally:
+        client.remove(copies)
+
+
 def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: bool) -> int:
     if prune and wanted:
         raise UsageError("--prune goes with the whole fleet, not with single hosts")
@@ -1487,7 +1523,10 @@ def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: boo
     if os.geteuid() != 0:
         print("not root: files keep their owner; sshd serves them only when root publishes", file=sys.stderr)
     os.umask(0o022)
-    with nullcontext() if plan.dry_run else populate_lock(fleet):
+    with ExitStack() as stack:
+        if not plan.dry_run:
+            stack.enter_context(populate_lock(fleet))
+            stack.enter_context(shared_copies(fleet))
         if prune and fleet.chroot_dir.is_dir():
             prune_chroots(fleet, hosts, plan.dry_run)
         good = [name for name in hosts if name not in bad_keys]
@@ -1542,7 +1581,9 @@ def prepare(
     owner = find_owner(name)
     chroot = fleet.chroot(name)
     members = list_members(fleet, name)
-    release, size = write_release(members, None)
+    if sum(m.size for m in members) <= COMMON_BYTES:
+        members = pack_small(members)
+    release, size = write_release(members)
     try:
         before = read_published(chroot, name)
     except BentoError as error:
@@ -1569,7 +1610,7 @@ def prepare(
     staged, system = stage(chroot, name, members), None
     try:
         if plan.action is not None:
-            fleet.common.clear()
+            fleet.common.clear()  # a build takes its time, and may write to a flake.lock: no other tree is to have that
             system = rebuild(plan.action, staged.tree, name, BUILD_LIMIT_S)
             client.remove(staged.tree.parent / "result")
             if system is not None:
@@ -1672,7 +1713,9 @@ def find_logs(logs: int, release: str | None) -> tuple[list[tuple[float, str]], 
                     yield arrival_s(found), entry.name
 
     with os.scandir(logs) as entries:
-        return heapq.nlargest(KEEP_LOGS, matches(islice(entries, MAX_LOG_ENTRIES))), next(entries, None) is not None
+        return heapq.nlargest(KEEP_LOGS, matches(itertools.islice(entries, MAX_LOG_ENTRIES))), next(
+            entries, None
+        ) is not None
 
 
 def list_log(logs: int, name: str, came_s: float) -> str:

@@ -438,6 +438,76 @@ def test_what_hosts_share_makes_no_other_release(room: int, site: Site, monkeypa
     assert site.current("like-2").release == site.current("a").release
 
 
+def inodes(site: Site, name: str, *hosts: str) -> set[int]:
+    """What a file of the current releases is on disk."""
+    return {(site.chroots / host / "config" / name).stat().st_ino for host in hosts}
+
+
+def test_what_hosts_share_is_on_disk_once(site: Site) -> None:
+    share(site, "a", "b", "c")
+    site.publish()
+    for name in ("utils/bento.nix", "utils/sub/script"):
+        assert len(inodes(site, name, "a", "b", "c")) == 1
+    assert len(inodes(site, "configuration.nix", "a", "b", "c")) == 3
+    assert len(inodes(site, "configuration.nix", "like-1", "like-2")) == 1
+    assert set(os.listdir(site.chroots)) == {".lock", "a", "b", "c", "like-1", "like-2"}
+    # A release of later has its own copies: what is published is never linked to again.
+    site.host("d", {"configuration.nix": "{ }\n"})
+    (site.fleet / "hosts/d/utils").symlink_to("../../utils")
+    site.publish()
+    assert len(inodes(site, "utils/bento.nix", "a", "d")) == 2
+    for name in ("a", "b", "c", "d", "like-1", "like-2"):
+        check_chroot(site.chroots / name)
+
+
+def test_where_links_cannot_be_made_each_host_has_its_own(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file has as many links as it can have, or a chroot is a file system of its own."""
+    share(site, "a", "b", "c")
+    link, made = os.link, 0
+
+    def few(source: str, target: str) -> None:
+        nonlocal made
+        made += 1
+        if made > 5:
+            raise OSError(31, "Too many links", source)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", few)
+    site.publish()
+    assert len(inodes(site, "utils/bento.nix", "a", "b", "c")) > 1
+    for name in ("a", "b", "c", "like-1", "like-2"):
+        check_chroot(site.chroots / name)
+
+
+def test_half_a_file_is_no_copy(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full in the middle of a file that hosts share; then there is room again."""
+    share(site, "a", "b", "c")
+    write, full = os.write, True
+
+    def half(descriptor: int, data: bytes) -> int:
+        nonlocal full
+        if full and data == b"#!/bin/sh\n":
+            full = False
+            write(descriptor, data[:3])
+            raise OSError(28, "No space left on device")
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", half)
+    assert site.run("populate").errors == ["bento: error: a: [Errno 28] No space left on device"]
+    for name in ("b", "c", "like-1", "like-2"):
+        check_chroot(site.chroots / name)
+
+
+@pytest.mark.parametrize("how", ["--check", "--build"])
+def test_a_tree_that_is_built_shares_nothing(how: str, site: Site, toys: Path) -> None:
+    """Nix may write to its flake.lock."""
+    share(site, "a", "b")
+    for name in ("a", "b"):
+        write_config(site.fleet / "hosts" / name, flake=False, host=name, client=None)
+    site.publish(how)
+    assert len(inodes(site, "utils/bento.nix", "a", "b")) == 2
+
+
 def test_an_error_in_what_hosts_share_names_each_host(site: Site) -> None:
     utils = share(site, "a", "b")
     site.host("c")
@@ -836,13 +906,17 @@ def forked(action: Callable[[], object]) -> int:
 
 
 class Killing:
-    """Three hosts with a release each, and a second one of each that is about to be published by a child."""
+    """Three hosts, which share a directory, with a release each, and a second one of each that is about to be published
+    by a child."""
 
     NAMES = ("a", "b", "c")
 
     def __init__(self, site: Site) -> None:
         self.site = site
         self.known: dict[str, set[str]] = {name: set() for name in self.NAMES}
+        (site.fleet / "utils").mkdir()
+        for name in self.NAMES:
+            (site.host(name) / "utils").symlink_to("../../utils")
         for number in (1, 2):
             self.write(number)
             site.publish()
@@ -851,6 +925,7 @@ class Killing:
         self.number = 2
 
     def write(self, number: int) -> None:
+        (self.site.fleet / "utils/module.nix").write_text(f"{'z' * number}\n")
         for name in self.NAMES:
             self.site.host(name, CONFIGURATION | {"number": f"{name} {'x' * number}\n", "d/file": "y"})
 
