@@ -1574,7 +1574,7 @@ def arm(settings: Settings, pending: Pending, limit_s: float) -> Pending:
         return pending._replace(deadline_s=deadline_s)
     unit = f"bento-watchdog-{pending.token}-{os.urandom(3).hex()}"
     armed = pending._replace(deadline_s=deadline_s, watchdog=unit)
-    client = [sys.executable, "-I", os.path.abspath(__file__), "rollback", "--token", pending.token]
+    client = [sys.executable, "-I", "-S", os.path.abspath(__file__), "rollback", "--token", pending.token]
     run(
         ["systemd-run", "--quiet", "--collect", f"--unit={unit}", f"--on-active={int(limit_s)}",
          "--timer-property=AccuracySec=1s", *transient_environment("PATH", "HOME", "LOCALE_ARCHIVE", "NIX_REMOTE"),

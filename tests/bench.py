@@ -18,6 +18,7 @@ import grp
 import json
 import math
 import os
+import py_compile
 import queue
 import random
 import re
@@ -50,6 +51,7 @@ import bento_client as client
 
 REPO = Path(__file__).resolve().parent.parent
 SERVER, CLIENT = REPO / "bento.py", REPO / "bento_client.py"
+COMPILED = "bento_client.pyc"
 MB = 1_000_000
 INTERVAL_S = 15 * 60
 FLEET = 10_000
@@ -393,6 +395,7 @@ class Machine:
             (top / name).mkdir(parents=True)
         for name, text in PROGRAMS.items():
             write_program(top / "programs" / name, text)
+        py_compile.compile(str(CLIENT), str(top / COMPILED), doraise=True)
         if chroot is not None:
             (top / "programs/sftp").symlink_to(TOY / "sftp")
         machine.configure()
@@ -412,7 +415,7 @@ class Machine:
         self.systems += 1
         system = self.top / f"system-{self.systems}"
         write_program(system / "bin/switch-to-configuration", SWITCH)
-        words = f'exec "{sys.executable}" -I "{CLIENT}" --config "{system}/etc/bento/client.json" "$@"'
+        words = f'exec "{sys.executable}" -I -S "{self.top / COMPILED}" --config "{system}/etc/bento/client.json" "$@"'
         write_program(system / "sw/bin/bento-client", f"#!/bin/sh\n{words}\n")
         (system / "etc/bento").mkdir(parents=True)
         (system / "etc/bento/client.json").write_text(json.dumps(self.settings))
@@ -427,7 +430,7 @@ class Machine:
 
     def client(self, command: str, gate: int | None = None) -> Cost:
         """Runs the client as utils/bento.nix does."""
-        argv: Argv = [sys.executable, "-I", CLIENT, "--config", self.top / "client.json", command]
+        argv: Argv = [sys.executable, "-I", "-S", self.top / COMPILED, "--config", self.top / "client.json", command]
         return measure(argv, env=self.env(), gate=gate)
 
     def poll(self, gate: int | None = None) -> Cost:
@@ -736,30 +739,30 @@ def bench_start(bench: Bench) -> None:
     """How long Python takes to start, and to load the two scripts."""
     rounds = 5 if bench.scale.small else 20
     load = f"import sys; sys.path.insert(0, {str(REPO)!r}); import "
-    cached = [sys.executable, "-I", "-X", f"pycache_prefix={bench.top / 'pycache'}", "-c"]
+    imported = [sys.executable, "-I", "-S", "-X", f"pycache_prefix={bench.top / 'pycache'}", "-c"]
+    py_compile.compile(str(CLIENT), str(bench.top / COMPILED), doraise=True)
     actions: dict[str, Argv] = {
-        "bare": [sys.executable, "-I", "-c", "pass"],
-        "no site": [sys.executable, "-I", "-S", "-c", "pass"],
-        "client": [sys.executable, "-I", CLIENT, "--version"],
-        "cached client": [*cached, f"{load}bento_client as c; c.main(['--version'])"],
+        "bare": [sys.executable, "-I", "-S", "-c", "pass"],
+        "with site": [sys.executable, "-I", "-c", "pass"],
+        "client": [sys.executable, "-I", "-S", CLIENT, "--version"],
+        "compiled client": [sys.executable, "-I", "-S", bench.top / COMPILED, "--version"],
         "server": [sys.executable, SERVER, "--version"],
     }
     for argv in actions.values():
         measure(argv)  # what is cached is cached from here on
     found = alternate(rounds, *(cpu_of(argv) for argv in actions.values()))
     took = dict(zip(actions, found, strict=True))
-    for name, script in (("client", CLIENT), ("server", SERVER)):
-        bench.compare(f"{script.name} --version, CPU", took[name], "python3 -I -c pass, CPU", took["bare"], None)
+    for name, what in (("compiled client", COMPILED), ("client", CLIENT.name), ("server", SERVER.name)):
+        bench.compare(f"{what} --version, CPU", took[name], "python3 -I -S -c pass, CPU", took["bare"], None)
     medians = {name: statistics.median(times) for name, times in took.items()}
-    compiled = medians["client"] - medians["cached client"]
     lines = [
-        f"python3 -I -c pass {format_s(medians['bare'])}, of which the machine's site packages"
-        f" {format_s(max(0.0, medians['bare'] - medians['no site']))} (-S leaves them out)",
-        f"bento_client.py, run as a script, is compiled at each start: {format_s(compiled)} of its"
-        f" {format_s(medians['client'])}; from a .pyc it takes {format_s(medians['cached client'])}",
+        f"python3 -I -S -c pass {format_s(medians['bare'])}; this machine's site packages would add"
+        f" {format_s(max(0.0, medians['with site'] - medians['bare']))}, and do for bento.py: only the client does without",
+        f"utils/bento.nix compiles the client once; bento_client.py itself is compiled at each start, which takes"
+        f" {format_s(max(0.0, medians['client'] - medians['compiled client']))}",
     ]
     for name in ("bento_client", "bento"):
-        lines.append(f"{name} loads {describe_imports(cached, load + name)}")
+        lines.append(f"{name} loads {describe_imports(imported, load + name)}")
     bench.note("Start-up, in CPU time", *lines)
 
 

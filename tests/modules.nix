@@ -4,6 +4,8 @@
   lib ? import ./evalmodules.nix,
   # Show the text of the file of known hosts where the module names the file.
   inline ? false,
+  # Whether the machine that builds can run the host's programs.
+  native ? true,
 }:
 
 let
@@ -46,6 +48,12 @@ let
         name: text:
         package name // (if inline && name == "bento-known-hosts" then { outPath = text; } else { });
       writeShellScriptBin = name: text: package name // { inherit text; };
+      # To be seen in what the package is used for.
+      runCommandLocal = name: _: text: package name // (if inline then { outPath = text; } else { });
+      stdenv = {
+        buildPlatform.canExecute = platform: native && platform == "host";
+        hostPlatform = "host";
+      };
     };
 
   option =

@@ -547,7 +547,7 @@ class Lab:
         """The client, with settings from a file."""
         config = self.directory / "client.json"
         config.write_text(json.dumps(self.settings))
-        return [sys.executable, "-I", str(CLIENT), "--config", str(config), *words]
+        return [sys.executable, "-I", "-S", str(CLIENT), "--config", str(config), *words]
 
     def env(self, **more: str) -> dict[str, str]:
         return {"TOY_SERVER": SERVER, "TOY_SERVER_DOWN": str(self.down)} | more
@@ -562,7 +562,7 @@ class Lab:
     def run_patched(self, patch: str, **env: str) -> subprocess.CompletedProcess[str]:
         """Like `run`, with constants of the client's module, here `c`, changed."""
         code = f"import sys; sys.path.insert(0, {str(CLIENT.parent)!r}); import bento_client as c; {patch}; sys.exit(c.main())"
-        return self.machine.run(sys.executable, "-c", code, *self.argv("run")[3:], env=self.env(**env))
+        return self.machine.run(sys.executable, "-c", code, *self.argv("run")[4:], env=self.env(**env))
 
     def start(self, *words: str) -> subprocess.Popen[bytes]:
         with open(self.directory / "output", "ab") as out:
@@ -979,6 +979,7 @@ def test_server_down_during_the_build(lab: Lab) -> None:
     lab.down.touch()
     Path(lab.file("go")).touch()
     assert lab.finish(process) == 75
+    ended_s = time.time()
     assert lab.labels() == ("v0", "v0", "v0")
     assert "last       postponed" in lab.client("status")
     assert "built, but not activated, because the server went away" in lab.client("status")
@@ -988,6 +989,7 @@ def test_server_down_during_the_build(lab: Lab) -> None:
     assert lab.logs() == []
 
     lab.down.unlink()
+    wait_until(lambda: int(time.time()) > int(ended_s))  # a log is named by the second
     lab.client("run")
     assert lab.labels() == ("v1", "v1", "v1")
     assert (lab.last().result, lab.last().attempt) == (Result.OK, 2)
@@ -1675,8 +1677,8 @@ def test_alone_with_a_minimal_python(lab: Lab) -> None:
     alone = lab.directory / "alone"
     alone.mkdir()
     shutil.copyfile(CLIENT, alone / "bento_client.py")
-    interpreter, isolated, _, *words = lab.argv("run")
-    argv = [interpreter, isolated, "-c", MINIMAL, str(alone / "bento_client.py"), *words]
+    interpreter, isolated, without_site, _, *words = lab.argv("run")
+    argv = [interpreter, isolated, without_site, "-c", MINIMAL, str(alone / "bento_client.py"), *words]
     done = lab.machine.run(*argv, cwd=alone, env=lab.env())
     assert done.returncode == 0, done.stdout
     assert lab.labels() == ("v1", "v1", "v1")

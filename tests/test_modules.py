@@ -77,9 +77,9 @@ def evaluate(expression: str) -> Any:
     return values[0]
 
 
-def evaluate_host(*modules: str | Path, inline: bool = False) -> Any:
-    arguments = "{ inline = true; }" if inline else "{ }"
-    return evaluate(f"m: (m {arguments}).host [ {' '.join(f'({module})' for module in modules)} ]")
+def evaluate_host(*modules: str | Path, inline: bool = False, native: bool = True) -> Any:
+    arguments = f"inline = {json.dumps(inline)}; native = {json.dumps(native)};"
+    return evaluate(f"m: (m {{ {arguments} }}).host [ {' '.join(f'({module})' for module in modules)} ]")
 
 
 def need_root(what: str) -> None:
@@ -233,7 +233,7 @@ def test_the_defaults_are_the_clients() -> None:
 )
 def test_python(definitions: str, python: str) -> None:
     [command] = evaluate_host(HOST_MODULE, MINIMAL, f"{{ {definitions} }}")["commands"]
-    assert f"-{python}/bin/python3 -I " in command
+    assert f"-{python}/bin/python3 -I -S " in command
 
 
 @pytest.mark.parametrize(
@@ -319,11 +319,31 @@ def test_command(tmp_path: Path) -> None:
         text=True,
         timeout=60,
     )
-    path, isolated, client, *rest = done.stdout.splitlines()
+    path, isolated, without_site, client, *rest = done.stdout.splitlines()
     assert path.startswith("/nix/store/") and path.endswith("/bin:/mine")
-    assert isolated == "-I" and client.endswith("-bento_client.py")
+    assert (isolated, without_site) == ("-I", "-S") and client.endswith("-bento_client.pyc")
     assert rest == ["--config", "/etc/bento/client.json", *arguments]
     assert (HOST_MODULE.parent / "bento_client.py").samefile(REPO / "bento_client.py")
+
+
+def test_the_client_is_compiled(tmp_path: Path) -> None:
+    """By the Python that runs it, into a file that runs as the client does."""
+    [text] = evaluate_host(HOST_MODULE, MINIMAL, inline=True)["commands"]
+    script = text.partition("python3 -I -S ")[2].rpartition(" --config ")[0]
+    script, count = re.subn(r"\S+/bin/python3", sys.executable, script)
+    script = re.sub(r"/nix/store/\S+-bento_client\.py", str(REPO / "bento_client.py"), script)
+    assert count == 1 and "/nix/store/" not in script
+    out = tmp_path / "out"
+    subprocess.run([need("bash"), "-euc", script], cwd=tmp_path, env={"PATH": os.environ["PATH"], "out": str(out)}, check=True)
+    assert list(tmp_path.iterdir()) == [out]
+    out = out.rename(tmp_path / "bento_client.pyc")
+    done = subprocess.run([sys.executable, "-I", "-S", out, "--version"], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == (f"{bento_client.VERSION}\n", "")
+
+
+def test_a_client_for_another_kind_of_machine_is_left_as_it_is() -> None:
+    [command] = evaluate_host(HOST_MODULE, MINIMAL, native=False)["commands"]
+    assert "-bento_client.py --config" in command
 
 
 # --- its units, for real programs ---

@@ -108,7 +108,7 @@ def other_client(lab: Lab, change: Callable[[str], str], code: int = 0) -> None:
     changed = change(text)
     assert changed != text
     Path(lab.file("other_client.py")).write_text(changed)
-    argv = [sys.executable, "-I", lab.file("other_client.py"), *lab.argv("run")[3:]]
+    argv = [sys.executable, "-I", "-S", lab.file("other_client.py"), *lab.argv("run")[4:]]
     done = lab.machine.run(*argv, env=lab.env())
     assert done.returncode == code, done.stdout
 

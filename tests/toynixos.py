@@ -42,6 +42,7 @@ BEHAVIOURS = {
     "python": "interpreter written into the system",
     "client": "path of the client, where the configuration has no utils/bento_client.py",
     "client_json": "the object in etc/bento/client.json",
+    "compiled": "the client is compiled, as by utils/bento.nix",
     "units": "systemd units of the system: name -> text; every timer among them is started",
     "kernel": 'version of kernel, initrd and modules (default "6.12"); "broken": no network when booted from it',
     "inhibitors": "text of switch-inhibitors; differs from the booted system's: test and switch exit 1",

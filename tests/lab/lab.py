@@ -910,6 +910,7 @@ class Host(Machine):
         quick = {"connect_timeout": 3, "confirm_timeout": 8, "activation_timeout": 20, "build_timeout": 60}
         return {
             "python": "/usr/bin/python3",
+            "compiled": True,
             "client_json": module["settings"] | quick | settings,
             "units": host_units(self.name, options, slot_s=slot_s, boot_s=boot_s),
             "activation_command": 'ip link set eth0 "$TOY_NETWORK"',

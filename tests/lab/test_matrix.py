@@ -173,7 +173,7 @@ def find_client(host: Host) -> int:
     for service in host.cgroup.rglob("bento.service"):
         for pid in (service / "cgroup.procs").read_text(encoding="utf-8").split():
             argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if b"run" in argv and any(word.endswith(b"/bento_client.py") for word in argv):
+            if b"run" in argv and any(word.endswith(b"/bento_client.pyc") for word in argv):
                 return int(pid)
     return 0
 

@@ -116,8 +116,13 @@ def make_toplevel(out: Path, toy: Toy) -> int:
     if not client:
         say('error: no Bento client: neither utils/bento_client.py nor "client" in toy.json')
         return 1
-    write("sw/lib/bento_client.py", Path(client).read_text(encoding="utf-8"))
-    words = [python, f"{final}/sw/lib/bento_client.py", "--config", f"{final}/etc/bento/client.json"]
+    script = "sw/lib/bento_client.py"
+    write(script, Path(client).read_text(encoding="utf-8"))
+    if toy.get("compiled"):
+        code = "import py_compile, sys; py_compile.compile(sys.argv[1], sys.argv[1] + 'c', doraise=True)"
+        subprocess.run([python, "-I", "-S", "-c", code, out / script], check=True)
+        script += "c"
+    words = [python, "-I", "-S", f"{final}/{script}", "--config", f"{final}/etc/bento/client.json"]
     write("sw/bin/bento-client", f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', executable=True)
     return 0
 
