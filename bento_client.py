@@ -837,7 +837,8 @@ def sftp_argv(settings: Settings, server: str) -> list[str]:
         "PermitLocalCommand=no",
     ]
     argv = ["sftp", "-b", "-", "-C", "-P", str(settings.port), "-i", str(settings.identity_file).replace("%", "%%")]
-    argv += ["-F", os.devnull]
+    # As large as OpenSSH's servers take them (SFTP_MAX_MSG_LENGTH, less room for a header): a release in few requests.
+    argv += ["-B", "261120", "-F", os.devnull]
     for option in options:
         argv += ["-o", option]
     address = f"[{server}]" if ":" in server and not server.startswith("[") else server
@@ -849,7 +850,7 @@ class Sftp:
 
     sftp reads its batch line by line, so commands go in as they are decided on, each with a harmless local command
     behind it whose answer marks the end of the one before. Local names are relative to the state directory. `heard`
-    is what sftp answered to commands that nobody waited for.
+    is what sftp answered to commands that nobody waited for. `forestalled`: see forestall().
     """
 
     def __init__(self, settings: Settings, server: str) -> None:
@@ -858,6 +859,7 @@ class Sftp:
         self.answer = b""
         self.unanswered = 0
         self.heard = ""
+        self.forestalled = False
         argv = sftp_argv(settings, server)
         if verbose:
             print(f"+ {shlex.join(argv)}", file=sys.stderr)
@@ -1198,6 +1200,12 @@ def write_report(settings: Settings, state: State, directory: str, phase: Phase)
     return name
 
 
+def forestall(session: Sftp) -> None:
+    """An earlier connection's announcement that is still on its way must not come after what this connection says."""
+    session.send(f"-rm {ANNOUNCEMENT}")
+    session.forestalled = True
+
+
 def announce(session: Sftp, settings: Settings, state: State, directory: str, phase: Phase) -> None:
     """Tells the server what comes next, without waiting for its answers: on a long line they take their time."""
     with suppress(OSError):
@@ -1214,8 +1222,8 @@ def deliver(session: Sftp, settings: Settings, state: State, directory: str, pha
     for name in waiting:
         session.put(f"outbox/{name}", name)
         (outbox / name).unlink()
-    if waiting:  # an announcement that is still on its way must not come after this
-        session.send(f"-rm {ANNOUNCEMENT}")
+    if waiting and not session.forestalled:
+        forestall(session)
     session.put(write_report(settings, state, directory, phase), "status.json")
     if waiting:
         listing = session.heard if LIST_LOGS in session.heard else session.do(LIST_LOGS)
@@ -2116,6 +2124,7 @@ def deploy(
             outcome = Outcome(Result.POSTPONED, reason, new, unreachable=True)
     first.close()  # what it still had to say comes before what a later connection says
     if session is not None:
+        forestall(session)
         announce(session, settings, state, directory, Phase.ACTIVATING)
         session.send(f"-{LIST_LOGS}")  # for deliver, which need not wait for it then
         left = load_pending(settings, log)
