@@ -46,6 +46,7 @@ from bento_client import BentoError, Current, Part, Phase, Report, Result, Usage
 
 CHROOT_DIR = "/home/chroot"
 GCROOTS = Path("/nix/var/nix/gcroots/bento")
+MAX_ACCOUNT_NAME = 31  # NixOS': its module for users refuses longer ones
 KEEP_RELEASES = 3
 KEEP_LOGS, MAX_PRUNED = 200, 20_000
 OFFLINE_AFTER_S = 2 * 3600
@@ -1246,7 +1247,9 @@ def command_add(fleet: Fleet, name: str, key: str | None, flake: bool) -> int:
         print(f"hosts/{name}.pub: {len(lines)} key{'s' if len(lines) > 1 else ''}")
         print("next: 'bento.py fleet', switch this server to it, 'bento.py populate'")
     else:
-        print(f"next: 'bento-client key' on the machine, and its output into hosts/{name}.pub")
+        print(
+            f"next: 'python3 bento_client.py --host {name} key' on the machine, 'bento.py add {name} --key FILE' here"
+        )
     return 0
 
 
@@ -1259,6 +1262,7 @@ CONFIGURATION = """\
   ];
 
   networking.hostName = "@HOST@";
+  # system.stateVersion = "25.11"; # the NixOS that was installed first, which then stays
 
   services.bento.server = "bento.example.org";
 }
@@ -1285,6 +1289,13 @@ def command_fleet(fleet: Fleet) -> int:
     keys, errors = check_keys(fleet)
     if errors:
         return complain([*dict.fromkeys(errors.values()), "fleet.nix is left as it was"])
+    for name in keys:
+        if len(f"bento-{name}") > MAX_ACCOUNT_NAME:
+            print(
+                f"bento: warning: hosts/{name}.pub: NixOS has no account names as long as bento-{name}, and will not"
+                " switch to this: rename the host",
+                file=sys.stderr,
+            )
     template = fleet.directory / "fleet.nix.in"
     if not template.exists():
         template = Path(__file__).resolve().parent / "fleet.nix.in"
@@ -1535,7 +1546,8 @@ def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: boo
             publish(fleet, good[first : first + BATCH], plan, counts, failures, progress)
     would = "would be " if plan.dry_run else ""
     print(
-        f"{count_hosts(len(hosts))}: {counts['published']} {would}published, {counts['unchanged']} unchanged, {len(failures)} failed"
+        f"{count_hosts(len(hosts))}: {counts['published']} {would}published, {counts['unchanged']} unchanged,"
+        f" {len(hosts) - sum(counts.values())} failed"
     )
     return complain(failures)
 
@@ -1851,6 +1863,8 @@ def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:
     if command == "status":
         after_s = options.offline_after * 3600
         if options.form == "watch":
+            if options.output is not None:
+                raise UsageError("--output goes with a status that ends, not with --watch")
             return command_watch(fleet, options.hosts, after_s)
         return command_status(fleet, options.hosts, after_s, options.form or "table", options.output, options.logs_url)
     return command_log(fleet, options.name, options.list, options.release)

@@ -1139,7 +1139,7 @@ def switch(settings: Settings, log: Log, system: str, action: str, token: str) -
 
     Under systemd in a transient unit: the switch may stop, restart or kill whatever it likes, us included.
     """
-    log.say(f"{action} {system}")
+    log.say(f"switch-to-configuration {action}: {system}")
     argv = [f"{system}/bin/switch-to-configuration", action]
     limit_s = settings.activation_timeout
     with log.output() as out:
@@ -2390,7 +2390,8 @@ def read_settings(options: Mapping[str, Any]) -> Settings:
             raise UsageError(f"{path}: cannot be read: {one_line(str(error), 100)}") from None
         if not isinstance(values, dict):
             raise UsageError(f"{path}: not a JSON object")
-    return make_settings(values | given, str(path))
+    sources = ([str(path)] if values else []) + (["the command line"] if given else [])
+    return make_settings(values | given, " and ".join(sources) or str(path))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

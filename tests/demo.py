@@ -22,14 +22,15 @@ from toynixos import ToyMachine, write_config
 
 REPO = Path(__file__).resolve().parent.parent
 HOST = "t470"
-SFTP_SERVERS = ("/usr/lib/openssh", "/usr/libexec/openssh", "/usr/lib/ssh", "/usr/libexec", "/run/current-system/sw/libexec")
+SFTP_SERVERS = ("/usr/lib/openssh", "/usr/libexec/openssh", "/usr/lib/ssh", "/usr/libexec")
 # Root would be asked for the hosts' accounts. The demo publishes as anybody else may.
 AS_ANYBODY = "import os, sys; os.geteuid = lambda: 1; import bento; sys.exit(bento.main())"
 
 
 def find_sftp_server(scratch: Path) -> str | None:
     """Where sftp-server is. On a Debian without it, its package is unpacked into the temporary directory."""
-    for directory in SFTP_SERVERS:
+    beside_sftp = Path(shutil.which("sftp") or "sftp").resolve().parent.parent / "libexec"  # in Nixpkgs' OpenSSH
+    for directory in (*SFTP_SERVERS, beside_sftp):
         if os.access(f"{directory}/sftp-server", os.X_OK):
             return f"{directory}/sftp-server"
     if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
@@ -104,10 +105,11 @@ class Demo:
 
 
 def play(demo: Demo) -> None:
+    demo.say("NixOS and ssh are simulated here, in a temporary directory. Bento, sftp and sftp-server are real.")
     demo.say(f"1. The server publishes the configuration of its one host, {HOST}. (Here hosts/{HOST}/ is a toy flake.)")
     demo.edit("v1")
     demo.server("populate")
-    demo.say("2. On the host, a key is made once. Then its timer polls: it fetches, checks, builds, activates, proves "
+    demo.say("2. On the host, a key is made once; it goes to the server. Then its timer polls: it fetches, checks, builds, activates, proves "
              "that the new system still reaches the server, and only then makes it the boot default.")  # fmt: skip
     demo.client("key")
     demo.client("run")

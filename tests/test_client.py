@@ -696,14 +696,13 @@ def test_upgraded_channels(lab: Lab) -> None:
 def test_unchanged_system_is_not_activated(lab: Lab) -> None:
     lab.publish("v1", pure=True)
     lab.client("run")
-    assert " bento: test /" in lab.log()
+    assert " bento: switch-to-configuration test: /" in lab.log()
     (lab.config / "README").write_text("only for people\n")
     release = lab.populate()
     lab.client("run")
     last = lab.last()
     assert (last.release, last.result, last.reason) == (release, "ok", "nothing to activate: this system runs already")
-    assert " bento: test /" not in lab.log()
-    assert " bento: boot /" not in lab.log()
+    assert " bento: switch-to-configuration" not in lab.log()
     assert lab.report().release == release
     assert (lab.state / "config/README").exists()
     assert lab.labels() == ("v1", "v1", "v1")

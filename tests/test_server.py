@@ -756,6 +756,7 @@ def test_two_hosts_with_one_key(site: Site) -> None:
     message = "bento: error: hosts/a.pub and hosts/b.pub have the same key: each host needs its own"
     ran = site.run("populate")
     assert (ran.code, ran.errors) == (1, [message])
+    assert ran.out.splitlines()[-1] == "3 hosts: 1 published, 0 unchanged, 2 failed"
     assert set(os.listdir(site.chroots)) == {".lock", "c"}
     ran = site.run("fleet")
     assert (ran.code, ran.errors) == (1, [message, "bento: error: fleet.nix is left as it was"])
@@ -1708,6 +1709,15 @@ def test_fleet_nix(site: Site) -> None:
     assert snapshot(site.fleet) == before
 
 
+def test_a_name_that_is_too_long_for_nixos(site: Site) -> None:
+    for name in ("h" * 25, "i" * 26):
+        (site.fleet / f"hosts/{name}.pub").write_text(f"{key(name)}\n")
+    ran = site.run("fleet")
+    assert (ran.code, len(ran.err.splitlines())) == (0, 1)
+    assert ran.err.startswith(f"bento: warning: hosts/{'i' * 26}.pub: NixOS has no account names as long as bento-iii")
+    assert "2 hosts" in ran.out
+
+
 METACHARACTERS = [
     "''", "${builtins.abort \"x\"}", "$${x}", "\\${x}", '"', '" ]; evil = "', "\\", "\\\\", "\\n", "a\\", "$", "${", "é 日本",
     "'' ${ \" \\ ''${ ''\\", "</script>", "@HOSTS@", "@CHROOT_DIR@", "# comment", "*/", "a=b; c",
@@ -1757,7 +1767,7 @@ def test_add(site: Site) -> None:
     assert (ran.code, ran.err) == (0, "")
     assert ran.out == (
         "hosts/laptop/: made; put the machine's own configuration there and set the server's name\n"
-        "next: 'bento-client key' on the machine, and its output into hosts/laptop.pub\n"
+        "next: 'python3 bento_client.py --host laptop key' on the machine, 'bento.py add laptop --key FILE' here\n"
     )
     directory = site.fleet / "hosts/laptop"
     assert set(os.listdir(directory)) == {"configuration.nix", "utils"}
@@ -2553,6 +2563,11 @@ def test_usage(arguments: list[str], site: Site) -> None:
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith("usage: bento.py")
     assert not site.chroots.exists()
+
+
+def test_watching_goes_to_no_file(site: Site) -> None:
+    message = "bento: error: --output goes with a status that ends, not with --watch\n"
+    assert site.run("status", "--watch", "--output", str(site.top / "x")) == Ran(2, "", message)
 
 
 def test_a_fleet_that_is_not_there(site: Site) -> None:

@@ -269,7 +269,7 @@ in
       defaultText = literalExpression "pkgs.python3 where NixOS needs it anyway, else pkgs.python3Minimal";
       example = literalExpression "pkgs.python3Minimal";
       description = ''
-        The Python that runs the client, 3.11.4 or later. It needs the standard library only, and of that only what
+        The Python that runs the client, 3.11 or later. It needs the standard library only, and of that only what
         `python3Minimal` has.
 
         The default is what costs nothing or the least: `nixos-rebuild` from NixOS 25.11 on and the installer of

@@ -1,7 +1,7 @@
 {
   description = "A laptop: a flake of several files";
 
-  # `nix flake lock` on the Bento server pins this. Without a lock file, each machine takes what is newest when it
+  # `bento.py update` on the Bento server pins this. Without a lock file, each machine takes what is newest when it
   # builds.
   inputs.nixpkgs.url = "github:NixOS/nixpkgs/nixos-25.11";
 
