@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import io
 import json
 import os
 import re
@@ -62,6 +63,8 @@ MIN_FREE_BYTES = 8 << 20
 LARGE_BYTES = 1 << 20
 # How long a transfer may stand still. Slow is fine, dead is not.
 STALL_S = 60.0
+# In one request of sftp's: as much as OpenSSH's servers take (SFTP_MAX_MSG_LENGTH, less room for a header).
+REQUEST_BYTES = 261120
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 15 * 60, 24 * 3600
 WATCHDOG_MARGIN_S = 30
 # A poll that takes longer hangs: no watchdog guards it, and no other run could start. Twenty large logs on a slow line
@@ -122,6 +125,7 @@ class Step(StrEnum):
     ACTIVATING = "activating"
     PROVING = "proving"
     COMMITTING = "committing"
+    STEPPING_BACK = "stepping-back"
     ROLLING_BACK = "rolling-back"
     REBOOTING = "rebooting"
     REVERTING = "reverting"
@@ -408,8 +412,8 @@ def parse_pending(raw: bytes, what: str) -> Pending:
     data = parse_object(raw, what)
     kinds: dict[str, type | re.Pattern[str]] = {
         "release": RELEASE_ID, "published": TIME, "old": STORE_PATH, "new": STORE_PATH, "profile": STORE_PATH,
-        "step": str, "boot_id": str, "token": str, "started": TIME, "attempt": int, "deadline_s": float,
-        "verdict": str, "reason": str,
+        "step": re.compile("|".join(Step)), "boot_id": str, "token": str, "started": TIME, "attempt": int,
+        "deadline_s": float, "verdict": re.compile("|".join(("", *Result))), "reason": str,
     }  # fmt: skip
     values = {name: take(data, name, kind, what) for name, kind in kinds.items()}
     return Pending(**values, watchdog=take(data, "watchdog", str, what, null=True))
@@ -584,11 +588,15 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Replaces `path` so that a reader, or a power cut, sees the old content or the new, whole."""
     aside = path.with_name(f".{path.name}.new")
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
-    with open(descriptor, "wb") as file:
-        os.fchmod(descriptor, mode)
-        file.write(data)
-        file.flush()
-        os.fsync(descriptor)
+    try:
+        with open(descriptor, "wb") as file:
+            os.fchmod(descriptor, mode)
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+    except OSError:
+        aside.unlink(missing_ok=True)  # on a full disk, the first thing that is needed is room
+        raise
     os.rename(aside, path)
     sync_directory(path.parent)
 
@@ -659,9 +667,10 @@ def scratch(settings: Settings) -> Iterator[str]:
 
 
 def name_holder(settings: Settings, text: str) -> None:
-    """Writes into the lock file who holds it. It goes without on a full disk."""
-    with suppress(OSError):
-        (settings.state / "lock").write_text(f"{text}\n")
+    """Writes into the lock file who holds it: over what is there, for which there is room on a full disk, too."""
+    with suppress(OSError), open(settings.state / "lock", "r+") as file:
+        file.write(f"{text}\n")
+        file.truncate()
 
 
 @contextmanager
@@ -762,7 +771,7 @@ class Log:
         with suppress(OSError):
             print(f"bento: {text}", file=sys.stderr, flush=True)
         if self.kept:
-            with suppress(OSError), open(self.path, "a") as file:
+            with suppress(OSError), open(self.path, "a", encoding="utf-8") as file:
                 file.write(f"{format_time(time.time())} bento: {text}\n")
 
     @contextmanager
@@ -771,8 +780,12 @@ class Log:
 
         On a full disk, nowhere: a switch that dies of an unwritable log would be worse than one without a log.
         """
-        full = free_bytes(self.path.parent) < 1 << 20
-        with open(os.devnull if full else self.path, "ab") as file:
+        try:
+            full = free_bytes(self.path.parent) < 1 << 20
+            file = open(os.devnull if full else self.path, "ab", buffering=0)  # noqa: SIM115
+        except OSError:  # full in another way: without inodes, over a quota, or read-only
+            file = open(os.devnull, "ab", buffering=0)  # noqa: SIM115
+        with file:
             yield file
 
     def tail(self, limit: int = LOG_TAIL_BYTES) -> str:
@@ -786,16 +799,18 @@ class Log:
     def hand_over(self, path: Path) -> None:
         """Moves the log to `path`, with the middle of a huge one left out, so that it is always worth uploading."""
         with open(self.path, "ab+") as file:
-            size = file.tell()
-            file.seek(0)
-            data = file.read(LOG_HEAD_BYTES)
-            left_out = size - len(data) - LOG_TAIL_BYTES
+            left_out = file.tell() - LOG_HEAD_BYTES - LOG_TAIL_BYTES
             if left_out > 0:
-                data += f"\n[{left_out} bytes left out]\n".encode()
-                file.seek(size - LOG_TAIL_BYTES)
-            data += file.read(LOG_TAIL_BYTES)
-        write_atomic(path, data, 0o640)
-        self.path.unlink()
+                file.seek(0)
+                data = file.read(LOG_HEAD_BYTES) + f"\n[{left_out} bytes left out]\n".encode()
+                file.seek(-LOG_TAIL_BYTES, os.SEEK_END)
+                write_atomic(path, data + file.read(), 0o640)
+                self.path.unlink()
+            else:  # which takes no room on a full disk
+                os.fchmod(file.fileno(), 0o640)
+                os.fsync(file.fileno())
+                os.rename(self.path, path)
+                sync_directory(path.parent)
         self.kept = False
 
 
@@ -837,8 +852,7 @@ def sftp_argv(settings: Settings, server: str) -> list[str]:
         "PermitLocalCommand=no",
     ]
     argv = ["sftp", "-b", "-", "-C", "-P", str(settings.port), "-i", str(settings.identity_file).replace("%", "%%")]
-    # As large as OpenSSH's servers take them (SFTP_MAX_MSG_LENGTH, less room for a header): a release in few requests.
-    argv += ["-B", "261120", "-F", os.devnull]
+    argv += ["-B", str(REQUEST_BYTES), "-F", os.devnull]
     for option in options:
         argv += ["-o", option]
     address = f"[{server}]" if ":" in server and not server.startswith("[") else server
@@ -936,7 +950,9 @@ class Sftp:
 
     def get(self, remote: str, local: str, ceiling: int, *, resume: bool = False) -> Path:
         path = self.directory / local
-        self.do(f"{'reget' if resume else 'get'} {remote} {local}", grows=path, ceiling=ceiling)
+        # It grows by a whole request at a time: then slow is a kilobyte a second.
+        limit_s = STALL_S + min(ceiling, REQUEST_BYTES) / 1000
+        self.do(f"{'reget' if resume else 'get'} {remote} {local}", limit_s, grows=path, ceiling=ceiling)
         if path.stat().st_size > ceiling:
             raise BentoError(f"{self.server}: {remote} is larger than the announced {ceiling} bytes")
         return path
@@ -1098,7 +1114,7 @@ def waiting_for_boot(settings: Settings) -> Pending | None:
     for name in ("pending.json", "waiting.json"):
         with suppress(FileNotFoundError, BentoError):
             found = parse_pending((settings.state / name).read_bytes(), name)
-            if found.step == Step.REBOOTING and found.boot_id == boot_id(settings):
+            if (found.step, found.boot_id, found.new) == (Step.REBOOTING, boot_id(settings), profile_system(settings)):
                 return found
     return None
 
@@ -1284,7 +1300,7 @@ def record(
     *,
     aside: bool = False,
 ) -> State:
-    """Writes down how an attempt ended: its log into the outbox, the rest into state.json.
+    """How an attempt ended: its log goes into the outbox, the rest is for state.json.
 
     `aside`: it was about an older release, that waited for a boot; the newest one's result still counts.
     """
@@ -1318,14 +1334,13 @@ def record(
     elif state.previous == running != state.system:  # back again
         state = state._replace(release=state.previous_release, system=running, previous=None, previous_release=None)
     outbox = settings.state / "outbox"
-    outbox.mkdir(mode=0o700, exist_ok=True)
     try:
+        outbox.mkdir(mode=0o700, exist_ok=True)
         log.hand_over(outbox / name)
     except OSError as error:
         log.say(f"the log could not be kept: {error.strerror}")
     for old in sorted(outbox.glob("*.log"))[:-KEEP_LOGS]:
         old.unlink()
-    save_state(settings, state)
     return state
 
 
@@ -1582,7 +1597,7 @@ def arm(settings: Settings, pending: Pending, limit_s: float) -> Pending:
         return pending._replace(deadline_s=deadline_s)
     unit = f"bento-watchdog-{pending.token}-{os.urandom(3).hex()}"
     armed = pending._replace(deadline_s=deadline_s, watchdog=unit)
-    client = [sys.executable, "-I", "-S", os.path.abspath(__file__), "rollback", "--token", pending.token]
+    client = [sys.executable, "-I", "-S", "-X", "utf8", os.path.abspath(__file__), "rollback", "--token", pending.token]
     run(
         ["systemd-run", "--quiet", "--collect", f"--unit={unit}", f"--on-active={int(limit_s)}",
          "--timer-property=AccuracySec=1s", *transient_environment("PATH", "HOME", "LOCALE_ARCHIVE", "NIX_REMOTE"),
@@ -1635,7 +1650,7 @@ def probe_system(settings: Settings, log: Log, system: str, limit_s: float) -> s
     if not client.exists():
         return probe_failure(settings, log)
     done = run([str(client), "probe"], check=False, timeout=limit_s)
-    with log.output() as out:
+    with log.output() as out, suppress(OSError):
         out.write(done.output.encode())
     if done.code == 0:
         return None
@@ -1663,13 +1678,35 @@ def until_confirm_timeout(settings: Settings, check: Callable[[], str | None]) -
         time.sleep(1)
 
 
+def settings_of(system: str) -> dict[str, Any]:
+    """What a system has in its /etc/bento/client.json; nothing, where that cannot be read."""
+    try:
+        found = json.loads(Path(system, "etc/bento/client.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def health_checks(settings: Settings, system: str) -> tuple[str, ...]:
     """The checks that the new system asks for; where it does not say, those of the settings we run with."""
-    try:
-        asked = json.loads(Path(system, "etc/bento/client.json").read_bytes())["health_checks"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return settings.health_checks
+    asked = settings_of(system).get("health_checks")
     return tuple(map(str, asked)) if isinstance(asked, list) else settings.health_checks
+
+
+def unfit_for_boot(settings: Settings, old: str, new: str) -> str | None:
+    """Why a system that only a boot can prove must not have one: its client would not find the journal, or not run, and
+    nothing would lead back."""
+    before, after = (settings_of(system).get("state_dir") for system in (old, new))
+    if before is not None and after is not None and before != after:
+        return f"it needs a reboot, and moves Bento's files to {after}: move them in a release of its own"
+    client = Path(new, "sw/bin/bento-client")
+    if client.exists():
+        config = Path(new, "etc/bento/client.json")
+        done = run([str(client), "--config", str(config), "status"], check=False, timeout=settings.confirm_timeout)
+        said = done.output.rpartition("bento: error: ")[2]
+        if done.code == UsageError.exit_code and said != done.output:
+            return f"it needs a reboot, and its client refuses its settings: {one_line(said)}"
+    return None
 
 
 def how_ended(code: int | None) -> str:
@@ -1760,15 +1797,17 @@ def roll_back(settings: Settings, log: Log, pending: Pending, outcome: Outcome) 
     log.say(f"going back to {pending.old}: {outcome.reason}")
     stop_switch(settings, pending.token)
     restored = True
-    if pending.step in (Step.COMMITTING, Step.REBOOTING, Step.REVERTING) or profile_system(settings) != pending.profile:
+    if pending.step not in (Step.ACTIVATING, Step.PROVING, Step.ROLLING_BACK) or (
+        profile_system(settings) != pending.profile
+    ):
         restored = restore_profile(settings, log, pending)
-    rebooted = pending.boot_id != boot_id(settings)
+    by_hand, rebooted = pending.step == Step.STEPPING_BACK, pending.boot_id != boot_id(settings)
     pending = pending._replace(verdict=outcome.result, reason=one_line(outcome.reason))
     with best_effort(log):
         limit_s = settings.activation_timeout + settings.confirm_timeout
         pending = advance(settings, pending, Step.ROLLING_BACK if restored else Step(pending.step), limit_s)
     # After a boot its kernel goes on until the next, so nothing that is tried now tells whose fault it was.
-    stays = rebooted and running_system(settings) == pending.new and not can_go_live(settings, pending.old)
+    stays = (rebooted or by_hand) and running_system(settings) == pending.new and not can_go_live(settings, pending.old)
     if not stays and (not rebooted or running_system(settings) == pending.new):
         code = switch(settings, log, pending.old, "test", pending.token)
         if code not in (0, 4) and running_system(settings) != pending.old:
@@ -1777,7 +1816,8 @@ def roll_back(settings: Settings, log: Log, pending: Pending, outcome: Outcome) 
     if not restored:
         return not_restored(pending, outcome.reason)
     if stays:
-        return Outcome(Result.INTERRUPTED, f"{outcome.reason}; the old system takes effect at the next reboot")
+        result = outcome.result if by_hand else Result.INTERRUPTED
+        return Outcome(result, f"{outcome.reason}; the old system takes effect at the next reboot")
     if outcome.result == Result.ROLLED_BACK:
         failure = until_confirm_timeout(settings, lambda: can_reach(settings, log, pending.old))
         if failure is not None and booted_system(settings) == pending.new:
@@ -1791,7 +1831,7 @@ def roll_back(settings: Settings, log: Log, pending: Pending, outcome: Outcome) 
 def take_over(settings: Settings, log: Log, pending: Pending) -> Outcome:
     """Activates, proves and commits the new system; rolls back what does not prove itself."""
     live, note = can_go_live(settings, pending.new), ""
-    if live and pending.new != pending.old:
+    if live and not pending.new == pending.old == running_system(settings):
         code = switch(settings, log, pending.new, "test", pending.token)
         if code == 100:
             live = False
@@ -1806,6 +1846,8 @@ def take_over(settings: Settings, log: Log, pending: Pending) -> Outcome:
         failure = prove(settings, log, pending.new)
         if failure is not None:
             return roll_back(settings, log, pending, Outcome(Result.ROLLED_BACK, failure))
+    elif (unfit := unfit_for_boot(settings, pending.old, pending.new)) is not None:
+        return Outcome(Result.BUILD_FAILED, unfit)
     pending = advance(settings, pending, Step.COMMITTING, 2 * settings.activation_timeout)
     trouble = commit(settings, log, pending)
     if trouble is not None:
@@ -1880,7 +1922,12 @@ def finish(
     state = record(
         settings, log, state, outcome, pending.release, pending.published, pending.started, pending.attempt, aside=aside
     )
-    expect_boot(settings, log, state)
+    try:
+        save_state(settings, state)
+        expect_boot(settings, log, state)
+    except OSError:  # a full disk: the journal stays, and the server hears of it at least
+        report(settings, log, state, directory, session)
+        raise
     left = load_pending(settings, log)
     ours = left is not None and left.token == pending.token and outcome.result != Result.ROLLBACK_FAILED
     if ours and left is not None and (left.step != Step.REBOOTING or left.boot_id != boot_id(settings)):
@@ -1923,12 +1970,14 @@ def recover(settings: Settings, log: Log, pending: Pending) -> Outcome | None:
         if pending.step == Step.REVERTING:
             run(["systemctl", "reboot"], timeout=60)
             return None
+        log.kept = True
         log.say(f"an activation was cut short while {pending.step}")
         if has_systemd(settings):  # a boot loader is not to be left half written
             wait_for_units(f"bento-switch-{pending.token}-*", time.monotonic() + settings.activation_timeout)
         if pending.step == Step.COMMITTING and running == pending.new and not pending.verdict:
             return complete(settings, log, pending)
         return roll_back(settings, log, pending, verdict(pending, f"the client was ended while {pending.step}"))
+    log.kept = True
     log.say(f"the machine was restarted while {pending.step}")
     if running not in (pending.old, pending.new, pending.profile):
         log.say(f"it runs {running}, which is none of ours: left as it is")
@@ -1967,17 +2016,15 @@ def complete(settings: Settings, log: Log, pending: Pending) -> Outcome:
 
 def revert(settings: Settings, log: Log, pending: Pending, reason: str) -> Outcome | None:
     """Back to the old system through a reboot, for a new kernel cannot be taken back live."""
-    if settings.reboot == "never" or not has_systemd(settings):
+    tried = pending.step == Step.REVERTING  # and it has started into the new system again
+    if settings.reboot == "never" or not has_systemd(settings) or tried:
         return roll_back(settings, log, pending, Outcome(Result.ROLLED_BACK, reason))
     log.say(f"going back to {pending.old} through a reboot: {reason}")
     if not restore_profile(settings, log, pending):
         return not_restored(pending, reason)
-    save_pending(
-        settings,
-        pending._replace(
-            step=Step.REVERTING, boot_id=boot_id(settings), verdict=Result.ROLLED_BACK, reason=one_line(reason)
-        ),
-    )
+    reverting = pending._replace(step=Step.REVERTING, boot_id=boot_id(settings), verdict=Result.ROLLED_BACK)
+    with best_effort(log):
+        save_pending(settings, reverting._replace(reason=one_line(reason)))
     run(["systemctl", "reboot"], timeout=60)
     return None
 
@@ -1986,6 +2033,9 @@ def reboot_if_due(settings: Settings, log: Log, state: State, directory: str) ->
     """Reboots into the profile's kernel, when that is wanted, allowed now, and was not tried for it before."""
     expect_boot(settings, log, state)
     new, now = profile_system(settings), time.localtime()
+    if not needs_reboot(settings) and state.rebooted is not None:
+        state = state._replace(rebooted=None)
+        save_state(settings, state)
     if not needs_reboot(settings) or state.rebooted == new or not may_reboot(settings.reboot, now.tm_hour, now.tm_min):
         return
     if not has_systemd(settings):
@@ -1996,9 +2046,9 @@ def reboot_if_due(settings: Settings, log: Log, state: State, directory: str) ->
         log.say("a reboot is due, but not into a system that Bento proved: left to a person")
         return
     save_pending(settings, waiting)
-    save_state(settings, state._replace(rebooted=new))
     log.say(f"rebooting into {new}")
     report(settings, log, state, directory, phase=Phase.ACTIVATING)
+    save_state(settings, state._replace(rebooted=new))
     try:
         run(["systemctl", "reboot"], timeout=60)
     except BentoError:
@@ -2021,6 +2071,8 @@ def update(settings: Settings, log: Log, state: State, directory: str, *, force:
             log.kept = True
             now = format_time(time.time())
             state = record(settings, log, state, refused, None, now, now, 1)
+            with best_effort(log):
+                save_state(settings, state)
         report(settings, log, state, directory)
         raise
     try:
@@ -2165,9 +2217,11 @@ def command_run(settings: Settings, *, force: bool) -> int:
             return 0
         log, state = begin(settings)
         with scratch(settings) as directory:
-            for _ in range(2):  # an activation, and then a system that waited for the boot that ended it
-                pending = load_journal(settings, log)
-                if pending is not None and (outcome := recover(settings, log, pending)) is not None:
+            settled = ""
+            # An activation, and then a system that waited for the boot that ended it.
+            while (pending := load_journal(settings, log)) is not None and pending.token != settled:
+                settled = pending.token
+                if (outcome := recover(settings, log, pending)) is not None:
                     state = finish(settings, log, state, directory, pending, outcome)
                 if (left := load_pending(settings, log)) is not None and left.step == Step.REVERTING:
                     return 1
@@ -2262,7 +2316,7 @@ def step_back(settings: Settings, state: State) -> Pending:
         )
     return Pending(
         release=state.release, published=state.published or format_time(0), old=state.previous,
-        new=running_system(settings), profile=state.previous, step=Step.COMMITTING, boot_id=boot_id(settings),
+        new=running_system(settings), profile=state.previous, step=Step.STEPPING_BACK, boot_id=boot_id(settings),
         token=os.urandom(4).hex(), started=format_time(time.time()), attempt=1,
         verdict=Result.ROLLED_BACK, reason="by hand",
     )  # fmt: skip
@@ -2382,7 +2436,7 @@ def read_settings(options: Mapping[str, Any]) -> Settings:
     values: dict[str, Any] = {}
     if path != Path(os.devnull):
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_bytes())
         except FileNotFoundError:
             if config:
                 raise UsageError(f"{path}: no such file") from None
@@ -2400,6 +2454,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(argv))
     verbose = options["verbose"]
     os.umask(0o022)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # whatever the locale, a message is no reason to fail
     command: str = options["command"]
     for flag, goes_with in (("force", "run"), ("token", "rollback")):
         if options[flag] and command != goes_with:

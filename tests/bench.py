@@ -45,7 +45,7 @@ from typing import NoReturn
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 from sshd import descendants, end_sshd, match_block, max_startups, run_directory
-from toynixos import TOY
+from toynixos import PYTHON_FLAGS, TOY
 
 import bento_client as client
 
@@ -415,7 +415,7 @@ class Machine:
         self.systems += 1
         system = self.top / f"system-{self.systems}"
         write_program(system / "bin/switch-to-configuration", SWITCH)
-        words = f'exec "{sys.executable}" -I -S "{self.top / COMPILED}" --config "{system}/etc/bento/client.json" "$@"'
+        words = f'exec "{sys.executable}" {" ".join(PYTHON_FLAGS)} "{self.top / COMPILED}" --config "{system}/etc/bento/client.json" "$@"'
         write_program(system / "sw/bin/bento-client", f"#!/bin/sh\n{words}\n")
         (system / "etc/bento").mkdir(parents=True)
         (system / "etc/bento/client.json").write_text(json.dumps(self.settings))
@@ -430,7 +430,7 @@ class Machine:
 
     def client(self, command: str, gate: int | None = None) -> Cost:
         """Runs the client as utils/bento.nix does."""
-        argv: Argv = [sys.executable, "-I", "-S", self.top / COMPILED, "--config", self.top / "client.json", command]
+        argv: Argv = [sys.executable, *PYTHON_FLAGS, self.top / COMPILED, "--config", self.top / "client.json", command]
         return measure(argv, env=self.env(), gate=gate)
 
     def poll(self, gate: int | None = None) -> Cost:
@@ -744,8 +744,8 @@ def bench_start(bench: Bench) -> None:
     actions: dict[str, Argv] = {
         "bare": [sys.executable, "-I", "-S", "-c", "pass"],
         "with site": [sys.executable, "-I", "-c", "pass"],
-        "client": [sys.executable, "-I", "-S", CLIENT, "--version"],
-        "compiled client": [sys.executable, "-I", "-S", bench.top / COMPILED, "--version"],
+        "client": [sys.executable, *PYTHON_FLAGS, CLIENT, "--version"],
+        "compiled client": [sys.executable, *PYTHON_FLAGS, bench.top / COMPILED, "--version"],
         "server": [sys.executable, SERVER, "--version"],
     }
     for argv in actions.values():

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toynixos import CLIENT, TOY, ToyMachine, need, write_config
+from toynixos import CLIENT, PYTHON_FLAGS, TOY, ToyMachine, need, write_config
 
 import bento
 import bento_client
@@ -547,7 +547,7 @@ class Lab:
         """The client, with settings from a file."""
         config = self.directory / "client.json"
         config.write_text(json.dumps(self.settings))
-        return [sys.executable, "-I", "-S", str(CLIENT), "--config", str(config), *words]
+        return [sys.executable, *PYTHON_FLAGS, str(CLIENT), "--config", str(config), *words]
 
     def env(self, **more: str) -> dict[str, str]:
         return {"TOY_SERVER": SERVER, "TOY_SERVER_DOWN": str(self.down)} | more
@@ -562,7 +562,7 @@ class Lab:
     def run_patched(self, patch: str, **env: str) -> subprocess.CompletedProcess[str]:
         """Like `run`, with constants of the client's module, here `c`, changed."""
         code = f"import sys; sys.path.insert(0, {str(CLIENT.parent)!r}); import bento_client as c; {patch}; sys.exit(c.main())"
-        return self.machine.run(sys.executable, "-c", code, *self.argv("run")[4:], env=self.env(**env))
+        return self.machine.run(sys.executable, "-c", code, *self.argv("run")[len(PYTHON_FLAGS) + 2 :], env=self.env(**env))
 
     def start(self, *words: str) -> subprocess.Popen[bytes]:
         with open(self.directory / "output", "ab") as out:
@@ -1676,8 +1676,8 @@ def test_alone_with_a_minimal_python(lab: Lab) -> None:
     alone = lab.directory / "alone"
     alone.mkdir()
     shutil.copyfile(CLIENT, alone / "bento_client.py")
-    interpreter, isolated, without_site, _, *words = lab.argv("run")
-    argv = [interpreter, isolated, without_site, "-c", MINIMAL, str(alone / "bento_client.py"), *words]
+    _, *words = lab.argv("run")[len(PYTHON_FLAGS) + 1 :]
+    argv = [sys.executable, *PYTHON_FLAGS, "-c", MINIMAL, str(alone / "bento_client.py"), *words]
     done = lab.machine.run(*argv, cwd=alone, env=lab.env())
     assert done.returncode == 0, done.stdout
     assert lab.labels() == ("v1", "v1", "v1")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toynixos import need
+from toynixos import PYTHON_FLAGS, need
 
 import bento_client
 
@@ -233,7 +233,7 @@ def test_the_defaults_are_the_clients() -> None:
 )
 def test_python(definitions: str, python: str) -> None:
     [command] = evaluate_host(HOST_MODULE, MINIMAL, f"{{ {definitions} }}")["commands"]
-    assert f"-{python}/bin/python3 -I -S " in command
+    assert f"-{python}/bin/python3 -I -S -X utf8 " in command
 
 
 @pytest.mark.parametrize(
@@ -319,9 +319,10 @@ def test_command(tmp_path: Path) -> None:
         text=True,
         timeout=60,
     )
-    path, isolated, without_site, client, *rest = done.stdout.splitlines()
+    path, *flags = done.stdout.splitlines()
+    flags, client, rest = flags[: len(PYTHON_FLAGS)], flags[len(PYTHON_FLAGS)], flags[len(PYTHON_FLAGS) + 1 :]
     assert path.startswith("/nix/store/") and path.endswith("/bin:/mine")
-    assert (isolated, without_site) == ("-I", "-S") and client.endswith("-bento_client.pyc")
+    assert tuple(flags) == PYTHON_FLAGS and client.endswith("-bento_client.pyc")
     assert rest == ["--config", "/etc/bento/client.json", *arguments]
     assert (HOST_MODULE.parent / "bento_client.py").samefile(REPO / "bento_client.py")
 
@@ -329,7 +330,7 @@ def test_command(tmp_path: Path) -> None:
 def test_the_client_is_compiled(tmp_path: Path) -> None:
     """By the Python that runs it, into a file that runs as the client does."""
     [text] = evaluate_host(HOST_MODULE, MINIMAL, inline=True)["commands"]
-    script = text.partition("python3 -I -S ")[2].rpartition(" --config ")[0]
+    script = text.partition(f"python3 {' '.join(PYTHON_FLAGS)} ")[2].rpartition(" --config ")[0]
     script, count = re.subn(r"\S+/bin/python3", sys.executable, script)
     script = re.sub(r"/nix/store/\S+-bento_client\.py", str(REPO / "bento_client.py"), script)
     assert count == 1 and "/nix/store/" not in script
@@ -337,7 +338,7 @@ def test_the_client_is_compiled(tmp_path: Path) -> None:
     subprocess.run([need("bash"), "-euc", script], cwd=tmp_path, env={"PATH": os.environ["PATH"], "out": str(out)}, check=True)
     assert list(tmp_path.iterdir()) == [out]
     out = out.rename(tmp_path / "bento_client.pyc")
-    done = subprocess.run([sys.executable, "-I", "-S", out, "--version"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, *PYTHON_FLAGS, out, "--version"], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == (f"{bento_client.VERSION}\n", "")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from test_client import HOST, Lab, wait_until
-from toynixos import CLIENT, TOY, write_config
+from toynixos import CLIENT, PYTHON_FLAGS, TOY, write_config
 
 import bento
 import bento_client
@@ -108,7 +108,7 @@ def other_client(lab: Lab, change: Callable[[str], str], code: int = 0) -> None:
     changed = change(text)
     assert changed != text
     Path(lab.file("other_client.py")).write_text(changed)
-    argv = [sys.executable, "-I", "-S", lab.file("other_client.py"), *lab.argv("run")[4:]]
+    argv = [sys.executable, *PYTHON_FLAGS, lab.file("other_client.py"), *lab.argv("run")[len(PYTHON_FLAGS) + 2 :]]
     done = lab.machine.run(*argv, env=lab.env())
     assert done.returncode == code, done.stdout
 

@@ -13,13 +13,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_client import HOST, SERVER, Lab, accounts, kill_tree, lab, settled, tree, wait_until
-from toynixos import TOY, ToyMachine, _missing, write_config
+from test_client import HOST, SERVER, Lab, accounts, fake_sftp, kill_tree, lab, settled, tree, wait_until
+from toynixos import PYTHON_FLAGS, TOY, ToyMachine, _missing, need, write_config
 
 import bento_client
 from bento_client import Result
@@ -619,3 +619,253 @@ def test_a_slow_upload_is_fine(settled: Lab, monkeypatch: pytest.MonkeyPatch) ->
     session.close()
     assert time.monotonic() - began > 2, "the line is slow"
     assert (settled.chroot / "logs/log").stat().st_size == 40_000
+
+
+# --- what a review found ---
+
+
+def test_a_system_that_moves_our_files_is_not_left_to_a_boot(tmp_path: Path) -> None:
+    """Its client would look for the journal elsewhere."""
+    lab = inhibited(tmp_path)
+    lab.publish("v1", inhibitors="dbus 2", settings={"state_dir": str(lab.machine.root / "var/lib/elsewhere")})
+    lab.client("run", code=1)
+    assert lab.labels() == ("v0", "v0", "v0")
+    assert lab.last().result == Result.BUILD_FAILED
+    assert "moves Bento's files to /" in lab.last().reason and not (lab.state / "pending.json").exists()
+
+
+def test_a_system_whose_client_refuses_its_settings_is_not_left_to_a_boot(tmp_path: Path) -> None:
+    lab = inhibited(tmp_path)
+    lab.publish("v1", inhibitors="dbus 2", settings={"user": "fleet host"})
+    lab.client("run", code=1)
+    assert lab.labels() == ("v0", "v0", "v0")
+    assert lab.last().result == Result.BUILD_FAILED
+    assert "refuses its settings: " in lab.last().reason and "'fleet host'" in lab.last().reason
+
+
+def test_a_full_disk_does_not_bar_the_reboot_that_leads_back(tmp_path: Path) -> None:
+    with disk(tmp_path / "machine/var/lib/bento", "ext4", 20):
+        lab = on_disk(tmp_path, inhibitors="dbus 1")
+        systemd = Systemd(lab)
+        lab.settings["reboot"] = "when-needed"
+        lab.publish("v1", inhibitors="dbus 2", kernel="broken")
+        systemd.run("run")
+        assert systemd.reboots() == 1
+        systemd.boot()
+        fill(lab.state)
+        at_any_price(lab, "run", PATH=systemd.path)
+        assert systemd.reboots() == 2
+        systemd.boot()
+        assert lab.labels() == ("v0", "v0", "v0")
+
+
+def test_a_disk_without_inodes_does_not_bar_the_way_back(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        _missing("needs root, to mount")
+    top = tmp_path / "machine/var/lib/bento"
+    top.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m,nr_inodes=400", "tmpfs", top], check=True)
+    try:
+        lab = on_disk(tmp_path, inhibitors="dbus 1")
+        lab.publish("v1", inhibitors="dbus 2", kernel="broken")
+        lab.client("run")
+        lab.machine.power_cycle()
+        assert lab.labels() == ("v1", "v1", "v1")
+        with suppress(OSError):
+            for number in range(400):
+                (lab.state / f"filler-{number}").touch()
+        at_any_price(lab, "run")
+        assert lab.labels()[1:] == ("v0", "v0")
+    finally:
+        subprocess.run(["umount", "-l", top], check=True)
+
+
+def test_the_old_configuration_again_leads_out_of_a_failed_way_back(tmp_path: Path) -> None:
+    """The machine runs what is bad, though the journal says that it comes from what is published again."""
+    difficult: dict[str, Any] = {"fails_from": "bad", "fails_from_times": 3}
+    lab = Lab.create(tmp_path, **difficult)
+
+    def publish_v0() -> str:
+        settings = lab.settings
+        write_config(lab.config, flake=True, host=HOST, label="v0", client_json=settings, **difficult)
+        return lab.populate()
+
+    first = publish_v0()
+    lab.client("run")
+    lab.publish("bad", activation_command="false", broken_client=True)
+    lab.client("run", code=1)
+    assert lab.labels()[0] == "bad"
+    assert publish_v0() == first
+    for _ in range(3):
+        at_any_price(lab, "run")
+        assert (lab.labels()[0], lab.last().result) != ("bad", Result.OK)
+    assert lab.labels() == ("v0", "v0", "v0")
+
+
+def test_a_way_back_that_fails_is_tried_once_a_run(tmp_path: Path) -> None:
+    lab = Lab.create(tmp_path, fails_from="bad")
+    lab.publish("bad", activation_command="false", broken_client=True)
+    lab.client("run", code=1)
+    said = at_any_price(lab, "run")
+    assert said.count("bento: going back to") == 1
+
+
+@contextmanager
+def immutable(path: Path) -> Iterator[None]:
+    if os.geteuid() != 0 or subprocess.run(["chattr", "+i", path], check=False).returncode != 0:
+        _missing("needs root, and a file system with immutable files")
+    try:
+        yield
+    finally:
+        subprocess.run(["chattr", "-i", path], check=True)
+
+
+def test_rollback_by_hand_says_when_the_boot_loader_stays(lab: Lab) -> None:
+    for label in ("v1", "v2"):
+        lab.publish(label)
+        lab.client("run")
+    default = lab.machine.root / "boot/default"
+    pinned = default.read_text()
+    with immutable(default):
+        said = lab.client("rollback", code=1)
+    assert "rollback-failed" in said and "could not be set back" in said
+    assert default.read_text() == pinned
+    lab.client("run")
+    assert lab.labels() == ("v1", "v1", "v1")
+
+
+def test_rollback_by_hand_to_what_cannot_go_live(tmp_path: Path) -> None:
+    lab = inhibited(tmp_path)
+    lab.publish("v1", inhibitors="dbus 1")
+    lab.client("run")
+    lab.publish("v2", inhibitors="dbus 2")
+    lab.client("run")
+    lab.machine.power_cycle()
+    lab.client("run")
+    assert lab.labels() == ("v2", "v2", "v2")
+    said = lab.client("rollback")
+    assert "rolled-back: by hand; the old system takes effect at the next reboot" in said
+    assert lab.labels() == ("v2", "v1", "v1")
+    lab.client("run")
+    assert lab.labels() == ("v2", "v1", "v1")
+    lab.machine.power_cycle()
+    lab.client("run")
+    assert lab.labels() == ("v1", "v1", "v1")
+
+
+def test_a_way_back_that_does_not_take_is_no_endless_loop(tmp_path: Path) -> None:
+    """Somebody has pinned the boot default by hand."""
+    lab = inhibited(tmp_path)
+    systemd = Systemd(lab)
+    lab.settings["reboot"] = "when-needed"
+    lab.publish("v1", inhibitors="dbus 2", kernel="broken")
+    systemd.run("run")
+    pinned = (lab.machine.root / "boot/default").read_text()
+    for _ in range(5):
+        (lab.machine.root / "boot/default").write_text(pinned)
+        systemd.boot()
+        at_any_price(lab, "run", PATH=systemd.path)
+    assert systemd.reboots() == 2  # into it, and once back
+
+
+def test_what_waited_for_a_boot_is_not_booted_once_a_person_chose_otherwise(tmp_path: Path) -> None:
+    lab = inhibited(tmp_path)
+    systemd = Systemd(lab)
+    lab.publish("v1", inhibitors="dbus 2")
+    systemd.run("run")
+    by_hand = write_config(
+        tmp_path / "by-hand", flake=True, host=HOST, label="by-hand", client_json=lab.settings, inhibitors="dbus 1"
+    )
+    assert lab.machine.rebuild("switch", by_hand, env={"PATH": systemd.path}).returncode == 0
+    systemd.run("run", "--reboot", "when-needed")
+    assert systemd.reboots() == 0 and lab.report().needs_reboot is False
+
+
+def test_a_reboot_is_asked_for_again_after_one_for_another_release(tmp_path: Path) -> None:
+    lab = Lab.create(tmp_path)
+    systemd = Systemd(lab)
+    allowed = ("--reboot", "when-needed")
+    lab.publish("v1", kernel="6.13")
+    systemd.run("run", *allowed)
+    systemd.boot()
+    systemd.run("run", *allowed)
+    lab.publish("v2", kernel="6.14")
+    systemd.run("run")
+    systemd.boot()  # a person does it
+    systemd.run("run")
+    assert lab.labels() == ("v2", "v2", "v2")
+    lab.publish("v1", kernel="6.13")
+    systemd.run("run", *allowed)
+    assert systemd.reboots() == 2
+
+
+def test_a_client_that_is_killed_before_its_reboot_asks_again(tmp_path: Path) -> None:
+    lab = inhibited(tmp_path)
+    systemd = Systemd(lab)
+    lab.publish("v1", inhibitors="dbus 2")
+    systemd.run("run")
+    lab.settings["reboot"] = "when-needed"
+    number, hangs = lab.file("number"), lab.file("hangs")
+    count = f'n=$(cat "{number}" 2>/dev/null || echo 0); echo $((n + 1)) >"{number}"'
+    path = fake_sftp(lab, f'{count}\nif [ "$n" = 1 ]; then touch "{hangs}"; exec sleep 60; fi\nexec sftp "$@"\n')
+    env = lab.machine.env(**lab.env(PATH=f"{path.partition(':')[0]}:{systemd.path}"))
+    process = subprocess.Popen(lab.argv("run"), env=env, stdin=subprocess.DEVNULL)
+    wait_until(Path(hangs).exists)  # in the report that comes before the reboot
+    kill_tree(process)
+    assert systemd.reboots() == 0
+    systemd.run("run")
+    assert systemd.reboots() == 1
+
+
+@pytest.mark.parametrize("field", ["step", "verdict"])
+def test_a_journal_of_words_nobody_knows_is_set_aside(lab: Lab, field: str) -> None:
+    lab.publish("v1", switch_touch=lab.file("reached"), switch_wait=lab.file("never"))
+    process = lab.start("run")
+    wait_until(Path(lab.file("reached")).exists)
+    kill_tree(process)
+    journal = json.loads((lab.state / "pending.json").read_text())
+    (lab.state / "pending.json").write_text(json.dumps(journal | {field: "nonsense"}))
+    lab.publish("v2")
+    lab.client("run")
+    assert lab.labels() == ("v2", "v2", "v2") and (lab.state / "pending.json.damaged").exists()
+
+
+def test_the_log_of_a_recovery_says_what_was_done(tmp_path: Path) -> None:
+    lab = inhibited(tmp_path)
+    lab.publish("v1", inhibitors="dbus 2")
+    lab.client("run")
+    lab.machine.power_cycle()
+    lab.client("run")
+    assert "bento: the machine was restarted while rebooting" in lab.log() and "bento: proof: " in lab.log()
+
+
+def test_a_full_disk_is_reported(tmp_path: Path) -> None:
+    with disk(tmp_path / "machine/var/lib/bento", "ext4", 20):
+        lab = on_disk(tmp_path)
+        lab.publish("v1")
+        lab.client("run")
+        release = lab.publish("v2")
+        fill(lab.state)
+        at_any_price(lab, "run")
+        assert (lab.last().release, lab.last().result) == (release, Result.FETCH_FAILED)
+        assert "No space left on device" in lab.last().reason
+
+
+@pytest.mark.parametrize("flags", [PYTHON_FLAGS, ("-I",)], ids=["as the module starts it", "by hand"])
+def test_a_locale_bars_no_report(lab: Lab, flags: tuple[str, ...], tmp_path: Path) -> None:
+    """Nix quotes names with characters that are in no ISO 8859."""
+    locale = tmp_path / "locale"
+    locale.mkdir()
+    subprocess.run([need("localedef"), "-i", "en_US", "-f", "ISO-8859-1", locale / "en_US.ISO-8859-1"], check=True)
+    lab.publish("v1")
+    programs = lab.directory / "programs"
+    programs.mkdir()
+    (programs / "nixos-rebuild").write_text("#!/bin/sh\nprintf 'error: attribute \\342\\200\\230foo\\342\\200\\231 missing\\n'\nexit 1\n")
+    (programs / "nixos-rebuild").chmod(0o755)
+    env = {"LOCPATH": str(locale), "LC_ALL": "en_US.ISO-8859-1", "PATH": f"{programs}:{lab.machine.env()['PATH']}"}
+    argv = [sys.executable, *flags, *lab.argv("run")[len(PYTHON_FLAGS) + 1 :]]
+    for expected in (1, 0):  # the second time it waits, and says why
+        done = lab.machine.run(*argv, env=lab.env(**env))
+        assert done.returncode == expected, done.stdout
+    assert lab.last().result == Result.BUILD_FAILED and "attribute ‘foo’ missing" in lab.last().reason
+    assert len(lab.logs()) == 1

@@ -33,6 +33,8 @@ from typing import Any
 TESTS = Path(__file__).resolve().parent
 TOY = TESTS / "toy"
 CLIENT = TESTS.parent / "bento_client.py"
+# How utils/bento.nix starts it.
+PYTHON_FLAGS = ("-I", "-S", "-X", "utf8")
 
 # What toy.json may hold, all optional. `hosts` (made by write_config) maps each host to what is special about it.
 BEHAVIOURS = {

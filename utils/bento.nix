@@ -33,7 +33,8 @@ let
 
   # Of the same name for the unit, for a person at a root shell, and for the proof of a new system, which runs the
   # *new* system's command. The path is the same for all of them too. Python starts without what else is installed for
-  # it (-I -S): it takes a good part of a poll, and nothing of it may keep a machine from its next update.
+  # it (-I -S): it takes a good part of a poll, and nothing of it may keep a machine from its next update. And no locale
+  # may (-X utf8).
   command = pkgs.writeShellScriptBin "bento-client" ''
     export PATH=${
       lib.makeBinPath [
@@ -50,7 +51,7 @@ let
         pkgs.xz
       ]
     }''${PATH:+:$PATH}
-    exec ${cfg.python}/bin/python3 -I -S ${client} --config /etc/bento/client.json "$@"
+    exec ${cfg.python}/bin/python3 -I -S -X utf8 ${client} --config /etc/bento/client.json "$@"
   '';
 
   # Whatever name, address, port or alias the server is reached by, it has to show one of these keys.
@@ -132,7 +133,7 @@ in
     };
 
     user = mkOption {
-      type = types.str;
+      type = types.strMatching "[A-Za-z_][A-Za-z0-9_.-]*";
       default = "bento-${cfg.host}";
       defaultText = literalExpression ''"bento-''${config.services.bento.host}"'';
       description = "The machine's user on the server.";

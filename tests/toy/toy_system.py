@@ -122,7 +122,7 @@ def make_toplevel(out: Path, toy: Toy) -> int:
         code = "import py_compile, sys; py_compile.compile(sys.argv[1], sys.argv[1] + 'c', doraise=True)"
         subprocess.run([python, "-I", "-S", "-c", code, out / script], check=True)
         script += "c"
-    words = [python, "-I", "-S", f"{final}/{script}", "--config", f"{final}/etc/bento/client.json"]
+    words = [python, "-I", "-S", "-X", "utf8", f"{final}/{script}", "--config", f"{final}/etc/bento/client.json"]
     write("sw/bin/bento-client", f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', executable=True)
     return 0
 
