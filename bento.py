@@ -98,18 +98,19 @@ class Common:
     """The directories that hosts link to, utils/ above all: each is walked, and its small files are read, once in a run.
 
     So all hosts get them as they were at one moment; what changes meanwhile is for the next run. After a build, which
-    may take hours, they are read again. `branches`: what lies below such a directory, by its inode and its name in the
-    archive. `size` in bytes. `copies`: a directory for links to the first host's files, if the others' may link to them.
+    may take hours, they are read again. `branches`: what lies below such a directory, by its inode (and its ctime, for
+    another directory may get the number of one that is removed) and its name in the archive. `size` in bytes. `copies`:
+    a directory for links to the first host's files, if the others' may link to them.
     """
 
     def __init__(self) -> None:
-        self.branches: dict[tuple[int, int, str], list[Member]] = {}
+        self.branches: dict[tuple[int, int, int, str], list[Member]] = {}
         self.size = 0
         self.copies: Path | None = None
         self.numbers = itertools.count()
 
     def find(self, directory: os.stat_result, name: str) -> list[Member] | None:
-        return self.branches.get((directory.st_dev, directory.st_ino, name))
+        return self.branches.get((directory.st_dev, directory.st_ino, directory.st_ctime_ns, name))
 
     def keep(self, directory: os.stat_result, name: str, members: list[Member]) -> list[Member]:
         """The same members, the small ones with their blocks, if there is room for them."""
@@ -127,12 +128,14 @@ class Common:
                 else m
                 for m in members
             ]
-        self.branches[directory.st_dev, directory.st_ino, name] = members
+        self.branches[directory.st_dev, directory.st_ino, directory.st_ctime_ns, name] = members
         return members
 
     def clear(self) -> None:
         self.branches.clear()
         self.size = 0
+        for copy in self.copies.iterdir() if self.copies is not None else ():
+            copy.unlink()  # on a full disk it would keep the room that a failed host has given back
 
 
 class Fleet:
@@ -242,6 +245,8 @@ def parse_key(line: str, where: str) -> tuple[str, str, str]:
         )
     try:
         blob = base64.b64decode(parts[1], validate=True)
+        if base64.b64encode(blob).decode() != parts[1]:
+            raise ValueError
     except (binascii.Error, ValueError):
         raise BentoError(f"{where}: malformed SSH public key: its second word is no base64") from None
     fields = []
@@ -284,11 +289,18 @@ def check_keys(fleet: Fleet) -> tuple[dict[str, list[tuple[str, str, str]]], dic
     keys: dict[str, list[tuple[str, str, str]]] = {}
     errors: dict[str, str] = {}
     owners: dict[str, str] = {}
-    for path in sorted((fleet.directory / "hosts").glob("*.pub")):
-        name = path.name.removesuffix(".pub")
+    directory = fleet.directory / "hosts"
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError as error:
+        raise BentoError(f"{directory}: {error.strerror}: --fleet names the directory that has hosts/ in it") from None
+    for file in names:
+        if file.startswith(".") or not file.endswith(".pub"):
+            continue
+        name = file.removesuffix(".pub")
         try:
             if not client.HOST_NAME.fullmatch(name):
-                raise BentoError(f"hosts/{one_line(path.name)}: {one_line(name)!r} is no host name")
+                raise BentoError(f"hosts/{one_line(file)}: {one_line(name)!r} is no host name")
             keys[name] = read_keys(fleet, name)
         except BentoError as error:
             errors[name] = str(error)
@@ -368,16 +380,18 @@ class Walk(NamedTuple):
             name, real, linked, inside = f"{prefix}{entry.name}", entry.path, entry.is_symlink(), True
             where = f"{self.shown}/{name}"
             try:
-                name.encode()
-            except UnicodeEncodeError:
+                known_as = os.fsencode(name).decode()
+            except UnicodeDecodeError:
                 raise BentoError(f"{one_line(repr(where))}: the name is not UTF-8: rename it") from None
+            if known_as != name:
+                raise BentoError(f"{one_line(where)}: this locale is not UTF-8: run this with PYTHONUTF8=1")
             if linked:
                 with suppress(OSError):  # which follow() will tell
                     if known := self.common.find(entry.stat(), name):
                         members += known
                         continue
                 real = os.path.realpath(entry.path)
-                if real.startswith("/nix/store/"):
+                if real.startswith("/nix/store/") and not f"{real}/".startswith(self.bounds):
                     continue
                 inside = f"{real}/".startswith(self.bounds[0])
             found = self.follow(where, entry, real) if linked else entry.stat(follow_symlinks=False)
@@ -1144,7 +1158,7 @@ def prune_logs(chroot: Path) -> None:
                 os.unlink(f"{chroot}/logs/{name}")
 
 
-def prune_chroots(fleet: Fleet, hosts: Sequence[str], dry_run: bool) -> None:
+def prune_chroots(fleet: Fleet, hosts: Sequence[str], dry_run: bool, failures: list[str]) -> None:
     """Removes the chroots of hosts that are in hosts/ no more."""
     if not hosts:
         raise BentoError(
@@ -1153,11 +1167,18 @@ def prune_chroots(fleet: Fleet, hosts: Sequence[str], dry_run: bool) -> None:
     for path in sorted(fleet.chroot_dir.iterdir()):
         ours = client.HOST_NAME.fullmatch(path.name) and not path.is_symlink() and (path / "releases").is_dir()
         if ours and path.name not in hosts:
+            try:
+                if not dry_run:
+                    # Unpublish first, so that a kill in the middle never leaves a release announced and gone; releases/
+                    # last, by which the next run knows it for a chroot.
+                    for left in ("current.json", "logs", "config", ""):
+                        client.remove(path / left)
+                    if os.geteuid() == 0:
+                        client.remove(GCROOTS / path.name)
+            except OSError as error:  # the host is writing there, say
+                failures.append(f"{path.name}: {error}")
+                continue
             print(f"{path.name}: {'would remove' if dry_run else 'removed'} {path}")
-            if not dry_run:
-                # Unpublish first, so that a kill in the middle never leaves a release announced and gone.
-                client.remove(path / "current.json")
-                client.remove(path)
 
 
 # --- builds ---
@@ -1226,11 +1247,12 @@ def command_add(fleet: Fleet, name: str, key: str | None, flake: bool) -> int:
             text = sys.stdin.read() if key == "-" else Path(key).read_text()
         except UnicodeDecodeError:
             raise BentoError(f"{key}: not a public key: it is no text") from None
-        lines = [" ".join(parse_key(line.strip(), key)).strip() for line in text.splitlines() if line.strip()]
+        given = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+        lines = [" ".join(parse_key(line, key)).strip() for line in given]
         if not lines:
             raise BentoError(f"{key}: no key in it: put the output of 'bento-client key' there")
     host, public = fleet.host(name), fleet.directory / "hosts" / f"{name}.pub"
-    if not host.exists():
+    if not os.path.lexists(host):
         aside = host.with_name(f".{name}.new")
         client.remove(aside)
         aside.mkdir(parents=True)
@@ -1299,7 +1321,7 @@ def command_fleet(fleet: Fleet) -> int:
     template = fleet.directory / "fleet.nix.in"
     if not template.exists():
         template = Path(__file__).resolve().parent / "fleet.nix.in"
-    text = format_fleet(template.read_text(), keys, str(fleet.chroot_dir)).encode()
+    text = format_fleet(template.read_text("utf-8"), keys, str(fleet.chroot_dir)).encode()
     target = fleet.directory / "fleet.nix"
     if target.exists() and target.read_bytes() == text:
         print(f"fleet.nix: unchanged, {count_hosts(len(keys))}")
@@ -1449,16 +1471,16 @@ def command_update(fleet: Fleet, name: str | None) -> int:
         if (fleet.host(host) / "flake.nix").exists():
             flakes.setdefault(os.path.realpath(fleet.host(host)), f"hosts/{host}")
     for directory, shown in flakes.items():
-        before = read_lock(directory)
-        if name is not None and name not in before and before:
-            print(f"{shown}: has no input {name}")
-            continue
         try:
+            before = read_lock(directory)
+            if name is not None and name not in before and before:
+                print(f"{shown}: has no input {name}")
+                continue
             update_lock(directory, name)
+            after = read_lock(directory)
         except BentoError as error:
             failures.append(f"{shown}: {error}")
             continue
-        after = read_lock(directory)
         moved = [f"{i} {before.get(i, 'new')} -> {after[i]}" for i in sorted(after) if before.get(i) != after[i]]
         print(f"{shown}: {'; '.join(moved) or 'nothing moved'}")
     return complain(failures)
@@ -1481,14 +1503,14 @@ def read_lock(directory: str) -> dict[str, str]:
         nodes = json.loads(Path(directory, "flake.lock").read_bytes())["nodes"]
         inputs = nodes["root"].get("inputs", {})
         locked = {i: nodes[node]["locked"] for i, node in inputs.items() if isinstance(node, str)}
+        return {
+            i: f"{format_time(lock.get('lastModified', 0))[:10]} {(lock.get('rev') or lock.get('narHash') or '?')[:14]}"
+            for i, lock in locked.items()
+        }
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise BentoError(f"{directory}/flake.lock: cannot be read: {one_line(str(error))}") from None
-    return {
-        i: f"{format_time(lock.get('lastModified', 0))[:10]} {(lock.get('rev') or lock.get('narHash') or '?')[:14]}"
-        for i, lock in locked.items()
-    }
 
 
 def note_system(fleet: Fleet, name: str, release: str, system: str) -> None:
@@ -1516,8 +1538,9 @@ def shared_copies(fleet: Fleet) -> Iterator[None]:
     """Lets the hosts' trees have in common, on disk too, the files that they share."""
     copies = fleet.chroot_dir / ".copies"
     client.remove(copies)
-    copies.mkdir(mode=0o700)
-    fleet.common.copies = copies
+    with suppress(OSError):  # on a full disk, each host has its own
+        copies.mkdir(mode=0o700)
+        fleet.common.copies = copies
     try:
         yield
     finally:
@@ -1537,13 +1560,15 @@ def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: boo
     with ExitStack() as stack:
         if not plan.dry_run:
             stack.enter_context(populate_lock(fleet))
-            stack.enter_context(shared_copies(fleet))
+            if plan.action is None:  # Nix may write to a flake.lock: a tree that is built shares nothing
+                stack.enter_context(shared_copies(fleet))
         if prune and fleet.chroot_dir.is_dir():
-            prune_chroots(fleet, hosts, plan.dry_run)
+            prune_chroots(fleet, hosts, plan.dry_run, failures)
         good = [name for name in hosts if name not in bad_keys]
         progress = Progress()
-        for first in range(0, len(good), BATCH):
-            publish(fleet, good[first : first + BATCH], plan, counts, failures, progress)
+        batch = BATCH if plan.action is None else 1  # what has passed its build does not wait for the others'
+        for first in range(0, len(good), batch):
+            publish(fleet, good[first : first + batch], plan, counts, failures, progress)
     would = "would be " if plan.dry_run else ""
     print(
         f"{count_hosts(len(hosts))}: {counts['published']} {would}published, {counts['unchanged']} unchanged,"
@@ -1574,16 +1599,19 @@ def publish(
     if placed:
         os.sync()
     progress.clear()
+    revealed: list[Current] = []
     for current in placed:
         try:
             reveal(fleet.chroot(current.host), current.release)
         except OSError as error:
             failures.append(f"{current.host}: {error}")
         else:
-            counts["published"] += 1
-            print(f"{current.host}: published {current.release[:12]} ({current.size} bytes)", flush=True)
+            revealed.append(current)
     if placed:
         os.sync()
+    counts["published"] += len(revealed)
+    for current in revealed:  # not before: a reader that goes away stops us here
+        print(f"{current.host}: published {current.release[:12]} ({current.size} bytes)", flush=True)
 
 
 def prepare(
@@ -1593,7 +1621,7 @@ def prepare(
     owner = find_owner(name)
     chroot = fleet.chroot(name)
     members = list_members(fleet, name)
-    if sum(m.size for m in members) <= COMMON_BYTES:
+    if sum(MEMBER_BYTES + m.size for m in members) <= COMMON_BYTES:
         members = pack_small(members)
     release, size = write_release(members)
     try:
@@ -1622,11 +1650,11 @@ def prepare(
     staged, system = stage(chroot, name, members), None
     try:
         if plan.action is not None:
-            fleet.common.clear()  # a build takes its time, and may write to a flake.lock: no other tree is to have that
+            fleet.common.clear()
             system = rebuild(plan.action, staged.tree, name, BUILD_LIMIT_S)
-            client.remove(staged.tree.parent / "result")
             if system is not None:
                 keep_from_collection(name, system)
+            client.remove(staged.tree.parent / "result")
         if unchanged and before is not None and staged.release == before.release:
             client.write_atomic(chroot / "current.json", client.encode(before._replace(system=system)), 0o644)
             client.remove(staged.tree.parent)
@@ -1736,7 +1764,8 @@ def list_log(logs: int, name: str, came_s: float) -> str:
     line = f"{when}  {short}  {result}"
     try:
         end, _ = read_untrusted(logs, name, LOG_END_BYTES, end=True)
-        words = re.search(r"bento: (?:error: )?[a-z-]+: (.*)\s*\Z", end.decode(errors="replace"))
+        last = end.decode(errors="replace").rstrip().rpartition("\n")[2]
+        words = re.search(r"bento: (?:error: )?[a-z-]+: (.*)", last)
         line += f"  {one_line(words[1])}" if words else ""
     except (BentoError, OSError) as error:
         line += f"  {one_line(str(error))}"
@@ -1782,15 +1811,28 @@ def add_hosts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("hosts", nargs="*", metavar="NAME", help="hosts (default: all)")
 
 
+def not_empty(text: str) -> str:
+    """What an unset variable of a shell gives must not become the default."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bento.py", description="Publish the configurations of a fleet of NixOS machines."
     )
     parser.add_argument(
-        "--fleet", metavar="DIR", help="the directory with hosts/ (default: $BENTO_DIR, else that of bento.py)"
+        "--fleet",
+        type=not_empty,
+        metavar="DIR",
+        help="the directory with hosts/ (default: $BENTO_DIR, else that of bento.py)",
     )
     parser.add_argument(
-        "--chroot-dir", metavar="DIR", help=f"where to publish (default: $BENTO_CHROOT_DIR, else {CHROOT_DIR})"
+        "--chroot-dir",
+        type=not_empty,
+        metavar="DIR",
+        help=f"where to publish (default: $BENTO_CHROOT_DIR, else {CHROOT_DIR})",
     )
     parser.add_argument(
         "-v", "--verbose", action="store_true", help="show the programs that are run, and unchanged hosts"
@@ -1826,7 +1868,7 @@ def make_parser() -> argparse.ArgumentParser:
     forms.add_argument("--prometheus", dest="form", action="store_const", const="prometheus", help="for node_exporter")
     forms.add_argument("--html", dest="form", action="store_const", const="html", help="one page, without scripts")
     forms.add_argument("--watch", dest="form", action="store_const", const="watch", help="stay, and show what changes")
-    status.add_argument("--output", metavar="FILE", help="replace FILE instead of printing")
+    status.add_argument("--output", type=not_empty, metavar="FILE", help="replace FILE instead of printing")
     status.add_argument("--logs-url", metavar="URL", help="where the page's links find the chroots (default: as files)")
     status.add_argument(
         "--offline-after", type=float, default=OFFLINE_AFTER_S / 3600, metavar="HOURS", help="default: 2"
@@ -1862,6 +1904,8 @@ def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:
         )
     if command == "status":
         after_s = options.offline_after * 3600
+        if options.output is not None and Path(options.output).is_dir():
+            raise UsageError(f"--output {options.output}: this is a directory: name a file")
         if options.form == "watch":
             if options.output is not None:
                 raise UsageError("--output goes with a status that ends, not with --watch")
@@ -1871,6 +1915,12 @@ def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # as Ctrl-C does, it is to end what we have started, too
+            signal.signal(number, signal.default_int_handler)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # of what a host wrote, the terminal shows what it can
     options = make_parser().parse_args(argv)
@@ -1878,7 +1928,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     directory = options.fleet or os.environ.get("BENTO_DIR") or Path(__file__).resolve().parent
     chroot_dir = options.chroot_dir or os.environ.get("BENTO_CHROOT_DIR") or CHROOT_DIR
     try:
-        return dispatch(options, Fleet(Path(directory).absolute(), Path(chroot_dir).absolute()))
+        code = dispatch(options, Fleet(Path(directory).absolute(), Path(chroot_dir).absolute()))
+        sys.stdout.flush()
+        return code
     except BentoError as error:
         print(f"bento: error: {error}", file=sys.stderr)
         return error.exit_code

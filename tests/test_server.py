@@ -709,6 +709,8 @@ BAD_KEYS = {
     "one word": ("hello\n", f"1: {NO_KEY}hello"),
     "no base64": ("ssh-ed25519 AAAA!\n", "1: malformed SSH public key: its second word is no base64"),
     "cut short": (f"# fine\n{key('bad')[:-8]}\n", "2: malformed SSH public key: it is cut short"),
+    # Whose last character has bits that base64 does not use.
+    "stray bits": ("ssh-rsa AAAAB3NzaC1yc2EAAAABAx==\n", "1: malformed SSH public key: its second word is no base64"),
     "another type": (key("bad").replace("ssh-ed25519", "ssh-rsa"), "1: malformed SSH public key: it is no ssh-rsa key"),
     "empty": ("\n# only a comment\n", " no key in it: put the output of 'bento-client key' there"),
 }  # fmt: skip
@@ -2600,3 +2602,211 @@ def test_no_traceback_when_the_reader_goes(site: Site) -> None:
     process.stdout.readline()
     process.stdout.close()
     assert (process.stderr.read(), process.wait(20)) == (b"", 1)
+
+
+# --- what a review found ---
+
+
+def test_a_full_disk_does_not_bar_the_pruning(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be no room for even a directory, and pruning is what makes some."""
+    for name in ("a", "b"):
+        site.host(name)
+    site.publish()
+    shutil.rmtree(site.fleet / "hosts/b")
+    mkdir = Path.mkdir
+
+    def full(path: Path, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
+        if path.name == ".copies":
+            raise OSError(28, "No space left on device", str(path))
+        mkdir(path, mode, parents, exist_ok)
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    site.publish("--prune")
+    assert set(os.listdir(site.chroots)) == {".lock", "a"}
+    site.host("a", {"configuration.nix": "{ } # new\n"})
+    site.publish()
+    check_chroot(site.chroots / "a")
+
+
+def test_a_host_that_fails_keeps_no_room(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it shared with others is not on disk any more when the next host begins."""
+    share(site, "a", "b", "c")
+    place, prepare, left = bento.place, bento.prepare, []
+
+    def full(chroot: Path, *rest: Any) -> Current:
+        if chroot.name == "a":
+            raise OSError(28, "No space left on device")
+        return place(chroot, *rest)
+
+    def watch(fleet: bento.Fleet, name: str, *rest: Any) -> Any:
+        left.append((name, len(os.listdir(site.chroots / ".copies"))))
+        return prepare(fleet, name, *rest)
+
+    monkeypatch.setattr(bento, "place", full)
+    monkeypatch.setattr(bento, "prepare", watch)
+    assert site.run("populate").errors == ["bento: error: a: [Errno 28] No space left on device"]
+    assert left[:3] == [("a", 0), ("b", 0), ("c", 2)]
+
+
+@pytest.mark.parametrize("how", ["--check", "--build"])
+def test_what_has_passed_does_not_wait_for_the_others(
+    how: str, site: Site, toys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["a", "b", "c"]
+    for name in names:
+        write_config(site.fleet / "hosts" / name, flake=True, host=name)
+    rebuild, published = bento.rebuild, []
+
+    def watch(*arguments: Any) -> str | None:
+        published.append([name for name in names if (site.chroots / name / "current.json").exists()])
+        return rebuild(*arguments)
+
+    monkeypatch.setattr(bento, "rebuild", watch)
+    site.publish(how)
+    assert published == [[], ["a"], ["a", "b"]]
+
+
+def test_a_chroot_that_cannot_be_removed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its host goes on writing, say. It stops neither the others nor the publication, and is removed the next time."""
+    for name in ("a", "gone", "lost"):
+        site.host(name)
+    site.publish()
+    for name in ("gone", "lost"):
+        shutil.rmtree(site.fleet / "hosts" / name)
+    site.host("a", {"configuration.nix": "{ } # new\n"})
+    remove = client.remove
+
+    def busy(path: Path) -> None:
+        if path.parent.name == "gone" and path.name == "logs":
+            raise OSError(39, "Directory not empty", "logs")
+        remove(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(client, "remove", busy)
+        ran = site.run("populate", "--prune")
+    assert (ran.code, ran.errors) == (1, ["bento: error: gone: [Errno 39] Directory not empty: 'logs'"])
+    assert f"lost: removed {site.chroots / 'lost'}\n" in ran.out and "gone: removed" not in ran.out
+    assert "1 host: 1 published, 0 unchanged, 0 failed" in ran.out
+    assert not (site.chroots / "gone/current.json").exists()
+    assert f"gone: removed {site.chroots / 'gone'}\n" in site.publish("--prune").out
+    assert set(os.listdir(site.chroots)) == {".lock", "a"}
+
+
+def run_outside(site: Site, *words: str, shell: str = 'exec "$@"', **env: str) -> subprocess.CompletedProcess[str]:
+    """bento.py as a process of its own, started by a shell."""
+    argv = ["bash", "-c", shell, "bash", sys.executable, "-c", AS_ANYBODY, *site.argv(*words)]
+    environment = os.environ | {"PYTHONPATH": str(REPO), "PYTHONUNBUFFERED": ""} | env
+    return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_reader_that_goes_stops_no_publication(site: Site) -> None:
+    for number in range(6):
+        site.host(f"h{number}")
+    done = run_outside(site, "populate", shell='"$@" | true; exit "${PIPESTATUS[0]}"')
+    assert (done.returncode, done.stderr) == (1, f"{NOT_ROOT}\n")
+    for number in range(6):
+        check_chroot(site.chroots / f"h{number}")
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_closed_output(closed: str, site: Site) -> None:
+    site.host("a")
+    for words in (["populate"], ["status"]):
+        done = run_outside(site, *words, shell=f'exec "$@" {">&-" if closed == "stdout" else "2>&-"}')
+        assert done.returncode == 0 and "Traceback" not in done.stderr
+    check_chroot(site.chroots / "a")
+
+
+def test_no_hosts_are_not_all_hosts(site: Site) -> None:
+    """A directory that is not mounted must not lock the whole fleet out."""
+    shutil.rmtree(site.fleet / "hosts")
+    ran = site.run("fleet")
+    assert (ran.code, len(ran.errors)) == (1, 1) and "hosts: No such file or directory" in ran.errors[0]
+    assert not (site.fleet / "fleet.nix").exists()
+
+
+def test_an_editors_leftovers_are_no_keys(site: Site) -> None:
+    site.host("a")
+    (site.fleet / "hosts/a.pub").write_text(f"{key('a')}\n")
+    (site.fleet / "hosts/.#a.pub").symlink_to("somebody@somewhere.1234")
+    (site.fleet / "hosts/._b.pub").write_bytes(b"\0\5\x16\7")
+    site.publish()
+    assert site.run("fleet").out.startswith("fleet.nix: written, 1 host;")
+
+
+def test_a_locale_changes_no_release(site: Site, tmp_path: Path) -> None:
+    locale = tmp_path / "locale"
+    locale.mkdir()
+    subprocess.run([need("localedef"), "-i", "en_US", "-f", "ISO-8859-1", locale / "en_US.ISO-8859-1"], check=True)
+    env = {"LOCPATH": str(locale), "LC_ALL": "en_US.ISO-8859-1"}
+    site.host("a", CONFIGURATION | {"ü.nix": "x"})
+    done = run_outside(site, "populate", **env)
+    assert done.returncode == 1 and "this locale is not UTF-8: run this with PYTHONUTF8=1" in done.stderr
+    assert run_outside(site, "populate", PYTHONUTF8="1", **env).returncode == 0
+    check_chroot(site.chroots / "a")
+    (site.fleet / "hosts/a.pub").write_text(f"{key('a')}\n")
+    assert run_outside(site, "fleet", **env).returncode == 0
+    assert "AAAA…" in (site.fleet / "fleet.nix").read_text("utf-8")
+
+
+def test_another_directory_is_not_the_one_before(tmp_path: Path) -> None:
+    """Though it may get the number of an inode that was removed."""
+    common = bento.Common()
+    common.keep(tmp_path.stat(), "utils", [])
+    assert common.find(tmp_path.stat(), "utils") == []
+    (tmp_path / "new").touch()
+    assert common.find(tmp_path.stat(), "utils") is None
+
+
+@pytest.mark.parametrize("lock", ["<<<<<<< ours\n", '{"nodes": {"root": {"inputs": {"x": "x"}}, "x": {"locked": []}}}'])
+def test_a_malformed_lock_file_stops_no_other_flake(lock: str, site: Site, tmp_path: Path) -> None:
+    nix = tmp_path / "path/nix"
+    nix.parent.mkdir()
+    nix.write_text("#!/bin/sh\necho nix 2.26\n")
+    nix.chmod(0o755)
+    for name in ("a", "b"):
+        site.host(name, {"flake.nix": "{ }\n"})
+    (site.fleet / "hosts/a/flake.lock").write_text(lock)
+    done = run_outside(site, "update", PATH=f"{nix.parent}:{os.environ['PATH']}")
+    assert done.returncode == 1 and done.stdout == "hosts/b: nothing moved\n"
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("bento: error: hosts/a: ")
+
+
+@pytest.mark.parametrize("option", ["--fleet", "--chroot-dir"])
+def test_what_an_unset_variable_gives_is_no_default(option: str, site: Site) -> None:
+    ran = site.run(option, "", "populate", "--prune")
+    assert ran.code == 2 and "it is empty" in ran.err
+
+
+def test_output_into_a_directory(site: Site) -> None:
+    ran = site.run("status", "--output", str(site.top))
+    assert (ran.code, ran.err) == (2, f"bento: error: --output {site.top}: this is a directory: name a file\n")
+
+
+def test_add_takes_what_a_key_file_may_have(site: Site) -> None:
+    file = site.top / "key.pub"
+    file.write_text(f"# of the laptop\n\n{key('a')}\n")
+    assert site.run("add", "a", "--key", str(file)).code == 0
+    assert (site.fleet / "hosts/a.pub").read_text() == f"{key('a')}\n"
+
+
+def test_add_over_a_dangling_link(site: Site) -> None:
+    (site.fleet / "hosts/a").symlink_to("gone")
+    assert site.run("add", "a").err == "bento: error: hosts/a is there already\n"
+    assert os.listdir(site.fleet / "hosts") == ["a"]
+
+
+def test_an_end_by_signal_ends_the_build_too(site: Site, toys: Path) -> None:
+    """It has a session of its own, and would go on without the lock."""
+    write_config(site.fleet / "hosts/a", flake=True, host="a", build="hang", build_touch=str(site.top / "begun"))
+    argv = [sys.executable, "-c", AS_ANYBODY, *site.argv("populate", "--build")]
+    process = subprocess.Popen(argv, env=os.environ | {"PYTHONPATH": str(REPO)}, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (site.top / "begun").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    process.terminate()
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130 and "interrupted; nothing partial is published" in said
+    assert children and not any(Path(f"/proc/{pid}").exists() for pid in children)
