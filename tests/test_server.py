@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toynixos import TOY, _missing, need, need_nix, write_config
+from toynixos import TOY, _missing, latin_1, need, need_nix, write_config
 
 import bento
 import bento_client as client
@@ -2735,10 +2735,7 @@ def test_an_editors_leftovers_are_no_keys(site: Site) -> None:
 
 
 def test_a_locale_changes_no_release(site: Site, tmp_path: Path) -> None:
-    locale = tmp_path / "locale"
-    locale.mkdir()
-    subprocess.run([need("localedef"), "-i", "en_US", "-f", "ISO-8859-1", locale / "en_US.ISO-8859-1"], check=True)
-    env = {"LOCPATH": str(locale), "LC_ALL": "en_US.ISO-8859-1"}
+    env = latin_1(tmp_path)
     site.host("a", CONFIGURATION | {"ü.nix": "x"})
     done = run_outside(site, "populate", **env)
     assert done.returncode == 1 and "this locale is not UTF-8: run this with PYTHONUTF8=1" in done.stderr

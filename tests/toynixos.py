@@ -107,6 +107,16 @@ def _missing(what: str) -> Any:
     pytest.skip(what)
 
 
+def latin_1(directory: Path) -> dict[str, str]:
+    """The environment for a locale that is not UTF-8, made below `directory`."""
+    made = directory / "locales/en_US.ISO-8859-1"
+    made.parent.mkdir()
+    argv = [need("localedef"), "-i", "en_US", "-f", "ISO-8859-1", str(made)]
+    if subprocess.run(argv, capture_output=True).returncode != 0:
+        _missing("needs the sources of locales")
+    return {"LOCPATH": str(made.parent), "LC_ALL": made.name}
+
+
 def write_config(
     directory: Path,
     *,
