@@ -134,8 +134,9 @@ class Common:
     def clear(self) -> None:
         self.branches.clear()
         self.size = 0
-        for copy in self.copies.iterdir() if self.copies is not None else ():
-            copy.unlink()  # on a full disk it would keep the room that a failed host has given back
+        with suppress(OSError):
+            for copy in self.copies.iterdir() if self.copies is not None else ():
+                copy.unlink()  # on a full disk it would keep the room that a failed host has given back
 
 
 class Fleet:
@@ -1171,10 +1172,10 @@ def prune_chroots(fleet: Fleet, hosts: Sequence[str], dry_run: bool, failures: l
                 if not dry_run:
                     # Unpublish first, so that a kill in the middle never leaves a release announced and gone; releases/
                     # last, by which the next run knows it for a chroot.
-                    for left in ("current.json", "logs", "config", ""):
-                        client.remove(path / left)
                     if os.geteuid() == 0:
                         client.remove(GCROOTS / path.name)
+                    for left in ("current.json", "logs", "config", ""):
+                        client.remove(path / left)
             except OSError as error:  # the host is writing there, say
                 failures.append(f"{path.name}: {error}")
                 continue

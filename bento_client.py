@@ -61,8 +61,8 @@ KEEP_LOGS = 20
 MIN_FREE_BYTES = 8 << 20
 # A release that may take its time on a slow line.
 LARGE_BYTES = 1 << 20
-# How long a transfer may stand still. Slow is fine, dead is not.
-STALL_S = 60.0
+# How long a transfer may stand still. Slow is fine, dead is not; so slow (bytes a second) is fine.
+STALL_S, LEAST_RATE = 60.0, 1000
 # In one request of sftp's: as much as OpenSSH's servers take (SFTP_MAX_MSG_LENGTH, less room for a header).
 REQUEST_BYTES = 261120
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 15 * 60, 24 * 3600
@@ -950,8 +950,8 @@ class Sftp:
 
     def get(self, remote: str, local: str, ceiling: int, *, resume: bool = False) -> Path:
         path = self.directory / local
-        # It grows by a whole request at a time: then slow is a kilobyte a second.
-        limit_s = STALL_S + min(ceiling, REQUEST_BYTES) / 1000
+        # It grows by a whole request at a time.
+        limit_s = STALL_S + min(ceiling, REQUEST_BYTES) / LEAST_RATE
         self.do(f"{'reget' if resume else 'get'} {remote} {local}", limit_s, grows=path, ceiling=ceiling)
         if path.stat().st_size > ceiling:
             raise BentoError(f"{self.server}: {remote} is larger than the announced {ceiling} bytes")
@@ -959,8 +959,8 @@ class Sftp:
 
     def put(self, local: str, name: str) -> None:
         """Uploads into logs/: under a name that no reader takes, then renamed."""
-        # It gives no sign of life before its end: then slow is a kilobyte a second.
-        limit_s = STALL_S + (self.directory / local).stat().st_size / 1000
+        # It gives no sign of life before its end.
+        limit_s = STALL_S + (self.directory / local).stat().st_size / LEAST_RATE
         self.do(f"put {local} logs/.{name}", limit_s)
         self.do(f"rename logs/.{name} logs/{name}")
 
@@ -1847,7 +1847,9 @@ def take_over(settings: Settings, log: Log, pending: Pending) -> Outcome:
         if failure is not None:
             return roll_back(settings, log, pending, Outcome(Result.ROLLED_BACK, failure))
     elif (unfit := unfit_for_boot(settings, pending.old, pending.new)) is not None:
-        return Outcome(Result.BUILD_FAILED, unfit)
+        outcome = Outcome(Result.BUILD_FAILED, unfit)
+        # After a way back that failed, what runs is not what the machine is to go back to.
+        return outcome if running_system(settings) == pending.old else roll_back(settings, log, pending, outcome)
     pending = advance(settings, pending, Step.COMMITTING, 2 * settings.activation_timeout)
     trouble = commit(settings, log, pending)
     if trouble is not None:
@@ -1983,7 +1985,7 @@ def recover(settings: Settings, log: Log, pending: Pending) -> Outcome | None:
         log.say(f"it runs {running}, which is none of ours: left as it is")
         forget(settings, log, pending)
         return None
-    if pending.step == Step.ROLLING_BACK or running != pending.new:
+    if pending.step in (Step.ROLLING_BACK, Step.STEPPING_BACK) or running != pending.new:
         outcome = verdict(pending, f"the machine was restarted while {pending.step}")
         if pending.step == Step.REBOOTING and not pending.verdict:
             outcome = Outcome(Result.ROLLED_BACK, "the machine did not start into it")

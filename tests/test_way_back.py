@@ -600,11 +600,27 @@ process.wait()
 """
 
 
-def test_a_slow_upload_is_fine(settled: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At 8 kB/s, 40 kB take longer than a line may be silent here. An upload gives no sign of life before its end."""
-    programs = settled.directory / "slow"
+# The same for what the server sends.
+SLOW_DOWN = """\
+#!{python}
+import os, subprocess, sys, time
+process = subprocess.Popen(["{ssh}", *sys.argv[1:]], stdout=subprocess.PIPE)
+while data := os.read(process.stdout.fileno(), 800):
+    os.write(1, data)
+    time.sleep(len(data) / 8000)
+process.wait()
+"""
+
+
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_a_slow_line_is_fine(way: str, settled: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 8 kB/s, 40 kB take longer than a line may be silent here. An upload gives no sign of life before its end, and a
+    download only with each request of sftp's.
+    """
+    programs = settled.directory / f"slow-{way}"
     programs.mkdir()
-    (programs / "slow-ssh").write_text(SLOW.format(python=sys.executable, ssh=TOY / "toy-ssh"))
+    script = SLOW if way == "up" else SLOW_DOWN
+    (programs / "slow-ssh").write_text(script.format(python=sys.executable, ssh=TOY / "toy-ssh"))
     (programs / "sftp").write_text(f'#!/bin/sh\nexec {shutil.which("sftp")} -S {programs}/slow-ssh "$@"\n')
     for program in programs.iterdir():
         program.chmod(0o755)
@@ -612,13 +628,17 @@ def test_a_slow_upload_is_fine(settled: Lab, monkeypatch: pytest.MonkeyPatch) ->
     for name, value in settled.machine.env(**settled.env(PATH=path)).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(bento_client, "STALL_S", 2.0)
-    (settled.state / "outbox/log").write_bytes(os.urandom(40_000))
+    for directory in (settled.state / "outbox", settled.chroot):
+        (directory / "log").write_bytes(os.urandom(40_000))
     session = bento_client.Sftp(bento_client.make_settings(settled.settings, "test"), SERVER)
     began = time.monotonic()
-    session.put("outbox/log", "log")
+    if way == "up":
+        session.put("outbox/log", "log")
+    else:
+        session.get("log", "got", 40_000)
     session.close()
     assert time.monotonic() - began > 2, "the line is slow"
-    assert (settled.chroot / "logs/log").stat().st_size == 40_000
+    assert (settled.chroot / "logs/log" if way == "up" else settled.state / "got").stat().st_size == 40_000
 
 
 # --- what a review found ---
@@ -641,6 +661,17 @@ def test_a_system_whose_client_refuses_its_settings_is_not_left_to_a_boot(tmp_pa
     assert lab.labels() == ("v0", "v0", "v0")
     assert lab.last().result == Result.BUILD_FAILED
     assert "refuses its settings: " in lab.last().reason and "'fleet host'" in lab.last().reason
+
+
+def test_a_refused_release_does_not_end_a_way_back_that_is_owed(tmp_path: Path) -> None:
+    lab = Lab.create(tmp_path, fails_from="bad", fails_from_times=2, inhibitors="dbus 1")
+    lab.publish("bad", activation_command="false", broken_client=True, inhibitors="dbus 1")
+    lab.client("run", code=1)
+    assert lab.labels() == ("bad", "v0", "v0")
+    lab.publish("v2", inhibitors="dbus 2", settings={"user": "fleet host"})
+    for _ in range(3):
+        at_any_price(lab, "run")
+    assert lab.labels() == ("v0", "v0", "v0")
 
 
 def test_a_full_disk_does_not_bar_the_reboot_that_leads_back(tmp_path: Path) -> None:
@@ -720,7 +751,8 @@ def immutable(path: Path) -> Iterator[None]:
         subprocess.run(["chattr", "-i", path], check=True)
 
 
-def test_rollback_by_hand_says_when_the_boot_loader_stays(lab: Lab) -> None:
+@pytest.mark.parametrize("rebooted", [False, True])
+def test_rollback_by_hand_says_when_the_boot_loader_stays(lab: Lab, rebooted: bool) -> None:
     for label in ("v1", "v2"):
         lab.publish(label)
         lab.client("run")
@@ -730,8 +762,12 @@ def test_rollback_by_hand_says_when_the_boot_loader_stays(lab: Lab) -> None:
         said = lab.client("rollback", code=1)
     assert "rollback-failed" in said and "could not be set back" in said
     assert default.read_text() == pinned
+    if rebooted:
+        lab.machine.power_cycle()
+        assert lab.labels()[0] == "v2"
     lab.client("run")
     assert lab.labels() == ("v1", "v1", "v1")
+    assert (lab.last().result, lab.last().reason) == (Result.ROLLED_BACK, "by hand")
 
 
 def test_rollback_by_hand_to_what_cannot_go_live(tmp_path: Path) -> None:
