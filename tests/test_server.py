@@ -2807,3 +2807,53 @@ def test_an_end_by_signal_ends_the_build_too(site: Site, toys: Path) -> None:
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130 and "interrupted; nothing partial is published" in said
     assert children and not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+
+def test_a_hostile_log_does_not_keep_the_list_busy(site: Site) -> None:
+    """A pattern that tries every way to end such a line takes seconds for each of these: more than this test waits."""
+    site.host("a")
+    site.publish()
+    logs = site.chroots / "a/logs"
+    for number in range(60):
+        text = "bento: a: " * 136 + " " * 2730 + "\nx"
+        (logs / f"20261123T1015{number:02}Z_{'a' * 12}_ok.log").write_text(text)
+    assert len(run_outside(site, "log", "a", "--list").stdout.splitlines()) == 60
+
+
+def test_a_fleet_in_the_nix_store_keeps_its_own_links(site: Site) -> None:
+    """What leads elsewhere in the store is left out, like a forgotten `result`."""
+    need("nix")
+    try:
+        os.makedirs("/nix/store", exist_ok=True)
+        top = Path(tempfile.mkdtemp(prefix="bento-test-", dir="/nix/store"))
+    except OSError:
+        _missing("needs a Nix store that it can write to")
+    try:
+        shutil.copytree(site.fleet, top / "fleet")
+        site.fleet = top / "fleet"
+        site.host("a")
+        share(site, "b")
+        (site.fleet / "hosts/b/result").symlink_to("/nix/store")
+        (site.fleet / "hosts/b/other").symlink_to("/nix/store/.links")
+        assert "link out of the fleet directory" in site.run("populate").errors[0]  # the store itself is no path in it
+        (site.fleet / "hosts/b/result").unlink()
+        site.publish()
+        assert set(os.listdir(site.chroots / "b/config")) == {"configuration.nix", "utils"}
+    finally:
+        shutil.rmtree(top)
+
+
+def test_a_garbage_collection_root_goes_with_its_host(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "gone"):
+        site.host(name)
+    site.publish()
+    shutil.rmtree(site.fleet / "hosts/gone")
+    roots = tmp_path / "gcroots"
+    roots.mkdir()
+    for name in ("a", "gone"):
+        (roots / name).symlink_to("/nix/store/x")
+    monkeypatch.setattr(bento, "GCROOTS", roots)
+    monkeypatch.setattr(bento, "find_owner", lambda name: None)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    site.publish("--prune")
+    assert os.listdir(roots) == ["a"] and not (site.chroots / "gone").exists()
