@@ -205,16 +205,21 @@ class Owner(NamedTuple):
 # --- hosts and keys ---
 
 
-def find_hosts(fleet: Fleet, wanted: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The hosts to work on, and an error for each name in hosts/ that no host can have."""
+def scan_hosts(fleet: Fleet) -> list[os.DirEntry[str]]:
+    """What lies in hosts/, by name, but for what is hidden. BentoError when that cannot be told: it is not nothing."""
     directory = fleet.directory / "hosts"
     try:
         entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
     except OSError as error:
         raise BentoError(f"{directory}: {error.strerror}: --fleet names the directory that has hosts/ in it") from None
+    return [entry for entry in entries if not entry.name.startswith(".")]
+
+
+def find_hosts(fleet: Fleet, wanted: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The hosts to work on, and an error for each name in hosts/ that no host can have."""
     hosts, errors = [], []
-    for entry in entries:
-        if entry.name.startswith(".") or entry.name.endswith(".pub") or entry.is_file(follow_symlinks=False):
+    for entry in scan_hosts(fleet):
+        if entry.name.endswith(".pub") or entry.is_file(follow_symlinks=False):
             continue
         if client.HOST_NAME.fullmatch(entry.name):
             hosts.append(entry.name)
@@ -226,7 +231,7 @@ def find_hosts(fleet: Fleet, wanted: Sequence[str]) -> tuple[list[str], list[str
     for name in wanted:
         if name not in known:
             raise UsageError(
-                f"{one_line(name)}: no such host: there is no {directory / name}; 'bento.py add' makes one"
+                f"{one_line(name)}: no such host: there is no {fleet.host(name)}; 'bento.py add' makes one"
             )
     return ([name for name in hosts if name in wanted] if wanted else hosts), ([] if wanted else errors)
 
@@ -290,14 +295,7 @@ def check_keys(fleet: Fleet) -> tuple[dict[str, list[tuple[str, str, str]]], dic
     keys: dict[str, list[tuple[str, str, str]]] = {}
     errors: dict[str, str] = {}
     owners: dict[str, str] = {}
-    directory = fleet.directory / "hosts"
-    try:
-        names = sorted(os.listdir(directory))
-    except OSError as error:
-        raise BentoError(f"{directory}: {error.strerror}: --fleet names the directory that has hosts/ in it") from None
-    for file in names:
-        if file.startswith(".") or not file.endswith(".pub"):
-            continue
+    for file in (entry.name for entry in scan_hosts(fleet) if entry.name.endswith(".pub")):
         name = file.removesuffix(".pub")
         try:
             if not client.HOST_NAME.fullmatch(name):

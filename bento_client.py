@@ -2035,10 +2035,11 @@ def reboot_if_due(settings: Settings, log: Log, state: State, directory: str) ->
     """Reboots into the profile's kernel, when that is wanted, allowed now, and was not tried for it before."""
     expect_boot(settings, log, state)
     new, now = profile_system(settings), time.localtime()
-    if not needs_reboot(settings) and state.rebooted is not None:
+    due = needs_reboot(settings)
+    if not due and state.rebooted is not None:
         state = state._replace(rebooted=None)
         save_state(settings, state)
-    if not needs_reboot(settings) or state.rebooted == new or not may_reboot(settings.reboot, now.tm_hour, now.tm_min):
+    if not due or state.rebooted == new or not may_reboot(settings.reboot, now.tm_hour, now.tm_min):
         return
     if not has_systemd(settings):
         log.say("a reboot is due, but systemd does not run here")
