@@ -31,6 +31,7 @@ import re
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import tarfile
 import textwrap
@@ -218,7 +219,7 @@ def find_hosts(fleet: Fleet, wanted: Sequence[str]) -> tuple[list[str], list[str
     """The hosts to work on, and an error for each name in hosts/ that no host can have."""
     hosts, errors = [], []
     for entry in scan_hosts(fleet):
-        if entry.name.endswith(".pub") or entry.is_file(follow_symlinks=False):
+        if entry.name.endswith((".pub", ".sig")) or entry.is_file(follow_symlinks=False):
             continue
         if client.HOST_NAME.fullmatch(entry.name):
             hosts.append(entry.name)
@@ -1027,6 +1028,7 @@ class Staged(NamedTuple):
     tar: Path
     tree: Path
     parts: tuple[Part, ...] = ()
+    signature: Signature | None = None
 
 
 def stage(chroot: Path, name: str, members: Sequence[Member]) -> Staged:
@@ -1104,6 +1106,7 @@ def place(chroot: Path, staged: Staged, system: str | None, before: Current | No
         os.rename(releases / ".new/parts", parts)
     client.remove(releases / ".new")
     current = Current(staged.name, staged.release, staged.size, published, system, staged.parts)
+    current = with_signature(current, staged.signature)
     aside = chroot / ".current.json.new"
     aside.write_bytes(client.encode(current))
     aside.chmod(0o644)
@@ -1177,6 +1180,168 @@ def prune_chroots(fleet: Fleet, hosts: Sequence[str], dry_run: bool, failures: l
                 failures.append(f"{path.name}: {error}")
                 continue
             print(f"{path.name}: {'would remove' if dry_run else 'removed'} {path}")
+
+
+# --- signatures ---
+
+ARMOR = "-----BEGIN SSH SIGNATURE-----\n"
+VALID_DAYS = 30
+
+
+class Signature(NamedTuple):
+    """`hosts/NAME.sig`: the signed text, what it says, and the signature as ssh-keygen writes it."""
+
+    text: str
+    signed: client.Signed
+    armored: str
+
+
+def read_signature(fleet: Fleet, name: str) -> Signature | None:
+    """What the administrator signed for a host; None where nothing is."""
+    path, where = fleet.directory / "hosts" / f"{name}.sig", f"hosts/{name}.sig"
+    try:
+        content = client.read_limited(path, client.MAX_JSON_BYTES).decode("utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BentoError(f"{where}: cannot be read: {one_line(str(error))}") from None
+    text, armor, rest = content.partition(ARMOR)
+    if not armor:
+        raise BentoError(f"{where}: no signature in it: 'bento.py sign {name} --key FILE' makes it anew")
+    return Signature(text, client.parse_signed(text, where), armor + rest)
+
+
+def check_signature(fleet: Fleet, name: str, release: str, size: int, members: Sequence[Member]) -> Signature | None:
+    """The host's signature, if it is of this very release. BentoError when it is of another one: that is not for the
+    host, which would refuse it."""
+    found = read_signature(fleet, name)
+    if found is None or (found.signed.host, found.signed.release, found.signed.size) == (name, release, size):
+        return found
+    about = f"hosts/{name}.sig is for release {found.signed.release[:12]}, and this is {release[:12]}"
+    if found.signed.host != name:
+        about = f"hosts/{name}.sig is for host {found.signed.host!r}"
+    names = differing(fleet.chroot(name) / "releases" / f"{found.signed.release}.tar", members)
+    shown = ", ".join(one_line(name, 80) for name in names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
+    differs = f" (they differ in {shown})" if names else ""
+    raise BentoError(f"not signed: {about}{differs}: 'bento.py sign {name} --key FILE', where the key is")
+
+
+def with_signature(current: Current, found: Signature | None) -> Current:
+    """What is published of a release beside the signature that it has, or has not, in hosts/."""
+    system = check_system(found, current.system)
+    text, armored = (found.text, found.armored) if found is not None else (None, None)
+    return current._replace(system=system, signed=text, signature=armored)
+
+
+def check_system(found: Signature | None, system: str | None) -> str | None:
+    """The system to publish beside the release: what was built here has to be what was signed."""
+    if found is None or found.signed.system is None:
+        return system
+    if system is not None and system != found.signed.system:
+        raise BentoError(f"not signed: this was built to {system}, and {found.signed.system} is signed")
+    return found.signed.system
+
+
+def differing(tar: Path, members: Sequence[Member]) -> list[str]:
+    """In which members a release that lies here differs from those of this checkout; none if it does not lie here."""
+    try:
+        there = dict(digest_tar(tar))
+        here = {m.name: "directory" if m.is_directory else digest_member(m) for m in members}
+    except (OSError, BentoError):
+        return []
+    return sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+
+
+def digest_tar(tar: Path) -> Iterator[tuple[str, str]]:
+    with open(tar, "rb") as file:
+        while (entry := client.read_entry(file)) is not None:
+            if entry.size is None:
+                yield entry.name, "directory"
+                continue
+            digest, left = hashlib.sha256(), entry.size
+            while left:
+                chunk = client.read_exactly(file, min(left, 1 << 20))
+                digest.update(chunk)
+                left -= len(chunk)
+            client.read_exactly(file, -entry.size % tarfile.BLOCKSIZE)
+            yield entry.name, f"{entry.executable} {digest.hexdigest()}"
+
+
+def digest_member(member: Member) -> str:
+    content = hashlib.sha256(content_of(member.block, member.size)).hexdigest() if member.block else None
+    return f"{member.executable} {content or client.hash_file(Path(member.path))}"
+
+
+class Vow(NamedTuple):
+    """What `sign` was asked to vouch for. `key`: a private key's file, or a public one's whose private half an agent or a
+    security key has. `revoked`: fingerprints."""
+
+    key: str
+    days: int = VALID_DAYS
+    build: bool = False
+    unsign: bool = False
+    revoked: tuple[str, ...] = ()
+
+
+def command_sign(fleet: Fleet, wanted: Sequence[str], vow: Vow) -> int:
+    """Signs what `hosts/` holds now, wherever the same commit is checked out: a release has the same name everywhere."""
+    import tempfile  # most commands need none, and status is mostly start-up
+
+    hosts, failures = find_hosts(fleet, wanted)
+    with tempfile.TemporaryDirectory(prefix="bento-") as made:
+        work, texts = Path(made), {}
+        for name in hosts:
+            try:
+                texts[name] = vow_text(fleet, name, vow, work)
+                (work / name).write_text(texts[name], "utf-8")
+            except (BentoError, OSError) as error:
+                failures.append(f"{name}: {error}")
+        if texts:
+            make_signatures(vow.key, work, list(texts))
+        for name, text in texts.items():
+            armored = (work / f"{name}.sig").read_bytes()
+            client.write_atomic(fleet.directory / "hosts" / f"{name}.sig", text.encode() + armored, 0o644)
+            signed = client.parse_signed(text, name)
+            print(f"{name}: signed {signed.release[:12]}, until {signed.expires}")
+    return complain(failures)
+
+
+def vow_text(fleet: Fleet, name: str, vow: Vow, work: Path) -> str:
+    """The text to sign for a host."""
+    members = list_members(fleet, name)
+    release, size = write_release(members)
+    before, now_s = None, time.time()
+    with suppress(BentoError):  # a damaged one is made anew
+        before = read_signature(fleet, name)
+    system = before.signed.system if before is not None and before.signed.release == release else None
+    if vow.build:
+        tree = work / f"{name}.build" / "config"
+        tree.parent.mkdir()
+        write_release(members, None, tree)
+        system = rebuild("build", tree, name, BUILD_LIMIT_S)
+    # To the full day, so that whoever signs the same on this day writes the same.
+    day_s = 24 * 3600
+    expires = format_time((now_s // day_s + vow.days + 1) * day_s)
+    serial = max(int(now_s), before.signed.serial + 1 if before is not None else 0)
+    return client.format_signed(client.Signed(name, release, size, system, serial, expires, vow.unsign, vow.revoked))
+
+
+def make_signatures(key: str, work: Path, names: Sequence[str]) -> None:
+    """Has ssh-keygen sign these files, with its questions for a passphrase or a touch going to the person."""
+    if not Path(key).is_file():
+        raise UsageError(f"--key {key}: no such file: it is an SSH key, which 'ssh-keygen -t ed25519' makes")
+    argv = ["ssh-keygen", "-q", "-Y", "sign", "-f", os.path.abspath(key), "-n", client.NAMESPACE, *names]
+    try:
+        done = subprocess.run(argv, cwd=work, check=False)
+    except OSError as error:
+        raise BentoError(f"cannot run ssh-keygen: {error.strerror}; is OpenSSH on PATH?") from None
+    missing = [name for name in names if not (work / f"{name}.sig").exists()]
+    if done.returncode != 0 or missing:
+        raise BentoError(f"ssh-keygen could not sign with {key}: exit {done.returncode}: nothing is signed")
+
+
+def read_revoked(path: str | None) -> tuple[str, ...]:
+    return tuple(sorted(client.read_signers(Path(path)))) if path else ()
 
 
 # --- builds ---
@@ -1611,6 +1776,7 @@ def prepare(
     if sum(MEMBER_BYTES + m.size for m in members) <= COMMON_BYTES:
         members = pack_small(members)
     release, size = write_release(members)
+    signature = check_signature(fleet, name, release, size, members)
     try:
         before = read_published(chroot, name)
     except BentoError as error:
@@ -1618,6 +1784,14 @@ def prepare(
         print(f"{name}: {error}: published anew", file=sys.stderr)
         before = None
     unchanged = before is not None and before.release == release and is_whole(chroot, before)
+    if (
+        unchanged
+        and before is not None
+        and not plan.dry_run
+        and (renewed := with_signature(before, signature)) != before
+    ):
+        client.write_atomic(chroot / "current.json", client.encode(renewed), 0o644)
+        before = renewed
     if unchanged and (plan.action != "build" or (before is not None and before.system is not None)):
         if not plan.dry_run:
             prepare_chroot(chroot, owner)
@@ -1646,7 +1820,8 @@ def prepare(
             client.write_atomic(chroot / "current.json", client.encode(before._replace(system=system)), 0o644)
             client.remove(staged.tree.parent)
             return None
-        return staged._replace(parts=cut_release(staged, members)), system, before
+        check_system(signature, system)
+        return staged._replace(parts=cut_release(staged, members), signature=signature), system, before
     except BaseException:
         client.remove(staged.tree.parent)
         raise
@@ -1862,6 +2037,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_hosts(status)
     add_hosts(command("diff", "what would change between the running and the built system"))
+    sign = command("sign", "sign the releases of this checkout, for hosts that take signed ones only")
+    sign.add_argument("--key", required=True, metavar="FILE", help="an SSH key, or the public half of an agent's")
+    sign.add_argument("--days", type=int, default=VALID_DAYS, metavar="N", help="vouched for so long (default 30)")
+    sign.add_argument("--build", action="store_true", help="build each, and sign the system's store path, too")
+    sign.add_argument("--unsign", action="store_true", help="the new system may do without signatures from then on")
+    sign.add_argument("--revoke", metavar="FILE", help="public keys whose signatures count no more")
+    add_hosts(sign)
     update = command("update", "update the flakes' lock files, and say what moved")
     update.add_argument("input", nargs="?", metavar="INPUT", help="only this input")
     log = command("log", "what a host uploaded last")
@@ -1882,6 +2064,9 @@ def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:
         return command_rebuild(fleet, options.hosts, Attempt(action, max(1, options.jobs), options.timeout))
     if command == "diff":
         return command_diff(fleet, options.hosts)
+    if command == "sign":
+        vow = Vow(options.key, options.days, options.build, options.unsign, read_revoked(options.revoke))
+        return command_sign(fleet, options.hosts, vow)
     if command == "update":
         return command_update(fleet, options.input)
     if command == "populate":

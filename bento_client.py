@@ -794,6 +794,15 @@ def size_of(path: Path | None) -> int:
         return 0
 
 
+def read_limited(path: Path, limit: int) -> bytes:
+    """A file's content. BentoError when it is larger than can be."""
+    with open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise BentoError(f"{path}: larger than {limit} bytes")
+    return data
+
+
 def free_bytes(path: Path) -> int:
     found = os.statvfs(path)
     return found.f_bavail * found.f_frsize
@@ -1751,7 +1760,7 @@ def fetch_from(session: Sftp, settings: Settings, current: Current, tar: Path, *
     tar.parent.mkdir(mode=0o700, exist_ok=True)
     if thrifty:
         join_parts(session, settings, current, tar)
-    if size_of(tar) < current.size:
+    if not tar.exists() or tar.stat().st_size < current.size:
         session.get(f"releases/{tar.name}", f"partial/{tar.name}", current.size, resume=tar.exists())
     size, digest = tar.stat().st_size, hash_file(tar)
     remedy = "remove it on the server, 'bento.py populate' makes it anew"
