@@ -1295,6 +1295,8 @@ class Sftp:
 
     def get(self, remote: str, local: str, ceiling: int, *, resume: bool = False) -> Path:
         path = self.directory / local
+        if not resume:
+            path.unlink(missing_ok=True)  # another server's
         # It grows by a whole request at a time.
         limit_s = STALL_S + min(ceiling, REQUEST_BYTES) / LEAST_RATE
         self.do(f"{'reget' if resume else 'get'} {remote} {local}", limit_s, grows=path, ceiling=ceiling)

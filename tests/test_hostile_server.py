@@ -157,7 +157,7 @@ def test_a_server_that_turns_bad_in_the_middle(site: Site, how: str) -> None:
     site.lab.publish("v1")
     turn = f"p = c.make_room; c.make_room = lambda *a: (open({str(site.rogue.top / 'how')!r}, 'w').write({how!r}), p(*a))[1]"
     # A new process reads how it is to serve: the download needs a connection of its own then.
-    turn += "; q = c.fetch; c.fetch = lambda s, *a, **k: (s.close(), q(s, *a, **k))[1]"
+    turn += "; q = c.fetch; c.fetch = lambda s, *a, **k: (c.end_group(s.process), q(s, *a, **k))[1]"
     site.run(patch=f"{IMPATIENT}; {turn}")
     assert site.lab.labels() == ("v1", "v1", "v1")
 
