@@ -374,8 +374,8 @@ class Esp:
             try:
                 if behaviour(system).get("boot_einval"):
                     raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-                for name, path in specials(system).items():
-                    self.write_entry(number, path, name or None)
+                for special, path in specials(system).items():
+                    self.write_entry(number, path, special or None)
                 # A system that no generation has becomes nobody's default, and nothing is said of it.
                 if system.resolve() == top:
                     text = f"timeout 5\ndefault {entry_name(number, None)}\nconsole-mode keep\n"
@@ -449,9 +449,9 @@ def link_units(root: Path, names: Iterable[str], gone: Iterable[str]) -> None:
             (root / "run/systemd/system" / wants / name).unlink(missing_ok=True)
     for name in names:
         replace_link(directory / name, root / "etc/static/systemd/system" / name)
-        wants = WANTED_BY.get(Path(name).suffix)
-        if wants is not None and (root / "run/systemd/system").is_dir():
-            replace_link(root / "run/systemd/system" / wants / name, directory / name)
+        wanted_by = WANTED_BY.get(Path(name).suffix)
+        if wanted_by is not None and (root / "run/systemd/system").is_dir():
+            replace_link(root / "run/systemd/system" / wanted_by / name, directory / name)
 
 
 def is_active(unit: str) -> bool:
