@@ -921,11 +921,14 @@ def test_bootctl_lists_as_the_real_one_does(simulated: ToyMachine) -> None:
     real = need("bootctl")
     for number in range(2, 12):
         commit(simulated, build(simulated, label=f"v{number}", specialisations={"desk": {}} if number == 3 else {}))
-    script = 'rm -rf "$1/kept" && cp -a "$1/boot" "$1/kept" && mount -t tmpfs toy "$1/boot" && cp -a "$1/kept/." "$1/boot/" && exec "$2" list --esp-path="$1/boot" --json=short'
+    script = """
+        cp -a "$1/boot" "$1/kept-$3" && mount -t tmpfs toy "$1/boot" && cp -a "$1/kept-$3/." "$1/boot/" || exit 1
+        exec "$2" list --esp-path="$1/boot" --json=short
+    """
     env = {"SYSTEMD_RELAX_ESP_CHECKS": "1", "TOY_BOOTCTL": "252"}
     ours, theirs = (
-        simulated.run("unshare", "-m", "sh", "-c", script, "sh", simulated.root, program, env=env).stdout
-        for program in ("bootctl", real)
+        simulated.run("unshare", "-m", "sh", "-c", script, "sh", simulated.root, program, name, env=env).stdout
+        for name, program in (("toy", "bootctl"), ("real", real))
     )
     decoder, seen = json.JSONDecoder(), []
     for text in (ours, theirs):
