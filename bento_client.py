@@ -1164,618 +1164,6 @@ class BootEntry(NamedTuple):
 class Loader:
     """A boot loader that nothing can be told, or that we know nothing of."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.places = [settings.system_path(place) for place in settings.boot_loader[1:]]
-
-    def trial_way(self) -> str:
-        """How a system is started for one boot only: the boot loader's name, or `none: ` and why not."""
-        name = (*self.settings.boot_loader, "")[0]
-        return (
-            f"none: {name} cannot be told to start a system just once" if name else "none: the boot loader is unknown"
-        )
-
-    def entries(self, place: Path) -> list[BootEntry]:
-        return []
-
-    def locate(self, place: Path, written: str, original: Path) -> Path:
-        """Where the boot loader finds a file that an entry names. `original` is the system's own."""
-        return original
-
-    def entry_fault(self, system: str) -> str | None:
-        """What keeps the boot loader from starting the system, as far as can be seen."""
-        for place in self.places:
-            try:
-                entries = [entry for entry in self.entries(place) if entry.system == system]
-                faults = [self.file_fault(place, entry) for entry in entries] or [f"{place}: no entry for {system}"]
-            except OSError as error:
-                faults = [f"{error.filename or place}: {error.strerror}"]
-            for fault in faults:
-                if fault is not None:
-                    return f"the boot loader cannot start the system: {fault}"
-        return None
-
-    def file_fault(self, place: Path, entry: BootEntry) -> str | None:
-        """What is wrong with the kernel or the initrd of an entry. Secrets may be appended to an initrd."""
-        for name, written in (("kernel", entry.kernel), ("initrd", entry.initrd)):
-            original = Path(os.path.realpath(Path(entry.system, name)))
-            if not original.exists() and name == "initrd":
-                continue
-            if not written:
-                return f"{place}: entry {entry.name} has no {name}"
-            file = self.locate(place, written, original)
-            found, wanted = (path.stat().st_size if path.exists() else None for path in (file, original))
-            if found is None:
-                return f"{file} is missing"
-            if wanted is None or found < wanted or (found > wanted and name == "kernel"):
-                return f"{file} has {found} bytes, the system's {name} has {wanted}"
-        return None
-
-    def entry_of(self, system: str) -> str:
-        """The name of the system's entry, which stays its own whatever is made the default."""
-        try:
-            entries = self.entries(self.places[0]) if self.places else []
-        except OSError as error:
-            raise BentoError(f"{error.filename or self.places[0]}: {error.strerror}") from None
-        for entry in entries:
-            if entry.system == system and not entry.top:
-                return entry.name
-        raise BentoError(f"the boot loader has no entry for {system}: run 'nixos-rebuild boot'")
-
-    def armed(self) -> Armed:
-        return Armed()
-
-    def prefer(self, system: str) -> str:
-        """Makes the system the one that is started, until `clear`; whatever is made the default meanwhile. Returns
-        what was preferred before: to be written down before, from `armed`, and given to `clear` in the end."""
-        raise BentoError(self.trial_way())
-
-    def try_once(self, system: str) -> None:
-        """The next boot starts this system, and those after it the preferred one."""
-        raise BentoError(self.trial_way())
-
-    def clear(self, before: str) -> None:
-        """Takes back what `prefer` and `try_once` did. Again and again is fine."""
-
-
-class SystemdBoot(Loader):
-    """systemd-boot: two EFI variables over what loader.conf says."""
-
-    def trial_way(self) -> str:
-        directory = self.variable("LoaderInfo").parent
-        info = self.read("LoaderInfo").decode("utf-16-le", "replace")
-        features = int.from_bytes(self.read("LoaderFeatures"), "little")
-        if not directory.is_dir() or not any(directory.iterdir()):
-            return "none: this machine was booted without EFI variables"
-        if not info.startswith("systemd-boot"):
-            return "none: this machine was not started by systemd-boot"
-        if features & LOADER_NEEDS != LOADER_NEEDS:
-            return "none: this systemd-boot is too old"
-        if os.statvfs(directory).f_flag & os.ST_RDONLY:
-            return "none: the EFI variables cannot be written"
-        return "systemd-boot"
-
-    def variable(self, name: str) -> Path:
-        return self.settings.system_path(LOADER_VARIABLES.format(name))
-
-    def read(self, name: str) -> bytes:
-        """The value of one of the loader's variables, without the four bytes of attributes that stand before it."""
-        try:
-            return self.variable(name).read_bytes()[4:]
-        except FileNotFoundError:
-            return b""
-        except OSError as error:
-            raise BentoError(f"EFI variable {name}: {error.strerror}") from None
-
-    def entries(self, place: Path) -> list[BootEntry]:
-        found = (place / "loader/entries").glob("*.conf")
-        return [parse_loader_entry(path.name, path.read_text("utf-8", "replace")) for path in sorted(found)]
-
-    def locate(self, place: Path, written: str, original: Path) -> Path:
-        return place / written.lstrip("/")
-
-    def armed(self) -> Armed:
-        names = (
-            self.read(name).decode("utf-16-le", "replace") for name in ("LoaderEntryDefault", "LoaderEntryOneShot")
-        )
-        return Armed(*(name.partition("\0")[0] for name in names))
-
-    def prefer(self, system: str) -> str:
-        before = self.armed().default
-        self.tell("set-default", self.entry_of(system))
-        return before
-
-    def try_once(self, system: str) -> None:
-        self.tell("set-oneshot", self.entry_of(system))
-
-    def clear(self, before: str) -> None:
-        # An entry of another name is another's wish: to start Windows once, say.
-        armed = self.armed()
-        if armed.once.startswith("nixos"):
-            self.tell("set-oneshot", "")
-        if armed.default.startswith("nixos"):
-            self.tell("set-default", before)
-
-    def tell(self, verb: str, name: str) -> None:
-        """Sets a variable, or removes it, and looks: not every firmware keeps what it is given."""
-        which = ("set-default", "set-oneshot").index(verb)
-        if self.armed()[which] == name:
-            return
-        run(["bootctl", verb, name], timeout=BOOTCTL_LIMIT_S)
-        if self.armed()[which] != name:
-            raise BentoError(f"bootctl {verb} had no effect: the firmware does not keep EFI variables")
-
-
-def parse_loader_entry(file: str, text: str) -> BootEntry:
-    """An entry of systemd-boot's. Its name is the file's, without the count of boots that the loader keeps in it."""
-    fields: dict[str, str] = {}
-    for line in text.splitlines():
-        key, _, value = line.strip().partition(" ")
-        fields[key] = f"{fields[key]} {value.strip()}" if key == "options" and key in fields else value.strip()
-    name = re.sub(r"\+[0-9]+(-[0-9]+)?\.conf$", ".conf", file)
-    return BootEntry(name, system_of(fields.get("options", "")), fields.get("linux", ""), fields.get("initrd", ""))
-
-
-def system_of(options: str) -> str:
-    """The system that a kernel's command line starts; empty when it starts none."""
-    found = [word for word in options.split() if word.startswith("init=") and word.endswith("/init")]
-    return found[-1].removeprefix("init=").removesuffix("/init") if found else ""
-
-
-class Grub(Loader):
-    """GRUB: two variables in grubenv, which the lines that bento.nix adds to grub.cfg follow and clear."""
-
-    def trial_way(self) -> str:
-        reasons = (self.trouble(place) for place in self.places)
-        return next((f"none: {reason}" for reason in reasons if reason), "grub" if self.places else super().trial_way())
-
-    def trouble(self, place: Path) -> str | None:
-        """Why GRUB there would not follow us. Where it cannot write, each boot would be the one trial."""
-        try:
-            text, env = (place / "grub.cfg").read_text("utf-8", "replace"), (place / "grubenv")
-            if env.is_symlink() or (env.exists() and not is_grubenv(env.read_bytes())):
-                return f"{env} is not what GRUB makes it"
-            if os.statvfs(place).f_flag & os.ST_RDONLY:
-                return f"{place} cannot be written"
-        except OSError as error:
-            return f"{error.filename or place}: {error.strerror}"
-        if GRUB_MARK not in text:
-            return f"{place / 'grub.cfg'} was written for another version of Bento"
-        if not follows_profile(text):
-            return "GRUB's default is not the newest NixOS"
-        mount = mount_of(self.settings, place)
-        if mount is None or mount.kind not in GRUB_WRITES or not mount.plain:
-            what = mount.kind if mount is not None and mount.kind not in GRUB_WRITES else "no plain partition"
-            return f"GRUB cannot write to {place} ({what})"
-        return None
-
-    def entries(self, place: Path) -> list[BootEntry]:
-        return parse_grub((place / "grub.cfg").read_text("utf-8", "replace"))
-
-    def locate(self, place: Path, written: str, original: Path) -> Path:
-        """A copy in /boot/kernels, or the file itself in the store, whatever GRUB calls its file system."""
-        direct = written.endswith("/" + "/".join(original.parts[-2:]))
-        return original if direct else place.parent / "kernels" / os.path.basename(written)
-
-    def armed(self) -> Armed:
-        """With mirrors: what is preferred in one is; the one shot is left only if it is in all."""
-        told = [read_grubenv(place / "grubenv") for place in self.places]
-        once = [each.get(GRUB_TRY, "") for each in told]
-        return Armed(max((each.get(GRUB_GOOD, "") for each in told), default=""), min(once, default=""))
-
-    def prefer(self, system: str) -> str:
-        """There is no before: nobody else writes these."""
-        self.tell({GRUB_GOOD: self.entry_of(system)})
-        return ""
-
-    def try_once(self, system: str) -> None:
-        self.tell({GRUB_TRY: self.entry_of(system)})
-
-    def clear(self, before: str) -> None:
-        self.tell({GRUB_GOOD: "", GRUB_TRY: ""})
-
-    def tell(self, values: Mapping[str, str]) -> None:
-        for place in self.places:
-            try:
-                write_grubenv(place / "grubenv", values)
-            except OSError as error:
-                raise BentoError(f"{place / 'grubenv'}: {error.strerror}") from None
-
-
-def parse_grub(text: str) -> list[BootEntry]:
-    """The entries of a grub.cfg in their order, submenus among them. A name leads through the submenus, as GRUB's
-    `default` has it; GRUB cannot be led to a title that begins or ends with >."""
-    entries: list[BootEntry] = []
-    path: list[str] = []
-    for line in text.splitlines():
-        words = line.split()
-        if found := GRUB_BLOCK.match(line):
-            path.append(found[3].replace(">", ">>"))
-            entries.append(BootEntry(">".join(path), top=len(path) == 1))
-        if not path or not words:
-            continue
-        if words[0] in ("linux", "module") and system_of(line):
-            entries[-1] = entries[-1]._replace(system=system_of(line), kernel=words[1])
-        elif words[0] in ("initrd", "module") and len(words) > 1:
-            entries[-1] = entries[-1]._replace(initrd=words[1])
-        if words[-1] == "}":
-            path.pop()
-    return entries
-
-
-def follows_profile(text: str) -> bool:
-    """Whether the entry that GRUB starts by itself is the one that `switch-to-configuration boot` sets."""
-    default = re.findall(r'^\s*set default="?([0-9]+)"?\s*$', text, re.MULTILINE)
-    tops = [entry for entry in parse_grub(text) if entry.top]
-    return len(default) == 1 and int(default[0]) < len(tops) and tops[int(default[0])].system != ""
-
-
-class Mount(NamedTuple):
-    kind: str
-    plain: bool
-
-
-def mount_of(settings: Settings, path: Path) -> Mount | None:
-    """The file system that a path lies on: its type, and whether it is on a partition as such (no LVM, RAID, loop)."""
-    table = settings.system_path("/proc/self/mountinfo")
-    inside = "/" + os.path.relpath(os.path.realpath(path), os.path.realpath(settings.root)).removeprefix(".")
-    best: tuple[str, str, str] | None = None
-    for line in table.read_text("utf-8", "replace").splitlines():
-        fields = line.split()
-        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4])
-        kind = fields[fields.index("-") + 1]
-        within = inside == point or inside.startswith(point.rstrip("/") + "/")
-        if within and kind != "autofs" and (best is None or len(point) >= len(best[0])):
-            best = point, kind, fields[2]
-    if best is None:
-        return None
-    device = os.path.realpath(settings.system_path(f"/sys/dev/block/{best[2]}"))
-    return Mount(best[1], os.path.exists(f"{device}/partition") and "/devices/virtual/block/" not in device)
-
-
-def is_grubenv(data: bytes) -> bool:
-    return not data or data.startswith(GRUBENV_HEAD)
-
-
-def read_grubenv(path: Path) -> dict[str, str]:
-    try:
-        text = path.read_bytes().decode(errors="replace")
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise BentoError(f"{path}: {error.strerror}") from None
-    lines = (line.partition("=") for line in text.splitlines() if not line.startswith("#"))
-    return {name: value for name, _, value in lines}
-
-
-def write_grubenv(path: Path, values: Mapping[str, str]) -> None:
-    """Sets variables in GRUB's file, those without a value not at all. In place: GRUB itself overwrites its blocks, so
-    they must stay, and it does not read a journal that would tell of a new file."""
-    data = path.read_bytes() if path.exists() else b""
-    size = len(data) or GRUBENV_BYTES
-    lines = [line for line in data.splitlines(keepends=True) if not line.startswith(b"#")]
-    lines = [line for line in lines if line.partition(b"=")[0].decode(errors="replace") not in values]
-    lines += [f"{name}={value}\n".encode() for name, value in values.items() if value]
-    new = (GRUBENV_HEAD + b"".join(lines)).ljust(size, b"#")
-    if new == data or (not data and not any(values.values())):
-        return
-    if len(new) > size:
-        raise BentoError(f"{path} is full: remove what is not needed with grub-editenv")
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        os.pwrite(descriptor, new, 0)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    if not data:
-        sync_directory(path.parent)
-        os.sync()  # not into the journal only
-
-
-def find_loader(settings: Settings) -> Loader:
-    kinds: dict[str, type[Loader]] = {"systemd-boot": SystemdBoot, "grub": Grub}
-    return kinds.get((*settings.boot_loader, "")[0], Loader)(settings)
-
-
-# --- this machine ---
-
-
-class Facts(NamedTuple):
-    """Where this machine stands. Each is a system; a specialisation counts as the system that it belongs to.
-
-    `default` is what the profile names, and so the next boot.
-    """
-
-    running: str
-    booted: str
-    default: str
-    boot_id: str
-
-
-class Machine:
-    """What a command works on, and the only door to it: this machine's systems, boot loader, files and server.
-
-    `directory`: of this process, in the state directory, as sftp sees it. `session`: an open connection to the server.
-    `watchdog`: the timer that guards what this process does.
-    """
-
-    def __init__(self, settings: Settings, directory: str = "", *, log: str = "deploy.log") -> None:
-        self.settings, self.directory = settings, directory
-        self.log = Log(settings.state / log)
-        self.state = read_journal(settings.state / "state.json", parse_state, self.log) or State()
-        self.loader = find_loader(settings)
-        self.session: Sftp | None = None
-        self.watchdog: str | None = None
-
-    def remember(self, **changes: Any) -> None:
-        """Changes state.json, where it says something else."""
-        state = self.state._replace(**changes)
-        if state != self.state:
-            write_atomic(self.settings.state / "state.json", encode(state))
-            self.state = state
-
-    @property
-    def running(self) -> str:
-        return os.path.realpath(self.settings.system_path("/run/current-system"))
-
-    @property
-    def booted(self) -> str:
-        """What was booted; what runs, where that is not known."""
-        booted = os.path.realpath(self.settings.system_path("/run/booted-system"))
-        return booted if os.path.exists(booted) else self.running
-
-    @property
-    def profile(self) -> Path:
-        return self.settings.system_path("/nix/var/nix/profiles/system")
-
-    @property
-    def default(self) -> str:
-        return os.path.realpath(self.profile) if self.profile.exists() else self.running
-
-    @property
-    def boot_id(self) -> str:
-        """The kernel's name for this boot."""
-        path = self.settings.system_path("/proc/sys/kernel/random/boot_id")
-        return (path if path.exists() else Path("/proc/sys/kernel/random/boot_id")).read_text().strip()
-
-    @property
-    def has_systemd(self) -> bool:
-        return self.settings.system_path("/run/systemd/system").is_dir()
-
-    def facts(self, *more: str) -> Facts:
-        """`more`: systems besides those of state.json that a specialisation may belong to."""
-        state, default = self.state, self.default
-        owners = [system for system in (*more, default, state.system, state.good, state.previous) if system]
-        running, booted = (owner_of(system, owners)[0] for system in (self.running, self.booted))
-        return Facts(running, booted, default, self.boot_id)
-
-    def variant(self, system: str) -> str:
-        """What to activate of a system: the specialisation that this machine runs, where the system has it, too."""
-        _, name = owner_of(self.running, [self.default, self.state.system or "", self.state.good or ""])
-        chosen = os.path.realpath(Path(system, "specialisation", name)) if name else system
-        return chosen if os.path.exists(chosen) else system
-
-    @property
-    def good(self) -> str:
-        """The last system that a boot has proven. Before Bento has seen one: what this machine was booted with."""
-        good = self.state.good
-        return good if good is not None and os.path.exists(good) else self.facts().booted
-
-    @property
-    def on_trial(self) -> str | None:
-        """The boot default of Bento's that no boot has proven yet."""
-        state = self.state
-        return state.system if state.good not in (None, state.system) and state.system == self.default else None
-
-    def has_kernel_of(self, system: str) -> bool:
-        """Whether this boot has the system's kernel, initrd, modules and parameters, as far as it says."""
-        return boot_parts(self.booted) == boot_parts(self.variant(system))
-
-    def releases(self) -> dict[str | None, tuple[str | None, str | None]]:
-        """The systems that are remembered: the release and revision of each, where it was one of Bento's."""
-        s = self.state
-        return {
-            s.previous: (s.previous_release, s.previous_revision),
-            s.good: (s.good_release, s.good_revision),
-            s.system: (s.release, s.revision),
-        }
-
-    @property
-    def needs_reboot(self) -> bool:
-        """Whether a boot would give another kernel (or initrd, modules, parameters), or a system that could not go live."""
-        waits = self.on_trial is not None and self.facts().running != self.on_trial
-        return waits or not self.has_kernel_of(self.default)
-
-    def is_switching(self) -> bool:
-        """Whether somebody's switch is at work. That of 2024 would wait for it, today's would refuse."""
-        try:
-            with open(self.settings.system_path("/run/nixos/switch-to-configuration.lock")) as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            return True
-        return False
-
-    def switch(self, system: str, action: str, token: str) -> Done:
-        """Runs the system's switch-to-configuration. Its exit code is None when it did not end in time.
-
-        Under systemd in a transient unit: the switch may stop, restart or kill whatever it likes, us included.
-        """
-        self.log.say(f"switch-to-configuration {action}: {system}")
-        before = self.log.size()
-        argv = [f"{system}/bin/switch-to-configuration", action]
-        limit_s = self.settings.activation_timeout
-        with self.log.output() as out:
-            if not self.has_systemd:
-                code = run(argv, check=False, output=out, timeout=limit_s).code
-            else:
-                code = run_in_unit(argv, f"bento-switch-{token}-{os.urandom(3).hex()}", out, limit_s)
-        return Done(code, self.log.tail(max(0, min(self.log.size() - before, 1 << 18))))
-
-    def end_switches(self, token: str) -> None:
-        """Ends what an attempt started and left, with the jobs that it queued: a unit that waits for one that hangs would
-        start after the way back. Not during a boot or a shutdown, when the jobs are others'.
-        """
-        if not self.has_systemd:
-            return
-        run(["systemctl", "stop", f"bento-switch-{token}-*.service"], check=False, timeout=60)
-        if run(["systemctl", "is-system-running"], check=False, timeout=30).output.strip() in ("running", "degraded"):
-            run(["systemctl", "cancel"], check=False, timeout=60)
-
-    def nix_env(self, *words: str) -> None:
-        argv = ["nix-env", "-p", str(self.profile), *words]
-        with self.log.output() as out:
-            run(argv, output=out, timeout=self.settings.activation_timeout)
-
-    def generations(self) -> dict[int, str]:
-        """The profile's generations: their numbers, and their systems."""
-        pattern = re.compile(re.escape(self.profile.name) + r"-([0-9]+)-link")
-        links = self.profile.parent.iterdir() if self.profile.parent.is_dir() else ()
-        found = {int(match[1]): link for link in links if (match := pattern.fullmatch(link.name))}
-        return {number: os.path.realpath(link) for number, link in sorted(found.items())}
-
-    def set_default(self, system: str) -> None:
-        """A new generation of the profile. The one that is known to boot stays one, for only those have boot entries."""
-        if self.good not in (system, *self.generations().values()):
-            self.nix_env("--set", self.good)
-        self.nix_env("--set", system)
-
-    def undo_default(self, system: str, failed: str) -> None:
-        """Back to an earlier generation; the failed one goes, for it would push a good one out of the boot menu."""
-        numbers = {found: number for number, found in self.generations().items()}
-        try:
-            self.nix_env("--switch-generation", str(numbers[system]))
-        except (KeyError, BentoError):
-            self.nix_env("--set", system)
-        if failed in numbers and failed not in (system, self.state.previous, self.good):
-            with best_effort(self.log):
-                self.nix_env("--delete-generations", str(numbers[failed]))
-
-    def keep(self, system: str) -> None:
-        """A garbage collection root for the system that a boot may have to lead back to."""
-        link = self.settings.system_path("/nix/var/nix/gcroots/bento-way-back")
-        with best_effort(self.log):
-            if not os.path.islink(link) or os.readlink(link) != system:
-                link.parent.mkdir(parents=True, exist_ok=True)
-                replace_link(link, system)
-
-    def reboot(self) -> None:
-        run(["systemctl", "reboot"], timeout=60)
-
-    def hang_up(self) -> None:
-        if self.session is not None:
-            self.session.close()
-            self.session = None
-
-
-def owner_of(system: str, owners: Sequence[str]) -> tuple[str, str]:
-    """The system that `system` is a specialisation of, and the name of that; itself, and no name, where it is none.
-
-    NixOS links SYSTEM/specialisation/NAME to a system that does not know what it belongs to.
-    """
-    above, found, name = system.partition("/specialisation/")
-    if found:
-        return above, name.split("/")[0]
-    for owner in owners if system not in owners else ():
-        for link in sorted(Path(owner, "specialisation").glob("*")):
-            if os.path.realpath(link) == system:
-                return owner, link.name
-    return system, ""
-
-
-def boot_parts(system: str) -> list[str | None]:
-    """What of a system only a boot can change: where its kernel, initrd and kernel modules lie, and its parameters."""
-    links = (Path(system) / name for name in ("kernel", "initrd", "kernel-modules"))
-    parts = [os.path.realpath(link) if link.is_symlink() or link.exists() else None for link in links]
-    try:
-        return [*parts, Path(system, "kernel-params").read_text(errors="replace").strip()]
-    except OSError:
-        return [*parts, None]
-
-
-def run_in_unit(argv: Sequence[str], unit: str, out: IO[bytes], limit_s: float) -> int | None:
-    sink = "null" if out.name == os.devnull else f"append:{out.name}"
-    wrapped = [
-        "systemd-run", "--quiet", "--collect", "--wait", "--service-type=exec", f"--unit={unit}",
-        f"--property=StandardOutput={sink}", f"--property=StandardError={sink}",
-        f"--property=RuntimeMaxSec={limit_s}", "--property=TimeoutStopSec=10",
-        *transient_environment("LOCALE_ARCHIVE"), "--", *argv,
-    ]  # fmt: skip
-    started = time.monotonic()
-    code = run(wrapped, check=False, output=out, timeout=limit_s + WATCHDOG_MARGIN_S).code
-    # systemd-run may lose its bus in the middle of a switch. The unit is what counts.
-    wait_for_units(unit, started + limit_s + WATCHDOG_MARGIN_S)
-    return None if time.monotonic() - started >= limit_s else code
-
-
-def wait_for_units(pattern: str, give_up: float) -> None:
-    """Until none of these units is active, or the monotonic clock says `give_up`."""
-    while run(["systemctl", "is-active", "--quiet", pattern], check=False, timeout=30).code == 0:
-        if time.monotonic() > give_up:
-            return
-        time.sleep(0.5)
-
-
-def transient_environment(*names: str) -> list[str]:
-    return [f"--setenv={name}={os.environ[name]}" for name in names if name in os.environ]
-
-
-def settings_of(system: str) -> dict[str, Any]:
-    """What a system has in its /etc/bento/client.json; nothing, where that cannot be read."""
-    try:
-        found = json.loads(Path(system, "etc/bento/client.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-@contextmanager
-def best_effort(log: Log) -> Iterator[None]:
-    """For what must not keep a machine from going back to its old system: a full disk, a watchdog that cannot start."""
-    try:
-        yield
-    except (OSError, BentoError) as error:
-        log.say(f"going on without: {error}")
-
-
-# --- boot loaders ---
-#
-# What a boot loader can be told: these systems by name, one of them for the next boot only. In what it reads itself:
-# entries and variables, never in what a program says of them.
-
-LOADER_VARIABLES = "/sys/firmware/efi/efivars/{}-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
-# Of LoaderFeatures: it follows LoaderEntryDefault, and LoaderEntryOneShot.
-LOADER_NEEDS = 1 << 2 | 1 << 3
-# utils/bento.nix writes it into grub.cfg, above the lines that follow what we write into grubenv.
-GRUB_MARK = "# bento: the first boot is a trial (1)"
-GRUB_GOOD, GRUB_TRY = "bento_good", "bento_try"
-GRUB_WRITES = ("ext2", "ext3", "ext4", "vfat")
-GRUBENV_HEAD, GRUBENV_BYTES = b"# GRUB Environment Block\n", 1024
-GRUB_BLOCK = re.compile(r"""\s*(menuentry|submenu)\s+(["'])(.*?)\2""")
-BOOTCTL_LIMIT_S = 60
-
-
-class Armed(NamedTuple):
-    """What a boot loader was told: the entry that it starts, and the one that it starts next, once. By their names."""
-
-    default: str = ""
-    once: str = ""
-
-
-class BootEntry(NamedTuple):
-    """An entry of a boot loader's menu. `system` is empty for what is not NixOS; kernel and initrd as written there."""
-
-    name: str
-    system: str = ""
-    kernel: str = ""
-    initrd: str = ""
-    top: bool = False
-
-
-class Loader:
-    """A boot loader that nothing can be told, or that we know nothing of."""
-
     def __init__(self, settings: Settings, places: Sequence[Path] = ()) -> None:
         self.settings = settings
         self.places = places
@@ -2088,6 +1476,268 @@ def find_loader(settings: Settings) -> Loader:
     if kind not in kinds or not places:
         return Loader(settings)
     return kinds[kind](settings, [settings.system_path(place) for place in places])
+
+
+# --- this machine ---
+
+
+class Facts(NamedTuple):
+    """Where this machine stands. Each is a system; a specialisation counts as the system that it belongs to.
+
+    `default` is what the profile names, and so the next boot.
+    """
+
+    running: str
+    booted: str
+    default: str
+    boot_id: str
+
+
+class Machine:
+    """What a command works on, and the only door to it: this machine's systems, boot loader, files and server.
+
+    `directory`: of this process, in the state directory, as sftp sees it. `session`: an open connection to the server.
+    `watchdog`: the timer that guards what this process does.
+    """
+
+    def __init__(self, settings: Settings, directory: str = "", *, log: str = "deploy.log") -> None:
+        self.settings, self.directory = settings, directory
+        self.log = Log(settings.state / log)
+        self.state = read_journal(settings.state / "state.json", parse_state, self.log) or State()
+        self.loader = find_loader(settings)
+        self.session: Sftp | None = None
+        self.watchdog: str | None = None
+
+    def remember(self, **changes: Any) -> None:
+        """Changes state.json, where it says something else."""
+        state = self.state._replace(**changes)
+        if state != self.state:
+            write_atomic(self.settings.state / "state.json", encode(state))
+            self.state = state
+
+    @property
+    def running(self) -> str:
+        return os.path.realpath(self.settings.system_path("/run/current-system"))
+
+    @property
+    def booted(self) -> str:
+        """What was booted; what runs, where that is not known."""
+        booted = os.path.realpath(self.settings.system_path("/run/booted-system"))
+        return booted if os.path.exists(booted) else self.running
+
+    @property
+    def profile(self) -> Path:
+        return self.settings.system_path("/nix/var/nix/profiles/system")
+
+    @property
+    def default(self) -> str:
+        return os.path.realpath(self.profile) if self.profile.exists() else self.running
+
+    @property
+    def boot_id(self) -> str:
+        """The kernel's name for this boot."""
+        path = self.settings.system_path("/proc/sys/kernel/random/boot_id")
+        return (path if path.exists() else Path("/proc/sys/kernel/random/boot_id")).read_text().strip()
+
+    @property
+    def has_systemd(self) -> bool:
+        return self.settings.system_path("/run/systemd/system").is_dir()
+
+    def facts(self, *more: str) -> Facts:
+        """`more`: systems besides those of state.json that a specialisation may belong to."""
+        state, default = self.state, self.default
+        owners = [system for system in (*more, default, state.system, state.good, state.previous) if system]
+        running, booted = (owner_of(system, owners)[0] for system in (self.running, self.booted))
+        return Facts(running, booted, default, self.boot_id)
+
+    def variant(self, system: str) -> str:
+        """What to activate of a system: the specialisation that this machine runs, where the system has it, too."""
+        _, name = owner_of(self.running, [self.default, self.state.system or "", self.state.good or ""])
+        chosen = os.path.realpath(Path(system, "specialisation", name)) if name else system
+        return chosen if os.path.exists(chosen) else system
+
+    @property
+    def good(self) -> str:
+        """The last system that a boot has proven. Before Bento has seen one: what this machine was booted with."""
+        good = self.state.good
+        return good if good is not None and os.path.exists(good) else self.facts().booted
+
+    @property
+    def on_trial(self) -> str | None:
+        """The boot default of Bento's that no boot has proven yet."""
+        state = self.state
+        return state.system if state.good not in (None, state.system) and state.system == self.default else None
+
+    def has_kernel_of(self, system: str) -> bool:
+        """Whether this boot has the system's kernel, initrd, modules and parameters, as far as it says."""
+        return boot_parts(self.booted) == boot_parts(self.variant(system))
+
+    def releases(self) -> dict[str | None, tuple[str | None, str | None]]:
+        """The systems that are remembered: the release and revision of each, where it was one of Bento's."""
+        s = self.state
+        return {
+            s.previous: (s.previous_release, s.previous_revision),
+            s.good: (s.good_release, s.good_revision),
+            s.system: (s.release, s.revision),
+        }
+
+    @property
+    def needs_reboot(self) -> bool:
+        """Whether a boot would give another kernel (or initrd, modules, parameters), or a system that could not go live."""
+        waits = self.on_trial is not None and self.facts().running != self.on_trial
+        return waits or not self.has_kernel_of(self.default)
+
+    def is_switching(self) -> bool:
+        """Whether somebody's switch is at work. That of 2024 would wait for it, today's would refuse."""
+        try:
+            with open(self.settings.system_path("/run/nixos/switch-to-configuration.lock")) as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+    def switch(self, system: str, action: str, token: str) -> Done:
+        """Runs the system's switch-to-configuration. Its exit code is None when it did not end in time.
+
+        Under systemd in a transient unit: the switch may stop, restart or kill whatever it likes, us included.
+        """
+        self.log.say(f"switch-to-configuration {action}: {system}")
+        before = self.log.size()
+        argv = [f"{system}/bin/switch-to-configuration", action]
+        limit_s = self.settings.activation_timeout
+        with self.log.output() as out:
+            if not self.has_systemd:
+                code = run(argv, check=False, output=out, timeout=limit_s).code
+            else:
+                code = run_in_unit(argv, f"bento-switch-{token}-{os.urandom(3).hex()}", out, limit_s)
+        return Done(code, self.log.tail(max(0, min(self.log.size() - before, 1 << 18))))
+
+    def end_switches(self, token: str) -> None:
+        """Ends what an attempt started and left, with the jobs that it queued: a unit that waits for one that hangs would
+        start after the way back. Not during a boot or a shutdown, when the jobs are others'.
+        """
+        if not self.has_systemd:
+            return
+        run(["systemctl", "stop", f"bento-switch-{token}-*.service"], check=False, timeout=60)
+        if run(["systemctl", "is-system-running"], check=False, timeout=30).output.strip() in ("running", "degraded"):
+            run(["systemctl", "cancel"], check=False, timeout=60)
+
+    def nix_env(self, *words: str) -> None:
+        argv = ["nix-env", "-p", str(self.profile), *words]
+        with self.log.output() as out:
+            run(argv, output=out, timeout=self.settings.activation_timeout)
+
+    def generations(self) -> dict[int, str]:
+        """The profile's generations: their numbers, and their systems."""
+        pattern = re.compile(re.escape(self.profile.name) + r"-([0-9]+)-link")
+        links = self.profile.parent.iterdir() if self.profile.parent.is_dir() else ()
+        found = {int(match[1]): link for link in links if (match := pattern.fullmatch(link.name))}
+        return {number: os.path.realpath(link) for number, link in sorted(found.items())}
+
+    def set_default(self, system: str) -> None:
+        """A new generation of the profile. The one that is known to boot stays one, for only those have boot entries."""
+        if self.good not in (system, *self.generations().values()):
+            self.nix_env("--set", self.good)
+        self.nix_env("--set", system)
+
+    def undo_default(self, system: str, failed: str) -> None:
+        """Back to an earlier generation; the failed one goes, for it would push a good one out of the boot menu."""
+        numbers = {found: number for number, found in self.generations().items()}
+        try:
+            self.nix_env("--switch-generation", str(numbers[system]))
+        except (KeyError, BentoError):
+            self.nix_env("--set", system)
+        if failed in numbers and failed not in (system, self.state.previous, self.good):
+            with best_effort(self.log):
+                self.nix_env("--delete-generations", str(numbers[failed]))
+
+    def keep(self, system: str) -> None:
+        """A garbage collection root for the system that a boot may have to lead back to."""
+        link = self.settings.system_path("/nix/var/nix/gcroots/bento-way-back")
+        with best_effort(self.log):
+            if not os.path.islink(link) or os.readlink(link) != system:
+                link.parent.mkdir(parents=True, exist_ok=True)
+                replace_link(link, system)
+
+    def reboot(self) -> None:
+        run(["systemctl", "reboot"], timeout=60)
+
+    def hang_up(self) -> None:
+        if self.session is not None:
+            self.session.close()
+            self.session = None
+
+
+def owner_of(system: str, owners: Sequence[str]) -> tuple[str, str]:
+    """The system that `system` is a specialisation of, and the name of that; itself, and no name, where it is none.
+
+    NixOS links SYSTEM/specialisation/NAME to a system that does not know what it belongs to.
+    """
+    above, found, name = system.partition("/specialisation/")
+    if found:
+        return above, name.split("/")[0]
+    for owner in owners if system not in owners else ():
+        for link in sorted(Path(owner, "specialisation").glob("*")):
+            if os.path.realpath(link) == system:
+                return owner, link.name
+    return system, ""
+
+
+def boot_parts(system: str) -> list[str | None]:
+    """What of a system only a boot can change: where its kernel, initrd and kernel modules lie, and its parameters."""
+    links = (Path(system) / name for name in ("kernel", "initrd", "kernel-modules"))
+    parts = [os.path.realpath(link) if link.is_symlink() or link.exists() else None for link in links]
+    try:
+        return [*parts, Path(system, "kernel-params").read_text(errors="replace").strip()]
+    except OSError:
+        return [*parts, None]
+
+
+def run_in_unit(argv: Sequence[str], unit: str, out: IO[bytes], limit_s: float) -> int | None:
+    sink = "null" if out.name == os.devnull else f"append:{out.name}"
+    wrapped = [
+        "systemd-run", "--quiet", "--collect", "--wait", "--service-type=exec", f"--unit={unit}",
+        f"--property=StandardOutput={sink}", f"--property=StandardError={sink}",
+        f"--property=RuntimeMaxSec={limit_s}", "--property=TimeoutStopSec=10",
+        *transient_environment("LOCALE_ARCHIVE"), "--", *argv,
+    ]  # fmt: skip
+    started = time.monotonic()
+    code = run(wrapped, check=False, output=out, timeout=limit_s + WATCHDOG_MARGIN_S).code
+    # systemd-run may lose its bus in the middle of a switch. The unit is what counts.
+    wait_for_units(unit, started + limit_s + WATCHDOG_MARGIN_S)
+    return None if time.monotonic() - started >= limit_s else code
+
+
+def wait_for_units(pattern: str, give_up: float) -> None:
+    """Until none of these units is active, or the monotonic clock says `give_up`."""
+    while run(["systemctl", "is-active", "--quiet", pattern], check=False, timeout=30).code == 0:
+        if time.monotonic() > give_up:
+            return
+        time.sleep(0.5)
+
+
+def transient_environment(*names: str) -> list[str]:
+    return [f"--setenv={name}={os.environ[name]}" for name in names if name in os.environ]
+
+
+def settings_of(system: str) -> dict[str, Any]:
+    """What a system has in its /etc/bento/client.json; nothing, where that cannot be read."""
+    try:
+        found = json.loads(Path(system, "etc/bento/client.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@contextmanager
+def best_effort(log: Log) -> Iterator[None]:
+    """For what must not keep a machine from going back to its old system: a full disk, a watchdog that cannot start."""
+    try:
+        yield
+    except (OSError, BentoError) as error:
+        log.say(f"going on without: {error}")
 
 
 # --- reports ---
