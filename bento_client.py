@@ -28,6 +28,7 @@ import io
 import json
 import os
 import re
+import resource
 import select
 import shlex
 import signal
@@ -61,12 +62,13 @@ MAX_JSON_BYTES = 64 << 10
 LOG_HEAD_BYTES, LOG_TAIL_BYTES = 64 << 10, 960 << 10
 KEEP_LOGS = 20
 MIN_FREE_BYTES = 8 << 20
-# A release that may take its time on a slow line.
-LARGE_BYTES = 1 << 20
-# How long a transfer may stand still. Slow is fine, dead is not; so slow (bytes a second) is fine.
-STALL_S, LEAST_RATE = 60.0, 1000
+# How long a transfer may stand still, besides what one request takes at the least rate (bytes a second). Slow is fine,
+# dead is not: below the floor it is given up after that time, too.
+STALL_S, LEAST_RATE, FLOOR_RATE = 60.0, 1000, 1000
 # In one request of sftp's: as much as OpenSSH's servers take (SFTP_MAX_MSG_LENGTH, less room for a header).
 REQUEST_BYTES = 261120
+# What sftp may say to one command, and have in memory: a server can list names without end.
+MAX_ANSWER_BYTES, MAX_SFTP_BYTES = 16 << 20, 256 << 20
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 15 * 60, 24 * 3600
 WATCHDOG_MARGIN_S = 30
 # A poll that takes longer hangs: no watchdog guards it, and no other run could start. Twenty large logs on a slow line
@@ -625,11 +627,15 @@ SSH_FAILURES = [
 ]  # fmt: skip
 
 
+# Of ssh's: what stands above them may be the server's banner, which says what it likes.
+LAST_LINES = 6
+
+
 def explain_ssh(output: str) -> tuple[str, bool]:
     """What ssh's words mean, and whether the failure may pass by itself."""
     said = [one_line(line) for line in output.splitlines() if line.strip() and not line.startswith("sftp> ")]
     for pattern, passing, meaning in SSH_FAILURES:
-        for line in said:
+        for line in said[-LAST_LINES:]:
             if re.search(pattern, line):
                 return f"{meaning} ({line.removeprefix('ssh: ')})", passing
     return (said[-1] if said else "sftp ended without a word"), True
@@ -685,6 +691,14 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def size_of(path: Path | None) -> int:
+    """In bytes; 0 where there is nothing."""
+    try:
+        return path.stat().st_size if path is not None else 0
+    except FileNotFoundError:
+        return 0
 
 
 def free_bytes(path: Path) -> int:
@@ -885,11 +899,13 @@ class Log:
 
 # --- sftp ---
 
-MARK, MARKED = b"lpwd\n", b"Local working directory:"
-
 
 class Refused(BentoError):
     """The server was reached, and one sftp command failed there."""
+
+
+def known_hosts_file(settings: Settings) -> Path:
+    return Path(settings.known_hosts) if settings.known_hosts else settings.state / "known_hosts"
 
 
 def sftp_argv(settings: Settings, server: str) -> list[str]:
@@ -899,8 +915,8 @@ def sftp_argv(settings: Settings, server: str) -> list[str]:
     def quoted(path: Path) -> str:
         return '"' + str(path).replace("%", "%%") + '"'
 
-    given = Path(settings.known_hosts) if settings.known_hosts else None
-    strict = given is not None and given.exists()
+    known = known_hosts_file(settings)
+    strict = bool(settings.known_hosts) and known.exists()
     options = [
         "ControlMaster=no",
         "ControlPath=none",
@@ -912,7 +928,7 @@ def sftp_argv(settings: Settings, server: str) -> list[str]:
         "ServerAliveInterval=10",
         "ServerAliveCountMax=3",
         f"StrictHostKeyChecking={'yes' if strict else 'accept-new'}",
-        f"UserKnownHostsFile={quoted(given or settings.state / 'known_hosts')}",
+        f"UserKnownHostsFile={quoted(known)}",
         *(["GlobalKnownHostsFile=none"] if strict else []),
         "UpdateHostKeys=no",
         "ForwardAgent=no",
@@ -929,20 +945,18 @@ def sftp_argv(settings: Settings, server: str) -> list[str]:
 
 
 class Sftp:
-    """One `sftp` process in batch mode, which is one SSH connection.
+    """One `sftp` process in batch mode, which is one SSH connection: one command, one answer.
 
-    sftp reads its batch line by line, so commands go in as they are decided on, each with a harmless local command
-    behind it whose answer marks the end of the one before. Local names are relative to the state directory. `heard`
-    is what sftp answered to commands that nobody waited for. `forestalled`: see forestall().
+    sftp takes its batch line by line, and repeats each line before it acts on it. So behind each command goes a comment
+    that no server can guess: where it comes back, the answer ends. A command that fails ends the session, unless it has
+    sftp's minus in front. Local names are relative to the state directory.
     """
 
     def __init__(self, settings: Settings, server: str) -> None:
         self.server = server
         self.directory = settings.state
-        self.answer = b""
-        self.unanswered = 0
-        self.heard = ""
-        self.forestalled = False
+        self.mark = f"# {os.urandom(16).hex()}".encode()
+        self.answer = bytearray()
         argv = sftp_argv(settings, server)
         if verbose:
             print(f"+ {shlex.join(argv)}", file=sys.stderr)
@@ -959,49 +973,43 @@ class Sftp:
             )
         except OSError as error:
             raise Unreachable(f"cannot run sftp: {error.strerror}; is OpenSSH on PATH?", passing=False) from None
+        resource.prlimit(self.process.pid, resource.RLIMIT_AS, (MAX_SFTP_BYTES, MAX_SFTP_BYTES))
         # ssh has its own limit for connecting, with a better message; it does not cover what comes after.
-        self.greeting = self.do(None, settings.connect_timeout + 2)
+        self.do("", settings.connect_timeout + 2)
 
-    def do(self, command: str | None, limit_s: float = STALL_S, grows: Path | None = None, ceiling: int = 0) -> str:
-        """Runs one command to its end and returns what sftp said. `limit_s` counts from the last sign of life, which
-        for a download is the growth of the file `grows`; one that outgrows `ceiling` bytes is broken off."""
-        assert self.process.stdout is not None
-        self.send(command)
-        give_up, size = time.monotonic() + limit_s, -1
-        while True:
+    def do(self, command: str, limit_s: float = STALL_S, grows: Path | None = None, ceiling: int = 0) -> str:
+        """Runs one command to its end and returns what sftp said to it. It has `limit_s` seconds; what a download into
+        the file `grows` uses up of them it wins back by growing, at the floor's rate or faster. One that outgrows
+        `ceiling` bytes is broken off."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        give_up = time.monotonic() + limit_s
+        size = size_of(grows)
+        with suppress(BrokenPipeError):  # its last words say more
+            self.process.stdin.write(f"{command}\n".encode() + self.mark + b"\n")
+        looked_at = 0
+        while (end := self.answer.find(self.mark, looked_at)) < 0:
+            looked_at = max(0, len(self.answer) - len(self.mark))
             ready, _, _ = select.select([self.process.stdout], [], [], 0.2)
             if ready:
                 chunk = os.read(self.process.stdout.fileno(), 1 << 16)
                 if not chunk:
                     raise self.failure()
-                self.answer = (self.answer + chunk)[-(1 << 18) :]
-                at = self.find_mark()
-                while at >= 0 and (end := self.answer.find(b"\n", at)) >= 0:
-                    said, self.answer = self.answer[:at].decode(errors="replace"), self.answer[end + 1 :]
-                    self.unanswered -= 1
-                    if not self.unanswered:
-                        return said
-                    self.heard += said
-                    at = self.find_mark()
-            if grows is not None and (now := grows.stat().st_size if grows.exists() else 0) != size:
-                size, give_up = now, time.monotonic() + limit_s
-                if size > ceiling:
-                    end_group(self.process)
-                    raise BentoError(f"{self.server}: {command} gave more than the announced {ceiling} bytes")
-            if time.monotonic() > give_up:
+                self.answer += chunk
+                if len(self.answer) > MAX_ANSWER_BYTES:
+                    raise self.broken(f"more than {MAX_ANSWER_BYTES} bytes in answer to '{command or 'connect'}'")
+            now_s, before, size = time.monotonic(), size, size_of(grows)
+            give_up = min(now_s + limit_s, give_up + max(0, size - before) / FLOOR_RATE)
+            if size > ceiling and grows is not None:
                 end_group(self.process)
-                raise Unreachable(f"{self.server}: no answer to '{command or 'connect'}' for {limit_s:.0f} s")
+                raise BentoError(f"{self.server}: {command} gave more than the announced {ceiling} bytes")
+            if now_s > give_up:
+                raise self.broken(f"no answer to '{command or 'connect'}' for {limit_s:.0f} s")
+        said, self.answer = self.answer[:end].decode(errors="replace"), bytearray()
+        return said
 
-    def send(self, command: str | None) -> None:
-        """Gives sftp a command, and waits for nothing: the next one that is waited for tells whether it went well."""
-        assert self.process.stdin is not None
-        line = f"{command}\n".encode() if command else b""
-        with suppress(BrokenPipeError):
-            self.process.stdin.write(line + MARK)
-        self.unanswered += 1
-
-    def find_mark(self) -> int:
-        return 0 if self.answer.startswith(MARKED) else self.answer.find(b"\n" + MARKED) + 1 or -1
+    def broken(self, why: str) -> Unreachable:
+        end_group(self.process)
+        return Unreachable(f"{self.server}: {why}")
 
     def failure(self) -> BentoError:
         """Why sftp ended: 255 is ssh's own failure, and so is a line that died in the middle of a command."""
@@ -1026,38 +1034,38 @@ class Sftp:
             raise BentoError(f"{self.server}: {remote} is larger than the announced {ceiling} bytes")
         return path
 
-    def put(self, local: str, name: str) -> None:
-        """Uploads into logs/: under a name that no reader takes, then renamed."""
+    def put(self, local: str, name: str, *, optional: bool = False) -> None:
+        """Uploads into logs/: under a name that no reader takes, then renamed. `optional`: a server that cannot take it
+        is no failure."""
         # It gives no sign of life before its end.
         limit_s = STALL_S + (self.directory / local).stat().st_size / LEAST_RATE
-        self.do(f"put {local} logs/.{name}", limit_s)
-        self.do(f"rename logs/.{name} logs/{name}")
-
-    def hang_up(self) -> None:
-        """Lets sftp end by itself, as soon as it has done what it was given."""
-        assert self.process.stdin is not None
-        with suppress(OSError):
-            self.process.stdin.close()
+        sign = "-" if optional else ""
+        self.do(f"{sign}put {local} logs/.{name}", limit_s)
+        self.do(f"{sign}rename logs/.{name} logs/{name}")
 
     def close(self) -> None:
-        """Ends the connection: at once, or after the commands that nobody waited for."""
-        assert self.process.stdout is not None
-        self.hang_up()
-        if not self.unanswered and self.process.poll() is None:  # a farewell would take a round trip
+        """Ends the connection, at once: nothing is left unanswered, and a farewell would take a round trip."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        if self.process.poll() is None:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGTERM)
         try:
             self.process.wait(5)
         except subprocess.TimeoutExpired:
             end_group(self.process)
+        self.process.stdin.close()
         self.process.stdout.close()
 
 
 def connect(settings: Settings, server: str, log: Log) -> Sftp:
-    session = Sftp(settings, server)
-    if "Permanently added" in session.greeting:
-        log.say(f"warning: first contact with {server}: its host key is kept in {settings.state / 'known_hosts'}")
-    return session
+    """A new connection. A key that was taken on trust is told, whatever comes after it."""
+    known = known_hosts_file(settings)
+    before = size_of(known)
+    try:
+        return Sftp(settings, server)
+    finally:
+        if size_of(known) > before:
+            log.say(f"warning: first contact with {server}: its host key is kept in {known}")
 
 
 def knock(settings: Settings, log: Log, favourite: str) -> Sftp:
@@ -1775,11 +1783,10 @@ def write_report(machine: Machine, phase: Phase) -> str:
 
 
 def announce(machine: Machine, phase: Phase) -> None:
-    """Tells the server what comes next. With a minus, a refusal does not end the session: the release matters more."""
+    """Tells the server what comes next. That it has no room for it is no reason to stop."""
     assert machine.session is not None
     with suppress(OSError):  # on a full disk there is no report to send
-        machine.session.do(f"-put {write_report(machine, phase)} logs/.status.json")
-        machine.session.do("-rename logs/.status.json logs/status.json")
+        machine.session.put(write_report(machine, phase), "status.json", optional=True)
 
 
 def deliver(machine: Machine, phase: Phase = Phase.IDLE) -> None:
@@ -1792,7 +1799,7 @@ def deliver(machine: Machine, phase: Phase = Phase.IDLE) -> None:
         (outbox / name).unlink()
     session.put(write_report(machine, phase), "status.json")
     if waiting:
-        there = re.findall(rf"(?m)^(?:logs/)?({LOG_NAME.pattern})\s*$", session.do("ls -1 logs"))
+        there = re.findall(rf"(?m)^(?:logs/)?({LOG_NAME.pattern})\s*$", session.do("-ls -1 logs"))
         old = sorted(set(there) - set(waiting))
         surplus = len(old) - max(0, KEEP_LOGS - len(waiting))
         for name in old[: min(max(0, surplus), KEEP_LOGS)]:
@@ -1806,7 +1813,7 @@ def report(machine: Machine, phase: Phase = Phase.IDLE) -> None:
         try:
             if server is not None:
                 machine.hang_up()
-                machine.session = Sftp(machine.settings, server)
+                machine.session = connect(machine.settings, server, machine.log)
             if machine.session is not None:
                 deliver(machine, phase)
                 return
