@@ -586,10 +586,10 @@ def decide(
         return Action.NOTHING, f"up to date with release {current.release[:12]}"
     # Nobody can tell an outage that ended in time for the old system from a release that cut the line.
     pause_s = retry_pause_s(tried.result, tried.attempt, costly=state.costly)
-    in_doubt = tried.result == Result.ROLLED_BACK and state.doubts == 1
-    if in_doubt:
+    if tried.result == Result.ROLLED_BACK and state.doubts == 1:
         pause_s = LONGEST_PAUSE_S
-    if tried.result in (Result.ROLLED_BACK, Result.ROLLBACK_FAILED) and not in_doubt:
+    waits = parse_time(tried.finished) + pause_s > now_s or state.doubts != 1
+    if tried.result in (Result.ROLLED_BACK, Result.ROLLBACK_FAILED) and waits:
         return (
             Action.NOTHING,
             f"release {current.release[:12]} was rolled back ({tried.reason}): waiting for a new release",
@@ -2344,16 +2344,20 @@ def commit(machine: Machine, pending: Pending, note: str = "") -> Outcome | None
     """Makes the new system the boot default. Its next boot is a trial: the boot loader is told to start it once, and the
     last system that is known to boot after that. In this order, a cut leaves no default that has never booted.
     """
-    new, good = pending.new, machine.good
+    new, good, before = pending.new, machine.good, pending.committed
     pending = pending._replace(step=Step.COMMITTING, committed=True)
     pending = advance(machine, pending, 2 * machine.settings.activation_timeout)
-    trial = good != new and runs_bento(new) and lead_back_to(machine, good)
     machine.keep(good)
-    machine.set_default(new)
+    trial = good != new and runs_bento(new) and has_entry(machine, good, pending.token) and lead_back_to(machine, good)
+    try:
+        machine.set_default(new)
+    except BentoError as error:
+        words = f"the system profile could not be set: {error}"
+        return go_back(machine, pending._replace(committed=before), Outcome(Result.POSTPONED, words, costly=True))
     done = machine.switch(new, "boot", pending.token)
     if done.code != 0:  # it still says what it said
         words = f"the boot loader could not be written ({how_ended(done.code)}): {machine.log.last_words()}"
-        return go_back(machine, pending._replace(committed=False), Outcome(Result.POSTPONED, words, costly=True))
+        return go_back(machine, pending._replace(committed=before), Outcome(Result.POSTPONED, words, costly=True))
     if (fault := machine.loader.entry_fault(new)) is not None:
         words = f"the boot loader cannot start the new system: {fault}"
         return go_back(machine, pending, Outcome(Result.POSTPONED, words, costly=True))
@@ -2568,15 +2572,25 @@ def align_trial(machine: Machine) -> None:
     new = machine.on_trial
     if new is None:
         end_trial(machine)
-    elif machine.state.armed and lead_back_to(machine, machine.good):
-        try_once(machine, new, machine.good)
+    elif machine.state.armed and machine.loader.entry_fault(machine.good) is None:
+        if lead_back_to(machine, machine.good):
+            try_once(machine, new, machine.good)
+
+
+def has_entry(machine: Machine, good: str, token: str) -> bool:
+    """Whether a trial is possible, and there is a boot entry to fall back to. A garbage collection takes it away."""
+    if machine.loader.trial_way().startswith("none"):
+        return False
+    if machine.loader.entry_fault(good) is not None:
+        with best_effort(machine.log):
+            machine.set_default(good)
+            machine.switch(good, "boot", token)
+    return machine.loader.entry_fault(good) is None
 
 
 def lead_back_to(machine: Machine, good: str) -> bool:
     """Makes the system that is known to boot the standing default, before another becomes it. False: no trial here."""
     loader = machine.loader
-    if loader.trial_way().startswith("none") or loader.entry_fault(good) is not None:
-        return False
     try:
         if not machine.state.armed:  # before it is changed: what a person had set is put back
             machine.remember(armed=True, set_before=loader.armed().default)
@@ -2588,15 +2602,14 @@ def lead_back_to(machine: Machine, good: str) -> bool:
 
 
 def try_once(machine: Machine, new: str, good: str) -> None:
-    """The other half. Where it cannot be done, or the way back is no entry any more, the new system is a plain default."""
-    try:
-        if machine.loader.entry_fault(good) is None:
-            machine.loader.try_once(new)
-            return
+    """The other half. Where the way back is no entry any more, the new system is a plain default; where only this half
+    fails, the next boot is that of the old one."""
+    if machine.loader.entry_fault(good) is not None:
         machine.log.say("the next boot cannot be a trial: the boot loader has no entry of the last system any more")
-    except (OSError, BentoError) as error:
-        machine.log.say(f"the next boot cannot be a trial: {error}")
-    end_trial(machine)
+        end_trial(machine)
+        return
+    with best_effort(machine.log):
+        machine.loader.try_once(new)
 
 
 def end_trial(machine: Machine) -> None:
