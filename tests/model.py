@@ -5,7 +5,7 @@ variables; the boot id. What the real programs do with them is told by nixos-fac
 the programs. Nothing is believed here because the client believes it.
 """
 
-import json
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +20,10 @@ from bento_client import BentoError, Current, Done, Loader, Machine, Unreachable
 
 SERVER = "server.example"
 NOON_S = 1_700_000_000.0
+
+
+def name_of(system: str) -> str:
+    return system.rpartition("/")[2]
 
 
 class Killed(BaseException):
@@ -42,6 +46,9 @@ class System:
     init: int = 0
     healthy: bool = True
     bento: bool = True
+
+
+STORES: set[str] = set()  # that lie on the disk
 
 
 class Lost(BaseException):
@@ -82,6 +89,7 @@ class World:
     fault: str = ""
     trace: list[str] = field(default_factory=list)
     effects: int = 0
+    files: dict[str, Any] = field(default_factory=dict)  # the client's records, by name
 
     # -- the machine --
 
@@ -171,10 +179,10 @@ class World:
         return 0, ""
 
     def nix_env(self, verb: str, value: str) -> None:
-        self.effect(f"nix-env {verb} {Path(value).name}")
-        if verb == "--set" and Path(value).name != self.default:
+        self.effect(f"nix-env {verb} {name_of(value)}")
+        if verb == "--set" and name_of(value) != self.default:
             self.profile = max(self.generations) + 1
-            self.generations[self.profile] = Path(value).name
+            self.generations[self.profile] = name_of(value)
         elif verb == "--switch-generation":
             self.profile = int(value)
         elif verb == "--delete-generations":
@@ -185,7 +193,7 @@ class World:
 
     def nixos_rebuild(self, name: str, action: str) -> None:
         """By hand: what a person makes the default is theirs, whether it boots or not."""
-        if self.boot_full or self.lock_held:
+        if self.boot_full or self.lock_held or self.lies:
             return
         self.systems[name] = System()
         self.make_store(name)
@@ -200,21 +208,25 @@ class World:
         self.generations = {self.profile: self.default}
 
     def make_store(self, name: str) -> None:
+        if name in STORES:
+            return
+        STORES.add(name)
         for part in ("bin/switch-to-configuration", "sw/bin/bento-client", "etc/bento/client.json"):
             path = self.top / "store" / name / part
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
 
     def path(self, name: str) -> str:
-        return str(self.top / "store" / name)
+        return f"{self.top}/store/{name}"
 
     def publish(self, name: str, system: System) -> None:
         self.systems[name] = system
         self.make_store(name)
-        self.published, self.release = name, format(int(name.strip("vgood")) + 1, "064x")
+        self.published, self.release = name, format(int(name[1:]) + 1, "064x")
 
     # -- the client --
 
+    @functools.cached_property
     def settings(self) -> client.Settings:
         values = {
             "host": "toy", "server": [SERVER], "state_dir": str(self.top / "state"), "root": str(self.top / "root"),
@@ -229,12 +241,11 @@ class World:
         self.say(f"-- {how}" + (f", {fault} at {left}" if left is not None else ""))
         try:
             if how == "watchdog":
-                path = self.top / "state/pending.json"
-                token = json.loads(path.read_text())["token"] if path.exists() else "none"
-                return client.command_rollback(self.settings(), token=token)
+                token = self.files["pending.json"].token if self.journal else "none"
+                return client.command_rollback(self.settings, token=token)
             if how == "rollback":
-                return client.command_rollback(self.settings(), token=None)
-            return client.command_run(self.settings(), force=False)
+                return client.command_rollback(self.settings, token=None)
+            return client.command_run(self.settings, force=False)
         except Killed as error:
             return type(error).__name__
         except BentoError as error:
@@ -245,7 +256,7 @@ class World:
 
     @property
     def journal(self) -> bool:
-        return (self.top / "state/pending.json").exists()
+        return "pending.json" in self.files
 
     def is_well(self) -> bool:
         agree = self.running == self.default == self.standing == self.loader_conf
@@ -260,7 +271,7 @@ class ModelLoader(Loader):
         return "systemd-boot" if self.world.trials else "none: a model without"
 
     def entry_fault(self, system: str) -> str | None:
-        name = Path(system).name
+        name = name_of(system)
         if name in self.world.truncated:
             return f"the kernel of {name} is truncated"
         return None if name in self.world.entries else f"no entry for {name}"
@@ -269,20 +280,20 @@ class ModelLoader(Loader):
         return client.Armed(self.world.preferred, self.world.once)
 
     def prefer(self, system: str) -> str:
-        self.world.effect(f"set-default {Path(system).name}")
+        self.world.effect(f"set-default {name_of(system)}")
         self.must_have(system)
-        before, self.world.preferred = self.world.preferred, Path(system).name
+        before, self.world.preferred = self.world.preferred, name_of(system)
         self.world.check()
         return before
 
     def try_once(self, system: str) -> None:
-        self.world.effect(f"set-oneshot {Path(system).name}")
+        self.world.effect(f"set-oneshot {name_of(system)}")
         self.must_have(system)
-        self.world.once = Path(system).name
+        self.world.once = name_of(system)
 
     def must_have(self, system: str) -> None:
-        if Path(system).name not in self.world.entries:
-            raise BentoError(f"no entry for {Path(system).name}")
+        if name_of(system) not in self.world.entries:
+            raise BentoError(f"no entry for {name_of(system)}")
 
     def clear(self, before: str) -> None:
         self.world.effect("clear the loader's variables")
@@ -313,8 +324,7 @@ class ModelMachine(Machine):
         self.log = ModelLog(self.world)  # type: ignore[assignment]
         self.loader = ModelLoader(self.world)
         self.session, self.watchdog = None, None
-        path = settings.state / "state.json"
-        self.state = client.parse_state(path.read_bytes(), "state") if path.exists() else client.State()
+        self.state = self.world.files.get("state.json", client.State())
 
     @property
     def running(self) -> str:
@@ -338,13 +348,13 @@ class ModelMachine(Machine):
 
     def has_kernel_of(self, system: str) -> bool:
         systems = self.world.systems
-        return systems[self.world.booted].kernel == systems[Path(system).name].kernel
+        return systems[self.world.booted].kernel == systems[name_of(system)].kernel
 
     def is_switching(self) -> bool:
         return self.world.lock_held
 
     def switch(self, system: str, action: str, token: str) -> Done:
-        return Done(*self.world.switch(Path(system).name, action))
+        return Done(*self.world.switch(name_of(system), action))
 
     def end_switches(self, token: str) -> None:
         pass
@@ -398,11 +408,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[World], World]]
         clock.world = ModelMachine.world = current[0] = world
         for name in world.systems:
             world.make_store(name)
-        state = world.top / "state"
-        state.mkdir(exist_ok=True)
-        for left in state.iterdir():
-            left.unlink()
-        (state / "id_ed25519").touch()
+        (world.top / "state").mkdir(exist_ok=True)
         return world
 
     for name, door in make_doors(lambda: current[0]).items():
@@ -415,14 +421,13 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[World], World]]
 def make_doors(world: Callable[[], World]) -> dict[str, Any]:
     """What else of the client reaches outside, by name."""
 
-    def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
-        step = json.loads(data).get("step") or "state"
-        world().effect(f"write {path.name} ({step})")
-        path.write_bytes(data)
+    def write_atomic(path: Path, record: Any, mode: int = 0o600) -> None:
+        world().effect(f"write {path.name} {getattr(record, 'step', '')}")
+        world().files[path.name] = record
 
     def clear_pending(machine: Machine) -> None:
         world().effect("clear the journal")
-        (machine.settings.state / "pending.json").unlink(missing_ok=True)
+        world().files.pop("pending.json", None)
 
     def poll(*words: Any, **more: Any) -> tuple[ModelSession, Current]:
         if not world().network:
@@ -461,7 +466,8 @@ def make_doors(world: Callable[[], World]) -> dict[str, Any]:
         world().effect("report")
 
     return {
-        "write_atomic": write_atomic, "clear_pending": clear_pending, "poll": poll, "knock": knock,
+        "encode": lambda record: record, "read_journal": lambda path, parse, log: world().files.get(path.name),
+        "write_atomic": write_atomic, "upgrade": nothing, "clear_pending": clear_pending, "poll": poll, "knock": knock,
         "probe_system": probe_system, "probe_failure": lambda settings: probe_system(None, "", 0),  # type: ignore[arg-type]
         "check_health": check_health, "scratch": scratch, "lock": lock, "arm": arm, "disarm": nothing,
         "report": say_report, "tell_bug": bug, "deliver": say_report, "announce": nothing, "keep_log": nothing,
