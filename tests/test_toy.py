@@ -770,7 +770,7 @@ def _(machine: ToyMachine) -> None:
     entries = machine.root / "boot/loader/entries"
     (entries / "nixos-generation-2.conf").rename(entries / "nixos-generation-2+1.conf")
     assert machine.power_cycle() == ["panics v1", "boots v0"]
-    assert sorted(machine.entries()) == ["nixos-generation-1.conf", "nixos-generation-2+0-1.conf"]
+    assert sorted(os.listdir(entries)) == ["nixos-generation-1.conf", "nixos-generation-2+0-1.conf"]
 
 
 @fact("one boot: extlinux can do nothing")

@@ -27,11 +27,13 @@ class Entry:
 
     @property
     def id(self) -> str:
-        return self.path.name
+        """The file's name, without the count of boots."""
+        found = COUNTED.fullmatch(self.path.name)
+        return f"{found[1]}.conf" if found else self.path.name
 
     @property
     def tries_left(self) -> int | None:
-        found = COUNTED.fullmatch(self.id)
+        found = COUNTED.fullmatch(self.path.name)
         return int(found[2]) if found else None
 
 
@@ -81,6 +83,12 @@ def variables(root: Path) -> Path:
 def read_variable(root: Path, name: str) -> str | None:
     path = variables(root) / f"{name}-{VENDOR}"
     return path.read_bytes()[4:].decode("utf-16-le").rstrip("\0") if path.exists() else None
+
+
+def write_features(root: Path) -> None:
+    """LoaderFeatures: what today's systemd-boot can do, one boot and boot counting among it."""
+    if variables(root).is_dir():
+        (variables(root) / f"LoaderFeatures-{VENDOR}").write_bytes(ATTRIBUTES + (0x3FFF).to_bytes(8, "little"))
 
 
 def write_variable(root: Path, name: str, value: str | None) -> None:
