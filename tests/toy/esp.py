@@ -27,13 +27,12 @@ class Entry:
 
     @property
     def id(self) -> str:
-        """The file's name, without the count of boots."""
-        found = COUNTED.fullmatch(self.path.name)
-        return f"{found[1]}.conf" if found else self.path.name
+        """The file's name, its count of boots included, as with systemd-boot 252."""
+        return self.path.name
 
     @property
     def tries_left(self) -> int | None:
-        found = COUNTED.fullmatch(self.path.name)
+        found = COUNTED.fullmatch(self.id)
         return int(found[2]) if found else None
 
 
