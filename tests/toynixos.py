@@ -361,6 +361,10 @@ class ToyMachine:
         links = sorted(self.profile.parent.glob("system-*-link"), key=lambda link: int(link.name.split("-")[1]))
         return [_label(link) for link in links]
 
+    def activations(self) -> list[str]:
+        """The labels of the systems that were activated, by a switch or at a boot, in their order."""
+        return (self.root / "var/toy-activations").read_text(encoding="utf-8").split()
+
     def efi_variable(self, name: str) -> str | None:
         return esp.read_variable(self.root, name)
 

@@ -11,6 +11,7 @@ As switch-to-configuration it finds its machine below TOY_ROOT (default /):
     etc/toy  etc/static -> TOPLEVEL/etc  etc/bento/{client.json,left}  etc/systemd/system/UNIT
     boot/ (the ESP: written by `boot` and `switch`, as nixpkgs' builder for systemd-boot does)
     nix/var/nix/profiles/system-N-link (only read)  var/toy-boot-size (bytes that fit into boot/; default: no limit)
+    var/toy-activations (the label of each system that was activated, by a switch or at a boot)
 
 What it does is what NixOS does: "Fact:" names the row of the facts that were read from nixpkgs or seen with the real
 programs. Names in toy.json: see tests/toynixos.py.
@@ -484,6 +485,8 @@ def set_network(root: Path) -> None:
 def run_activation_script(root: Path, top: Path, toy: Toy) -> bool:
     """Fact: after `test`. /run/current-system is set near its end, and a script that gives up before never does."""
     say("activating the configuration...")
+    with open(root / "var/toy-activations", "a", encoding="utf-8") as log:
+        log.write((top / "nixos-version").read_text(encoding="utf-8"))
     old = unit_texts(root / "etc/systemd/system", root / "etc/static")
     new = unit_texts(top / "etc/systemd/system")
     replace_link(root / "etc/static", top / "etc")
