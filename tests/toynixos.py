@@ -339,18 +339,17 @@ class ToyMachine:
 
     def boot_label(self) -> str:
         """Of the system that the boot loader would start next."""
-        entries = esp.read_entries(self.root / "boot")
-        once = esp.find(entries, esp.read_variable(self.root, "LoaderEntryOneShot"))
-        return self._label_of(once or esp.choose_default(self.root, entries))
+        return self._label_of(esp.next_boot(self.root))
 
     def fallback_label(self) -> str:
         """Of the system that it would start after that."""
         return self._label_of(esp.choose_default(self.root, esp.read_entries(self.root / "boot")))
 
     def _label_of(self, entry: esp.Entry | None) -> str:
-        options = entry.options if entry else (self.root / "boot/extlinux/extlinux.conf").read_text(encoding="utf-8")
-        found = re.search(r"init=(\S+)/init\b", options)
-        return _label(Path(found[1])) if found else "-"
+        conf = self.root / "boot/extlinux/extlinux.conf"
+        options = entry.options if entry else conf.read_text(encoding="utf-8").replace("\n", " ")
+        system = esp.system_of(options)
+        return _label(Path(system)) if system else "-"
 
     def entries(self) -> dict[str, str]:
         """The boot menu: entry -> label of its system."""

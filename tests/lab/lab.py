@@ -48,6 +48,8 @@ TESTS = Path(__file__).resolve().parents[1]
 REPO = TESTS.parent
 sys.path.insert(0, str(TESTS))
 
+from toy import esp
+
 from lab.image import PATH, ImageError, base_root, image_path, locked
 
 RUNS = Path("/run/bento-lab")
@@ -555,6 +557,8 @@ class Machine:
         self._unconfigure_network()
         socket_path = self.directory / "notify"
         socket_path.unlink(missing_ok=True)
+        variables = self.root / esp.LAB_VARIABLES
+        variables.mkdir(parents=True, exist_ok=True)
         uptime_s = int(time.clock_gettime(time.CLOCK_BOOTTIME))
         monotonic_s = int(time.monotonic())
         # nspawn mounts /sys before it joins the network namespace: it has to be there already, or it shows ours.
@@ -564,7 +568,8 @@ class Machine:
             "systemd-nspawn", "--quiet", f"--directory={self.root}", f"--machine={self.container}",
             f"--hostname={self.name}", "--register=no", "--keep-unit", f"--network-namespace-path={NETNS}/{self.netns}",
             "--capability=CAP_NET_ADMIN", "--resolv-conf=off", "--timezone=off", "--link-journal=no",
-            "--console=read-only", f"--bind-ro={str(REPO).replace(':', chr(92) + ':')}:/bento", "--boot",
+            "--console=read-only", f"--bind-ro={str(REPO).replace(':', chr(92) + ':')}:/bento",
+            f"--bind={str(variables).replace(':', chr(92) + ':')}:/sys/firmware/efi/efivars", "--boot",
         ]  # fmt: skip
         environment = {"PATH": os.environ["PATH"], "NOTIFY_SOCKET": str(socket_path), "TERM": "dumb"}
         environment |= {"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1", "LC_ALL": "C"}
@@ -945,8 +950,18 @@ class Host(Machine):
         return os.readlink(self.path(f"{profiles}/{os.readlink(self.path(f'{profiles}/system'))}"))
 
     def default_system(self) -> str:
-        """What the boot loader would boot."""
-        return self.read("/boot/default").strip()
+        """What the boot loader would boot next."""
+        entry = esp.next_boot(self.root)
+        return esp.system_of(entry.options) if entry is not None else ""
+
+    def fallback_system(self) -> str:
+        """What it would boot after that."""
+        entry = esp.choose_default(self.root, esp.read_entries(self.root / "boot"))
+        return esp.system_of(entry.options) if entry is not None else ""
+
+    def pick(self, entry: str) -> None:
+        """A person picks this entry in the boot menu when the machine starts next. Only while it is off."""
+        self.write("/etc/lab/pick", f"{entry}\n")
 
     def label(self, system: str) -> str:
         return self.read(f"{system}/nixos-version").strip()
