@@ -569,7 +569,7 @@ class Machine:
             f"--hostname={self.name}", "--register=no", "--keep-unit", f"--network-namespace-path={NETNS}/{self.netns}",
             "--capability=CAP_NET_ADMIN", "--resolv-conf=off", "--timezone=off", "--link-journal=no",
             "--console=read-only", f"--bind-ro={str(REPO).replace(':', chr(92) + ':')}:/bento",
-            f"--bind={str(variables).replace(':', chr(92) + ':')}:/sys/firmware/efi/efivars", "--boot",
+            "--tmpfs=/sys/firmware:mode=0755", f"--bind={str(variables).replace(':', chr(92) + ':')}:/sys/firmware/efi/efivars", "--boot",
         ]  # fmt: skip
         environment = {"PATH": os.environ["PATH"], "NOTIFY_SOCKET": str(socket_path), "TERM": "dumb"}
         environment |= {"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1", "LC_ALL": "C"}
