@@ -7,7 +7,6 @@ boot menu, and which systems were activated.
 
 import os
 import re
-import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -583,14 +582,13 @@ def test_a_boot_that_proves_it_makes_it_the_default_for_good(tmp_path: Path) -> 
     assert lab.machine.power_cycle() == ["boots mine"]
 
 
-@pytest.mark.parametrize("step", ["boot", "switch"])
+@pytest.mark.parametrize("step", ["switch", "boot", "written"])
 def test_no_cut_leaves_an_unproven_default(tmp_path: Path, step: str) -> None:
     lab = create(tmp_path)
     touched: dict[str, Any] = {f"{step}_touch": lab.file("reached"), f"{step}_wait": lab.file("go")}
     lab.publish("v1", kernel="panic", **touched)
     process = lab.start("run")
     wait_until(Path(lab.file("reached")).exists)
-    process.send_signal(signal.SIGSTOP)
     kill_tree(process)
     assert lab.machine.power_cycle()[-1] == "boots v0"
 

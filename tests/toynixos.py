@@ -94,6 +94,8 @@ BEHAVIOURS = {
     "boot_exit": "exit code, the boot default stays",
     "boot_touch": "as build_touch, before the boot default is written",
     "boot_wait": "as build_wait",
+    "written_touch": "as build_touch, when the boot default is written",
+    "written_wait": "as build_wait",
     # Bento
     "no_bento": "neither sw/bin/bento-client nor etc/bento",
     "leaves": "no_bento, and etc/bento/left: its configuration says services.bento.enable = false",

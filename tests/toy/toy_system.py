@@ -423,6 +423,7 @@ def install_boot_loader(root: Path, top: Path, toy: Toy) -> None:
         code = 17 if is_old(toy) else 1  # Fact: exit codes. That of 2024 gave the errno of something else
     if code:
         raise Refused(code, "Failed to install bootloader")
+    pause(toy, "written")
 
 
 # --- systemd ---
