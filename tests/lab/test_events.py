@@ -15,6 +15,7 @@ from lab.test_matrix import behaviour, installed, last, publish, reports, server
 
 __all__ = ["installed", "server"]  # fixtures
 
+
 @pytest.fixture
 def host(lab: Lab, server: Server, installed: Layer) -> Iterator[Host]:
     machine = lab.machine("h1", Host, installed)
@@ -120,9 +121,8 @@ def test_hosts_that_boot_faster_than_their_server(host: Host, server: Server, re
     host.power_cut()
     host.boot()
     time.sleep(25)
-    assert which(host) == ("v2", "v2"), told(host, server, release)
     server.start_sshd()
-    assert wait(lambda: which(host) == ("v2", "v2") and host.label(host.fallback_system()) == "v2", 90), (
+    assert wait(lambda: which(host) == ("v2", "v2") and host.label(host.fallback_system()) == "v2", 150), (
         told(host, server, release)
     )
     settled(host, server, "v2")
@@ -269,8 +269,7 @@ def test_a_run_does_not_keep_the_boot_from_ending(host: Host, server: Server) ->
 
 
 def test_a_machine_that_leaves(host: Host, server: Server) -> None:
-    config = {"units": {}, "leaves": True}
-    release = publish(server, host, "v2", **config)
+    release = publish(server, host, "v2", units={}, leaves=True)
     assert wait(lambda: last(server).get("release") == release, 60), told(host, server, release)
     assert last(server)["result"] == "ok", told(host, server, release)
     assert wait(lambda: which(host) == ("v2", "v2"), 20), told(host, server, release)
