@@ -109,6 +109,17 @@ def test_the_way_back_is_open_as_long_as_the_old_system_says_so(tmp_path: Path) 
     assert results(lab, release) == [Result.ROLLED_BACK]
 
 
+def test_an_earlier_nixpkgs_compared_bytes_with_the_booted_system(tmp_path: Path) -> None:
+    """Whether it can go live, `check` knows; its words say that a boot is the way."""
+    lab = create(tmp_path, inhibitors="dbus 1")
+    release = lab.publish("v1", inhibitors={"other": "1"}, stc="bytes")
+    assert run(lab)[0] == 0
+    assert lab.labels() == ("v0", "v1", "v1") and lab.report().needs_reboot
+    assert lab.machine.power_cycle() == ["boots v1"]
+    assert run(lab)[0] == 0
+    assert lab.report().release == release
+
+
 # --- 2 and 3: nothing was done ---
 
 
@@ -633,6 +644,17 @@ def test_the_reason_names_the_cause(lab: Lab, behaviour: dict[str, Any], words: 
 def test_the_new_words_of_a_good_build_do_no_harm(lab: Lab) -> None:
     lab.publish("v1", rebuild="ng")
     assert run(lab)[0] == 0 and lab.labels() == ("v1", "v1", "v1")
+
+
+@pytest.mark.parametrize("names", ["generation", "sha256"])
+def test_entries_are_found_by_what_is_in_them(tmp_path: Path, names: str) -> None:
+    lab = create(tmp_path, entry_names=names)
+    for label in ("v1", "v2"):
+        lab.publish(label, entry_names=names, kernel=label)
+        assert run(lab)[0] == 0
+        assert lab.machine.power_cycle() == [f"boots {label}"]
+        assert run(lab)[0] == 0
+        assert lab.machine.fallback_label() == label
 
 
 UPDATES: list[Callable[[ToyMachine], None]] = [

@@ -74,7 +74,8 @@ BEHAVIOURS = {
     "build_touch": "file made when the build begins (a system that is in the store already is not built)",
     "build_wait": "file that the build then waits for, at most 60 s",
     # activating: test, switch
-    "stc": '"2024": a switch-to-configuration that waits for the lock and for the end of the boot, and checks nothing',
+    "stc": '"2024": a switch-to-configuration that waits for the lock and for the end of the boot, and checks nothing;'
+    ' "bytes": one that compares the files of inhibitors, that of the booted system',
     "switch_exit": "2, 4: activates, then exits so; any other but 0: does not activate, and exits so",
     "failed_units": "list, named in the warning of switch_exit 4",
     "gives_up": "the activation script ends before it has set /run/current-system: exit 2, which a switch_exit 4 hides",
@@ -88,6 +89,7 @@ BEHAVIOURS = {
     "reexec": "systemd executes itself anew in the switch",
     # the boot loader: boot, switch
     "loader": '"systemd-boot" (default) or "extlinux"',
+    "entry_names": '"sha256": entries are named by their content',
     "configuration_limit": "how many generations get an entry (default 0: all)",
     "builder": '"old": writes kernels to their final name, never again; "lies": and exits 0 if that fails; default: today\'s',
     "boot_einval": "writing an entry of this system fails with EINVAL, and nobody is told",
