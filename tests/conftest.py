@@ -20,4 +20,4 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def pytest_collection() -> None:
     """What the tests run needs no pytest; and a script's first line takes no path with spaces, as a checkout may have."""
-    sys.executable = sys._base_executable
+    sys.executable = os.path.realpath(sys.executable)
