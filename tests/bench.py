@@ -44,7 +44,7 @@ from typing import NoReturn
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 import accounts
-from sshd import command, descendants, end_sshd, match_block, max_startups
+from sshd import command, descendants, end_sshd, match_block, max_startups, no_penalties
 from toynixos import PYTHON_FLAGS, TOY
 
 import bento_client as client
@@ -641,6 +641,7 @@ class Server:
             if self.began_with == startups:
                 return startups
             self.stop()
+        sshd = str(shutil.which("sshd"))  # it wants to be called by its absolute path
         config = f"""\
             ListenAddress 127.0.0.1
             Port {self.port}
@@ -649,10 +650,10 @@ class Server:
             UsePAM no
             AuthorizedKeysFile {self.top}/authorized/%u
             MaxStartups {startups}
+            {no_penalties(sshd)}
             Subsystem sftp internal-sftp
             """
         (self.top / "sshd_config").write_text(textwrap.dedent(config) + match_block(fleet_nix))
-        sshd = str(shutil.which("sshd"))  # it wants to be called by its absolute path
         argv: Argv = command(sshd, "-D", "-f", self.top / "sshd_config", "-E", self.top / "sshd.log")
         self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, process_group=0)
         self.began_with = startups

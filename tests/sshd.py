@@ -34,6 +34,13 @@ def command(*argv: str | Path) -> list[str | Path]:
     return ["unshare", "--mount", "sh", "-c", script, "sh", "setpriv", "--pdeathsig=KILL", *argv]
 
 
+def no_penalties(sshd: str) -> str:
+    """A line of sshd_config: newer ones turn an address away for what it did before, and here all have the same one."""
+    line = "PerSourcePenalties no"
+    tried = subprocess.run(command(sshd, "-t", "-f", os.devnull, "-o", line), capture_output=True, text=True, timeout=60)
+    return "" if "Bad configuration option" in tried.stderr else line
+
+
 def descendants(top: int) -> list[int]:
     parents: dict[int, int] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):

@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,15 @@ MINIMAL = '{ services.bento.server = "bento.example.org"; }'
 # --- Nix ---
 
 
+def nix_path(path: Path) -> str:
+    """A path in Nix' language, which takes no others than plain letters as they are."""
+    return f"(/. + {json.dumps(str(path), ensure_ascii=False)})"
+
+
+def nix_list(modules: Iterable[str | Path]) -> str:
+    return " ".join(nix_path(module) if isinstance(module, Path) else f"({module})" for module in modules)
+
+
 def evaluate(expression: str) -> Any:
     """The value of a Nix function of tests/modules.nix."""
     need("nix-instantiate")
@@ -70,7 +79,7 @@ def evaluate(expression: str) -> Any:
     values = []
     for library in libraries:
         argv = ["nix-instantiate", "--eval", "--strict", "--json", "--expr"]
-        text = f"({expression}) (arguments: import {TESTS}/modules.nix ({{ {library} }} // arguments))"
+        text = f"({expression}) (arguments: import {nix_path(TESTS / 'modules.nix')} ({{ {library} }} // arguments))"
         done = subprocess.run([*argv, text], env=os.environ | NIX, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         values.append(json.loads(done.stdout))
@@ -80,7 +89,7 @@ def evaluate(expression: str) -> Any:
 
 def evaluate_host(*modules: str | Path, inline: bool = False, native: bool = True) -> Any:
     arguments = f"inline = {json.dumps(inline)}; native = {json.dumps(native)};"
-    return evaluate(f"m: (m {{ {arguments} }}).host [ {' '.join(f'({module})' for module in modules)} ]")
+    return evaluate(f"m: (m {{ {arguments} }}).host [ {nix_list(modules)} ]")
 
 
 def need_root(what: str) -> None:
@@ -179,7 +188,7 @@ def test_nix_file_parses(path: Path) -> None:
 
 
 def test_options() -> None:
-    golden("host-options.json", pretty(evaluate(f"m: (m {{ }}).options {HOST_MODULE}")))
+    golden("host-options.json", pretty(evaluate(f"m: (m {{ }}).options {nix_path(HOST_MODULE)}")))
 
 
 @pytest.mark.parametrize(("name", "module"), [("minimal", MINIMAL), ("full", FULL)])
@@ -196,7 +205,7 @@ def test_host(name: str, module: str) -> None:
 
 def test_disabled() -> None:
     module = "{ services.bento.enable = false; }"
-    config = f"m: let c = ((m {{ }}).eval [ {HOST_MODULE} {module} ]).config; in"
+    config = f"m: let c = ((m {{ }}).eval [ {nix_path(HOST_MODULE)} {module} ]).config; in"
     systemd = evaluate(f"{config} builtins.removeAttrs c.systemd [ ''package'' ]")
     untouched = {"enableEmergencyMode": True, "settings": {"Manager": {}}, "tmpfiles": {"rules": []}}
     assert systemd == {"services": {}, "sockets": {}, "timers": {}} | untouched
@@ -357,7 +366,7 @@ GRUB = 'boot.loader.grub = { enable = true; mirroredBoots = [ { path = "/boot"; 
 
 def evaluate_boot(definitions: str, old: bool = False) -> Any:
     arguments = f"old = {json.dumps(old)};"
-    return evaluate(f"m: (m {{ {arguments} }}).boot [ {HOST_MODULE} {MINIMAL} {{ {definitions} }} ]")
+    return evaluate(f"m: (m {{ {arguments} }}).boot [ {nix_path(HOST_MODULE)} {MINIMAL} {{ {definitions} }} ]")
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -612,7 +621,7 @@ def make_key(seed: str) -> str:
 
 
 def evaluate_server(*modules: str | Path) -> Any:
-    return evaluate(f"m: (m {{ }}).server [ {' '.join(f'({module})' for module in modules)} ]")
+    return evaluate(f"m: (m {{ }}).server [ {nix_list(modules)} ]")
 
 
 def sshd_block(text: str) -> str:

@@ -28,7 +28,7 @@ from typing import Any
 
 import pytest
 from accounts import add_user, need_accounts, root_owned
-from sshd import command, end_sshd, match_block, max_startups
+from sshd import command, end_sshd, match_block, max_startups, no_penalties
 from toynixos import CLIENT, TOY, ToyMachine, need, write_config
 
 SERVER = CLIENT.parent / "bento.py"
@@ -123,6 +123,7 @@ class Server:
             AuthorizedKeysFile {self.top}/authorized/%u
             LoginGraceTime {LOGIN_GRACE_S}
             MaxStartups {max_startups(fleet_nix, len(HOSTS))}
+            {no_penalties("/usr/sbin/sshd")}
             AllowUsers {PERSON}
             AllowTcpForwarding yes
             AllowStreamLocalForwarding yes

@@ -742,7 +742,7 @@ def empty(directory: Path) -> None:
 
 def evaluate(expression: str) -> Any:
     """A Nix expression's value, with `modules` for tests/modules.nix: what a NixOS would make of Bento's modules."""
-    text = f"let modules = import {TESTS}/modules.nix {{ }}; in {expression}"
+    text = f"let modules = import (/. + {nix_string(f'{TESTS}/modules.nix')}) {{ }}; in {expression}"
     done = sh("nix-instantiate", "--eval", "--strict", "--json", "--expr", text)
     return json.loads(done.stdout)
 
@@ -756,7 +756,7 @@ def host_module(settings: dict[str, Any], name: str) -> Any:
     """utils/bento.nix, for a host with these options of services.bento: its client.json, units and timers."""
     options = f"builtins.fromJSON {nix_string(json.dumps(settings))}"
     module = f"{{ services.bento = {options}; networking.hostName = {nix_string(name)}; }}"
-    result = evaluate(f"modules.host [ {REPO}/utils/bento.nix {module} ]")
+    result = evaluate(f"modules.host [ (/. + {nix_string(f'{REPO}/utils/bento.nix')}) {module} ]")
     if "failed" in result:
         raise LabError(f"utils/bento.nix: {result['failed']}")
     return result
