@@ -12,13 +12,15 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from toynixos import CLIENT, PYTHON_FLAGS, TOY, ToyMachine, need, write_config
+from accounts import add_user, need_accounts
+from toynixos import CLIENT, PYTHON_FLAGS, ToyMachine, need, write_config
 
 import bento
 import bento_client
@@ -468,18 +470,12 @@ HOST = f"toy{os.getpid()}"
 SERVER = "server.example"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def accounts() -> Iterator[None]:
+@cache
+def make_account() -> None:
     """As root, `populate` wants the account of the host, as on a real server."""
-    if os.geteuid() != 0:
-        yield
-        return
-    group = subprocess.run(["groupadd", "-r", "bento"], capture_output=True).returncode == 0
-    subprocess.run(["useradd", "-r", "-U", "-M", f"bento-{HOST}"], check=True, capture_output=True)
-    yield
-    subprocess.run(["userdel", f"bento-{HOST}"], check=True, capture_output=True)
-    if group:
-        subprocess.run(["groupdel", "bento"], check=True, capture_output=True)
+    if os.geteuid() == 0:
+        need_accounts()
+        add_user(f"bento-{HOST}", "bento")
 
 
 @dataclass
@@ -493,6 +489,7 @@ class Lab:
     @classmethod
     def create(cls, directory: Path, *, state: str = "var/lib/bento", **behaviour: Any) -> "Lab":
         need("sftp")
+        make_account()
         root = directory / "machine"
         settings = {
             "server": SERVER, "host": HOST, "root": str(root), "state_dir": str(root / state),
@@ -1122,52 +1119,6 @@ def test_release_that_never_arrives_does_not_hide_the_host(lab: Lab) -> None:
     path = fake_sftp(lab, f'{cut} | sftp "$@"\necho Connection reset by peer\nexit 255\n')
     assert "the connection was lost" in lab.client("run", code=75, PATH=path)
     assert (lab.chroot / "logs/status.json").stat().st_mtime_ns > before and len(lab.logs()) == 2
-
-
-# An sftp-server at the end of a line that brings one announcement late, after the client has given the connection up.
-LATE = """\
-import os, signal, subprocess, sys, time
-server, flag, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
-if os.fork():
-    signal.pause()  # ends with the client's sftp; the line does not
-os.setsid()
-process, until, late = subprocess.Popen([server], stdin=subprocess.PIPE, bufsize=0), time.monotonic() + 30, False
-while data := os.read(0, 1 << 16):
-    if b".announcement" in data and b"rename" in data:
-        with open(flag, "a") as file:
-            file.write("x")
-        late = os.path.getsize(flag) == number
-        while late and not os.path.exists(flag + "-go") and time.monotonic() < until:
-            time.sleep(0.02)
-    process.stdin.write(data)
-process.stdin.close()
-process.wait()
-if late:
-    open(flag + "-over", "w").close()
-"""
-
-
-@pytest.mark.parametrize(
-    ("number", "build", "announced", "result"),
-    [(1, "ok", "xx", Result.OK), (2, "ok", "xx", Result.OK), (1, "fail", "x", Result.BUILD_FAILED)],
-    ids=["building", "activating", "building what fails"],
-)
-def test_a_late_announcement_does_not_undo_the_report(
-    lab: Lab, number: int, build: str, announced: str, result: Result
-) -> None:
-    lab.publish("v1", build=build)
-    flag, late = Path(lab.file("flag")), lab.directory / "late"
-    (lab.directory / "late.py").write_text(LATE)
-    # toy-ssh knows where the real server is, and which directory it serves.
-    late.write_text(f"#!/bin/sh\nunset TOY_SFTP_SERVER\nexec {sys.executable} {late}.py {TOY / 'toy-ssh'} {flag} {number}\n")
-    late.chmod(0o755)
-    impatient = "c.STALL_S = 1.0; c.Sftp.do.__defaults__ = (1.0, None, 0)"
-    done = lab.run_patched(impatient, TOY_SFTP_SERVER=str(late))
-    Path(f"{flag}-go").touch()
-    assert done.returncode == (0 if result == Result.OK else 1), done.stdout
-    assert flag.read_text() == announced
-    wait_until(Path(f"{flag}-over").exists)  # the late one has come, too
-    assert (lab.report().phase, lab.last().result) == ("idle", result)
 
 
 def test_a_report_goes_where_its_release_came_from(lab: Lab) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accounts import need_accounts
 from toynixos import PYTHON_FLAGS, need
 
 import bento_client
@@ -701,7 +702,7 @@ class Server:
         self.sshd = need("sshd")
         for program in ("unshare", "mount", "sftp", "ssh", "ssh-keygen"):
             need(program)
-        need_root("for accounts and chroots")
+        need_accounts()
         for name in ("host_key", "id"):
             subprocess.run(
                 ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", directory / name], check=True, timeout=60

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_client import HOST, SERVER, Lab, accounts, fake_sftp, kill_tree, lab, settled, tree, wait_until
+from test_client import HOST, SERVER, Lab, fake_sftp, kill_tree, lab, settled, tree, wait_until
 from toynixos import PYTHON_FLAGS, TOY, ToyMachine, _missing, latin_1, write_config
 
 import bento_client
 from bento_client import Result
 
-__all__ = ["accounts", "lab", "settled"]  # fixtures
+__all__ = ["lab", "settled"]  # fixtures
 
 SYSTEMD_RUN = """\
 #!{python}
