@@ -9,8 +9,11 @@ from pathlib import Path
 
 # What a disk of this lab needs before its root is mounted. All the others, too: the machine has no modules of its own.
 MODULES = """
-    virtio_pci virtio_blk virtio_net ext4 vfat nls_cp437 nls_ascii nls_iso8859-1 btrfs efivarfs i6300esb
+    virtio_pci virtio_blk virtio_net crc32c_generic ext4 vfat nls_cp437 nls_ascii nls_iso8859-1 efivarfs i6300esb
+    btrfs
 """
+# What takes a second, and is needed only where there is btrfs.
+BTRFS = ("xor", "raid6_pq", "libcrc32c", "btrfs")
 
 # What NixOS' stage 1 does, as far as it matters here. A fate comes from the kernel's version (/fate, which is the
 # initrd's last file) or from the kernel's command line. With boot.panic_on_fail a failure here is a panic.
@@ -85,7 +88,7 @@ def make_initrd(busybox: bytes, modules: Iterable[tuple[str, bytes]]) -> bytes:
     files = [(name, directory, b"") for name in ("bin", "dev", "proc", "sys", "modules", "mnt")]
     files.append(("dev/console", stat.S_IFCHR | 0o600, b""))
     files.append(("bin/busybox", stat.S_IFREG | 0o755, busybox))
-    for name in "sh mount mkdir cat echo sleep insmod switch_root watchdog".split():
+    for name in ["sh", "mount", "mkdir", "cat", "echo", "sleep", "insmod", "switch_root", "watchdog"]:
         files.append((f"bin/{name}", stat.S_IFLNK | 0o777, b"busybox"))
     found = list(modules)
     files += [(f"modules/{name}", stat.S_IFREG | 0o644, content) for name, content in found]
