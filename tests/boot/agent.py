@@ -20,7 +20,8 @@ def main() -> None:
     with open(descriptor, "rb", buffering=0) as port:
 
         def send(message: dict[str, object]) -> None:
-            data = base64.b64encode(json.dumps(message).encode()) + b"\n"
+            # After what the firmware may have written there.
+            data = b"\n" + base64.b64encode(json.dumps(message).encode()) + b"\n"
             while data:
                 data = data[os.write(descriptor, data) :]
 

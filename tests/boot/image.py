@@ -235,6 +235,12 @@ def copy_repository(extra: Path) -> None:
         shutil.copytree(REPO / name, bento / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("bento.py", "bento_client.py", "tests/toynixos.py"):
         shutil.copyfile(REPO / name, bento / name)
+    # The toy writes for systemd-boot and for extlinux. What asks for GRUB gets ours.
+    system = bento / "tests/toy/toy_system.py"
+    text, call = system.read_text(encoding="utf-8"), "            install_extlinux(root, toy, top)\n"
+    assert text.count(call) == 1
+    ours = '__import__("runpy").run_path("/bento/tests/boot/grub.py")["install"](root, toy, top)'
+    system.write_text(text.replace(call, f"            {ours}\n"), encoding="utf-8")
     programs = extra / "opt/lab/bin"
     programs.mkdir(parents=True)
     (programs / "nixos-rebuild").symlink_to("/bento/tests/boot/rebuild.py")
