@@ -10,15 +10,14 @@ that both sides share: `current.json`, the report, names and times. `bento.py` i
 Files, all below the state directory (/var/lib/bento, mode 0700):
   config/         the files of the release last fetched      result         what was last built from them
   state.json      what this machine runs and last tried      pending.json   journal of an activation under way
-  waiting.json    journal of a system that waits for a boot  deploy.log     log of the deployment under way
-  outbox/         logs not yet delivered
+  deploy.log      log of the deployment under way            outbox/        logs not yet delivered
   partial/        a download under way, to be resumed        lock           held while a run is at work
   id_ed25519      the machine's SSH identity                 known_hosts    the server's keys
 
 Exit codes: 0 done or nothing to do, 1 the deployment failed, 2 usage, 75 the server could not be reached.
 
-Sections: constants, errors, types, names and times, formats, settings, decisions, files, processes, log, sftp,
-this machine's systems, reports, fetch and build, activation, recovery, commands, command line.
+Sections: constants, errors, types, names and times, formats, settings, decisions, files, processes, log, signatures, sftp,
+boot loaders, this machine, reports, fetch and build, activation, commands, command line.
 """
 
 from __future__ import annotations
@@ -79,6 +78,10 @@ WATCHDOG_MARGIN_S = 30
 # A poll that takes longer hangs: no watchdog guards it, and no other run could start. Twenty large logs on a slow line
 # may take hours.
 POLL_LIMIT_S = 12 * 3600
+# After a boot, this many proofs may fail for want of a server before the release is suspected: a site's power cut ends for
+# hosts before it ends for a server.
+PATIENT_PROOFS = 3
+NO_RELEASE = "0" * 64
 
 
 # --- errors ---
@@ -125,19 +128,15 @@ class Phase(StrEnum):
     IDLE = "idle"
     BUILDING = "building"
     ACTIVATING = "activating"
+    LEFT = "left"  # its owner no longer wants Bento on it
 
 
 class Step(StrEnum):
-    """How far a deployment has come, in the journal."""
+    """How far an attempt has come, in the journal."""
 
-    BUILDING = "building"
     ACTIVATING = "activating"
-    PROVING = "proving"
     COMMITTING = "committing"
-    STEPPING_BACK = "stepping-back"
     ROLLING_BACK = "rolling-back"
-    REBOOTING = "rebooting"
-    REVERTING = "reverting"
 
 
 class Action(StrEnum):
@@ -190,18 +189,12 @@ class Signed(NamedTuple):
     revoked: tuple[str, ...] = ()
 
 
-class Serial(NamedTuple):
-    """The highest serial that a signer, by its fingerprint, has come with."""
-
-    signer: str
-    serial: int
-
-
 class Trust(NamedTuple):
-    """What a signed release is held against: the file of the public keys, and the serials that were seen."""
+    """What a signed release is held against: the file of the public keys, and the highest serials that were seen, each
+    behind the fingerprint of its signer."""
 
     signers: Path
-    serials: tuple[Serial, ...] = ()
+    serials: tuple[str, ...] = ()
 
 
 class Recipe(NamedTuple):
@@ -230,7 +223,11 @@ class Last(NamedTuple):
 
 
 class Report(NamedTuple):
-    """`logs/status.json`: what a host says of itself. `revision` is that of `release`."""
+    """`logs/status.json`: what a host says of itself. `revision` is that of `release`.
+
+    `waiting_for_boot`: the release that the next boot is to start. `boot_trial`: how this machine's boot loader tries a
+    system that has never booted. `known_to_boot`: the system that it falls back to.
+    """
 
     host: str
     client: str
@@ -241,41 +238,63 @@ class Report(NamedTuple):
     needs_reboot: bool
     last: Last | None
     revision: str | None = None
+    failed_units: tuple[str, ...] = ()
+    waiting_for_boot: str | None = None
+    paused_until: str | None = None
+    boot_trial: str | None = None
+    known_to_boot: str | None = None
     signer: str | None = None
     expires: str | None = None
 
 
 class State(NamedTuple):
-    """`state.json`. `release` and `system` were proven together; `previous` are the two before them.
+    """`state.json`. `system`: the boot default that Bento made, `release` and `revision` are its; `previous`: what ran
+    before. `good`: the last system that a boot has proven.
 
-    `revision` is that of `release`. `unpacked` is the release in config/, `tried` the last attempt at a release (`last` may be a later failure to
-    read `current.json`), `interruptions` how often that release was cut short, `published` its publication,
-    `rebooted` the system that a reboot was last asked for. `serials`: see Trust; `signed` is the text
-    that was last accepted, and `signer` whose it was.
+    While `system` is not `good`, it waits for its first boot, since the boot with the id `boot`. `proofs`: how often it
+    could not prove itself since it was booted (`proofs_boot`). `armed`: the boot loader has variables of ours;
+    `set_before` is what a person had in them.
+    `unpacked` is the release in config/, `tried` the last attempt at a release (`last` may be a later failure to
+    read `current.json`), `interruptions` how often that release was cut short, `doubts` how often it was blamed for a
+    server that was out of reach, `costly`: its failure costs more than a poll; `published` its publication, `rebooted` the
+    system that a reboot was last asked for. `serials`: see Trust; `signed` is the text that was last accepted, and
+    `signer` whose it was.
     """
 
     release: str | None = None
     system: str | None = None
+    revision: str | None = None
     previous: str | None = None
     previous_release: str | None = None
+    previous_revision: str | None = None
+    good: str | None = None
+    good_release: str | None = None
+    good_revision: str | None = None
+    boot: str | None = None
+    proofs: int = 0
+    proofs_boot: str | None = None
+    armed: bool = False
+    set_before: str = ""
     published: str | None = None
     unpacked: str | None = None
     rebooted: str | None = None
     interruptions: int = 0
+    doubts: int = 0
+    costly: bool = False
+    failed_units: tuple[str, ...] = ()
     tried: Last | None = None
     last: Last | None = None
-    revision: str | None = None
-    previous_revision: str | None = None
-    serials: tuple[Serial, ...] = ()
+    serials: tuple[str, ...] = ()
     signer: str | None = None
     signed: str | None = None
 
 
 class Pending(NamedTuple):
-    """`pending.json`, the journal. `deadline_s` is on CLOCK_BOOTTIME.
+    """`pending.json`, the journal. Where to go back to: `old` is what ran, `profile` what would have been booted.
 
-    Where to go back to: `old` is what ran, `profile` what would have been booted. They differ while a system waits
-    for its first boot, and that one has a journal of its own in `waiting.json`.
+    `switched`: the running system may be the new one, or something in between. `committed`: so may be the boot default.
+    `verdict`, `reason` and `doubt`: how it ends, once it goes back; `rebooting`: the boot in which a reboot back was
+    asked for. `trial`: it is about what was deployed before, not about the release that is published now.
     """
 
     release: str
@@ -288,11 +307,17 @@ class Pending(NamedTuple):
     token: str
     started: str
     attempt: int
-    deadline_s: float = 0.0
+    deadline_s: float = 0.0  # a client before 1.1 wants one
     watchdog: str | None = None
     verdict: str = ""
     reason: str = ""
     revision: str | None = None
+    switched: bool = False
+    committed: bool = False
+    by_hand: bool = False
+    trial: bool = False
+    doubt: bool = False
+    rebooting: str = ""
 
 
 class Settings(NamedTuple):
@@ -315,6 +340,7 @@ class Settings(NamedTuple):
     health_checks: tuple[str, ...] = ()
     upgrade_channels: bool = False
     reboot: str = "never"
+    boot_loader: tuple[str, ...] = ()
 
     @property
     def state(self) -> Path:
@@ -364,6 +390,21 @@ def duration(seconds: float) -> str:
 
 # --- formats ---
 
+LINE = re.compile(r"[^\x00-\x1f\x7f]{0,400}")
+# What a field holds, by its name, and by its record's too where that differs. One that may be null says so in its type.
+FIELDS: dict[str, type | re.Pattern[str]] = {
+    "host": HOST_NAME, "release": RELEASE_ID, "previous_release": RELEASE_ID, "good_release": RELEASE_ID,
+    "waiting_for_boot": RELEASE_ID, "unpacked": RELEASE_ID, "sha256": RELEASE_ID, "system": STORE_PATH,
+    "previous": STORE_PATH, "good": STORE_PATH, "rebooted": STORE_PATH, "old": STORE_PATH, "new": STORE_PATH,
+    "profile": STORE_PATH, "published": TIME, "polled": TIME, "started": TIME, "finished": TIME, "paused_until": TIME,
+    "log": LOG_NAME, "result": re.compile(r"[a-z-]{1,40}"), "phase": re.compile(r"[a-z-]{1,40}"),
+    "client": re.compile(r"[!-~]{1,40}"), "step": re.compile("|".join(Step)), "last": dict, "tried": dict,
+    "verdict": re.compile("|".join(("", *Result))), "Last.reason": TEXT, "Report.system": re.compile(r"[ -~]{0,400}"),
+    "boot_trial": LINE, "known_to_boot": LINE, "signer": FINGERPRINT, "expires": TIME,
+}  # fmt: skip
+SIMPLE: dict[str, type] = {"str": str, "int": int, "bool": bool, "float": float}
+Record = TypeVar("Record", "Current", "Part", "Last", "Report", "State", "Pending")
+
 
 def refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
@@ -408,24 +449,38 @@ def take(data: Mapping[str, Any], name: str, kind: type | re.Pattern[str], what:
     return value
 
 
-def take_line(data: Mapping[str, Any], name: str, what: str) -> str | None:
-    """An optional text for a person, as one line: whatever it was, it is harmless in a table and an environment."""
-    return one_line(take(data, name, str, what, null=True) or "", 200) or None
+def read_record(kind: type[Record], data: Mapping[str, Any], what: str) -> Record:
+    """A record from a JSON object. What is unknown is ignored; BentoError names the first field that is wrong."""
+    values: dict[str, Any] = {}
+    defaults = kind._field_defaults
+    for name, annotation in kind.__annotations__.items():
+        text: str = annotation.__forward_arg__
+        if name in defaults and data.get(name) is None:
+            continue
+        if name.endswith("revision"):
+            # Whatever it was, it is harmless in a table and an environment.
+            values[name] = one_line(take(data, name, str, what), 200) or None
+        elif text.startswith("tuple[Part"):
+            values[name] = tuple(
+                read_record(Part, as_object(part, name, what), what) for part in take(data, name, list, what)
+            )
+        elif text.startswith("tuple"):
+            values[name] = tuple(one_line(str(each), 200) for each in take(data, name, list, what)[:100])
+        else:
+            wanted = FIELDS.get(f"{kind.__name__}.{name}") or FIELDS.get(name) or SIMPLE[text.split(" ")[0]]
+            value = take(data, name, wanted, what, null="None" in text)
+            values[name] = read_record(Last, value, what) if isinstance(value, dict) else value
+    return kind(**values)
+
+
+def as_object(value: object, name: str, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise BentoError(f"{what}: field {name!r} is malformed")
+    return value
 
 
 def parse_current(raw: bytes, what: str, host: str | None = None) -> Current:
-    data = parse_object(raw, what)
-    current = Current(
-        host=take(data, "host", HOST_NAME, what),
-        release=take(data, "release", RELEASE_ID, what),
-        size=take(data, "size", int, what),
-        published=take(data, "published", TIME, what),
-        system=take(data, "system", STORE_PATH, what, null=True),
-        parts=tuple(parse_part(part, what) for part in take(data, "parts", list, what, null=True) or ()),
-        revision=take_line(data, "revision", what),
-        signed=take(data, "signed", str, what, null=True),
-        signature=take(data, "signature", str, what, null=True),
-    )
+    current = read_record(Current, parse_object(raw, what) | {"signer": None}, what)
     if current.parts and sum(part.size for part in current.parts) != current.size:
         raise BentoError(f"{what}: its parts do not add up to its size")
     if host is not None and current.host != host:
@@ -433,10 +488,16 @@ def parse_current(raw: bytes, what: str, host: str | None = None) -> Current:
     return current
 
 
-def parse_part(data: object, what: str) -> Part:
-    if not isinstance(data, dict):
-        raise BentoError(f"{what}: field 'parts' is malformed")
-    return Part(take(data, "sha256", RELEASE_ID, what), take(data, "size", int, what))
+def parse_report(raw: bytes, what: str) -> Report:
+    return read_record(Report, parse_object(raw, what), what)
+
+
+def parse_state(raw: bytes, what: str) -> State:
+    return read_record(State, parse_object(raw, what), what)
+
+
+def parse_pending(raw: bytes, what: str) -> Pending:
+    return read_record(Pending, parse_object(raw, what), what)
 
 
 def parse_recipe(raw: bytes, what: str, host: str) -> Recipe:
@@ -452,78 +513,6 @@ def parse_recipe(raw: bytes, what: str, host: str) -> Recipe:
     directory = (take(data, "directory", DIRECTORY, what, null=True) or "").rstrip("/")
     attribute = take(data, "attribute", ATTRIBUTE, what, null=True) or host
     return Recipe(attribute, "" if directory == "." else directory, tuple(options))
-
-
-def parse_last(data: Mapping[str, Any], what: str) -> Last:
-    return Last(
-        release=take(data, "release", RELEASE_ID, what, null=True),
-        result=take(data, "result", re.compile(r"[a-z-]{1,40}"), what),
-        reason=take(data, "reason", TEXT, what),
-        system=take(data, "system", STORE_PATH, what, null=True),
-        started=take(data, "started", TIME, what),
-        finished=take(data, "finished", TIME, what),
-        attempt=take(data, "attempt", int, what),
-        log=take(data, "log", LOG_NAME, what),
-        revision=take_line(data, "revision", what),
-    )
-
-
-def parse_report(raw: bytes, what: str) -> Report:
-    data = parse_object(raw, what)
-    last = take(data, "last", dict, what, null=True)
-    return Report(
-        host=take(data, "host", HOST_NAME, what),
-        client=take(data, "client", re.compile(r"[!-~]{1,40}"), what),
-        polled=take(data, "polled", TIME, what),
-        phase=take(data, "phase", re.compile(r"[a-z-]{1,40}"), what),
-        release=take(data, "release", RELEASE_ID, what, null=True),
-        system=take(data, "system", re.compile(r"[ -~]{0,400}"), what),
-        needs_reboot=take(data, "needs_reboot", bool, what),
-        last=None if last is None else parse_last(last, what),
-        revision=take_line(data, "revision", what),
-        signer=take(data, "signer", FINGERPRINT, what, null=True),
-        expires=take(data, "expires", TIME, what, null=True),
-    )
-
-
-def parse_state(raw: bytes, what: str) -> State:
-    data = parse_object(raw, what)
-    tried, last = (take(data, name, dict, what, null=True) for name in ("tried", "last"))
-    return State(
-        release=take(data, "release", RELEASE_ID, what, null=True),
-        system=take(data, "system", STORE_PATH, what, null=True),
-        previous=take(data, "previous", STORE_PATH, what, null=True),
-        previous_release=take(data, "previous_release", RELEASE_ID, what, null=True),
-        published=take(data, "published", TIME, what, null=True),
-        unpacked=take(data, "unpacked", RELEASE_ID, what, null=True),
-        rebooted=take(data, "rebooted", STORE_PATH, what, null=True),
-        interruptions=take(data, "interruptions", int, what),
-        tried=None if tried is None else parse_last(tried, what),
-        last=None if last is None else parse_last(last, what),
-        revision=take_line(data, "revision", what),
-        previous_revision=take_line(data, "previous_revision", what),
-        serials=tuple(parse_serial(serial, what) for serial in take(data, "serials", list, what, null=True) or ()),
-        signer=take(data, "signer", FINGERPRINT, what, null=True),
-        signed=take(data, "signed", str, what, null=True),
-    )
-
-
-def parse_serial(data: object, what: str) -> Serial:
-    if not isinstance(data, dict):
-        raise BentoError(f"{what}: field 'serials' is malformed")
-    return Serial(take(data, "signer", FINGERPRINT, what), take(data, "serial", int, what))
-
-
-def parse_pending(raw: bytes, what: str) -> Pending:
-    data = parse_object(raw, what)
-    kinds: dict[str, type | re.Pattern[str]] = {
-        "release": RELEASE_ID, "published": TIME, "old": STORE_PATH, "new": STORE_PATH, "profile": STORE_PATH,
-        "step": re.compile("|".join(Step)), "boot_id": str, "token": str, "started": TIME, "attempt": int,
-        "deadline_s": float, "verdict": re.compile("|".join(("", *Result))), "reason": str,
-    }  # fmt: skip
-    values = {name: take(data, name, kind, what) for name, kind in kinds.items()}
-    revision = take_line(data, "revision", what)
-    return Pending(**values, watchdog=take(data, "watchdog", str, what, null=True), revision=revision)
 
 
 def plain(value: Any) -> Any:
@@ -609,13 +598,14 @@ def settings_argv(settings: Settings) -> list[str]:
 # --- decisions ---
 
 
-def retry_pause_s(result: str, attempt: int) -> float:
+def retry_pause_s(result: str, attempt: int, *, costly: bool = False) -> float:
     """How long to wait after attempt number `attempt` before the next.
 
-    A failed build is the release's, so the pauses grow from the first one on. The other failures are a bad moment
-    more often than not: the first three are tried again at the next poll.
+    A failed build is the release's, and a boot loader that cannot be written costs an activation (`costly`): the pauses
+    grow from the first one on. The others are a bad moment more often than not: they are tried again at the next three
+    polls.
     """
-    free_attempts = 0 if result == Result.BUILD_FAILED else 3
+    free_attempts = 0 if result == Result.BUILD_FAILED or costly else 3
     doublings = attempt - free_attempts - 1
     return 0.0 if doublings < 0 else float(min(FIRST_PAUSE_S * 2 ** min(doublings, 20), LONGEST_PAUSE_S))
 
@@ -637,14 +627,19 @@ def decide(
         return fetched, f"release {current.release[:12]}, by force"
     if tried.result == Result.OK:
         return Action.NOTHING, f"up to date with release {current.release[:12]}"
-    if tried.result in (Result.ROLLED_BACK, Result.ROLLBACK_FAILED):
+    # Nobody can tell an outage that ended in time for the old system from a release that cut the line.
+    pause_s = retry_pause_s(tried.result, tried.attempt, costly=state.costly)
+    if tried.result == Result.ROLLED_BACK and state.doubts == 1:
+        pause_s = LONGEST_PAUSE_S
+    waits = parse_time(tried.finished) + pause_s > now_s or state.doubts != 1
+    if tried.result in (Result.ROLLED_BACK, Result.ROLLBACK_FAILED) and waits:
         return (
             Action.NOTHING,
             f"release {current.release[:12]} was rolled back ({tried.reason}): waiting for a new release",
         )
     if tried.result == Result.INTERRUPTED and state.interruptions > 1:
         return Action.NOTHING, f"release {current.release[:12]} was interrupted twice: waiting for a new release"
-    wait_s = parse_time(tried.finished) + retry_pause_s(tried.result, tried.attempt) - now_s
+    wait_s = parse_time(tried.finished) + pause_s - now_s
     # A wait longer than the longest pause means that the clock was set back: then it says nothing.
     if 0 < wait_s <= LONGEST_PAUSE_S:
         return Action.NOTHING, f"release {current.release[:12]}: {tried.result}, next attempt in {duration(wait_s)}"
@@ -972,6 +967,15 @@ class Log:
         except FileNotFoundError:
             return ""
 
+    def size(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def last_words(self) -> str:
+        """The last line that a program, not Bento, wrote here; its last error message if there is one."""
+        said = [line for line in self.tail(8192).splitlines() if line.strip() and " bento: " not in line]
+        errors = [line for line in said if line.lstrip().startswith("error:") and len(line.strip()) > len("error:")]
+        return one_line((errors or said or ["no output"])[-1])
+
     def hand_over(self, path: Path) -> None:
         """Moves the log to `path`, with the middle of a huge one left out, so that it is always worth uploading."""
         with open(self.path, "ab+") as file:
@@ -1109,22 +1113,27 @@ def verify(current: Current, trust: Trust, directory: Path, what: str) -> Curren
 def highest_serial(trust: Trust, revoked: Sequence[str] = ()) -> int:
     """Of the signers that are trusted now: a stolen key's serials go with it."""
     counting = read_signers(trust.signers).keys() - set(revoked)
-    return max((each.serial for each in trust.serials if each.signer in counting), default=0)
+    return max((serial for signer, serial in map(parse_serial, trust.serials) if signer in counting), default=0)
 
 
 def trust_of(settings: Settings, state: State) -> Trust | None:
     return Trust(Path(settings.signers), state.serials) if settings.signers else None
 
 
-def remember(state: State, current: Current) -> State:
-    """What a poll has accepted, for state.json: no lower serial is taken after it."""
+def accepted(state: State, current: Current) -> dict[str, Any]:
+    """What state.json has to remember of what a poll has accepted: no lower serial is taken after it."""
     if current.signer is None or current.signed is None:
-        return state._replace(signer=None, signed=None)
-    signed = parse_signed(current.signed, "signed text")
-    serials = {each.signer: each.serial for each in state.serials}
-    serials[current.signer] = max(signed.serial, serials.get(current.signer, 0))
-    kept = tuple(Serial(signer, serial) for signer, serial in sorted(serials.items()))
-    return state._replace(serials=kept, signer=current.signer, signed=current.signed)
+        return {"signer": None, "signed": None}
+    serials = {current.signer: parse_signed(current.signed, "signed text").serial}
+    for signer, serial in map(parse_serial, state.serials):
+        serials[signer] = max(serial, serials.get(signer, 0))
+    kept = tuple(f"{signer} {serial}" for signer, serial in sorted(serials.items()))
+    return {"serials": kept, "signer": current.signer, "signed": current.signed}
+
+
+def parse_serial(text: str) -> tuple[str, int]:
+    signer, _, serial = text.partition(" ")
+    return signer, int(serial) if serial.isdecimal() else 0
 
 
 def vouched_until(state: State) -> str | None:
@@ -1416,88 +1425,581 @@ def poll(
         pause_s *= 2
 
 
-# --- this machine's systems ---
+# --- boot loaders ---
+#
+# What a boot loader can be told: these systems by name, one of them for the next boot only. In what it reads itself:
+# entries and variables, never in what a program says of them.
+
+LOADER_VARIABLES = "/sys/firmware/efi/efivars/{}-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
+# Of LoaderFeatures: it follows LoaderEntryDefault, and LoaderEntryOneShot.
+LOADER_NEEDS = 1 << 2 | 1 << 3
+# utils/bento.nix writes it into grub.cfg, above the lines that follow what we write into grubenv.
+GRUB_MARK = "# bento: the first boot is a trial (1)"
+GRUB_GOOD, GRUB_TRY = "bento_good", "bento_try"
+GRUB_WRITES = ("ext2", "ext3", "ext4", "vfat")
+GRUBENV_HEAD, GRUBENV_BYTES = b"# GRUB Environment Block\n", 1024
+GRUB_BLOCK = re.compile(r"""\s*(menuentry|submenu)\s+(["'])(.*?)\2""")
+BOOTCTL_LIMIT_S = 60
 
 
-def running_system(settings: Settings) -> str:
-    return os.path.realpath(settings.system_path("/run/current-system"))
+class Armed(NamedTuple):
+    """What a boot loader was told: the entry that it starts, and the one that it starts next, once. By their names."""
+
+    default: str = ""
+    once: str = ""
 
 
-def profile_path(settings: Settings) -> Path:
-    return settings.system_path("/nix/var/nix/profiles/system")
+class BootEntry(NamedTuple):
+    """An entry of a boot loader's menu. `system` is empty for what is not NixOS; kernel and initrd as written there."""
+
+    name: str
+    system: str = ""
+    kernel: str = ""
+    initrd: str = ""
+    top: bool = False
 
 
-def profile_system(settings: Settings) -> str:
-    return os.path.realpath(profile_path(settings))
+class Loader:
+    """A boot loader that nothing can be told, or that we know nothing of."""
+
+    def __init__(self, settings: Settings, places: Sequence[Path] = ()) -> None:
+        self.settings = settings
+        self.places = places
+
+    def trial_way(self) -> str:
+        """How a system is started for one boot only: the boot loader's name, or `none: ` and why not."""
+        name = next(iter(self.settings.boot_loader), "this boot loader")
+        return f"none: {name} cannot be told to start a system just once"
+
+    def entries(self, place: Path) -> list[BootEntry]:
+        return []
+
+    def locate(self, place: Path, written: str, original: Path) -> Path:
+        """Where the boot loader finds a file that an entry names. `original` is the system's own."""
+        return original
+
+    def entry_fault(self, system: str) -> str | None:
+        """What keeps the boot loader from starting the system, as far as can be seen."""
+        for place in self.places:
+            try:
+                entries = [entry for entry in self.entries(place) if entry.system == system]
+                faults = [self.file_fault(place, entry) for entry in entries] or [f"{place}: no entry for {system}"]
+            except OSError as error:
+                faults = [f"{error.filename or place}: {error.strerror}"]
+            for fault in faults:
+                if fault is not None:
+                    return f"the boot loader cannot start the system: {fault}"
+        return None
+
+    def file_fault(self, place: Path, entry: BootEntry) -> str | None:
+        """What is wrong with the kernel or the initrd of an entry. Secrets may be appended to an initrd."""
+        for name, written in (("kernel", entry.kernel), ("initrd", entry.initrd)):
+            original = Path(os.path.realpath(Path(entry.system, name)))
+            if not original.exists() and name == "initrd":
+                continue
+            if not written:
+                return f"{place}: entry {entry.name} has no {name}"
+            file = self.locate(place, written, original)
+            found, wanted = (path.stat().st_size if path.exists() else None for path in (file, original))
+            if found is None:
+                return f"{file} is missing"
+            if wanted is None or found < wanted or (found > wanted and name == "kernel"):
+                return f"{file} has {found} bytes, the system's {name} has {wanted}"
+        return None
+
+    def entry_of(self, system: str) -> str:
+        """The name of the system's entry, which stays its own whatever is made the default."""
+        try:
+            entries = self.entries(self.places[0]) if self.places else []
+        except OSError as error:
+            raise BentoError(f"{error.filename or self.places[0]}: {error.strerror}") from None
+        for entry in entries:
+            if entry.system == system and not entry.top:
+                return entry.name
+        raise BentoError(f"the boot loader has no entry for {system}: run 'nixos-rebuild boot'")
+
+    def armed(self) -> Armed:
+        return Armed()
+
+    def prefer(self, system: str) -> str:
+        """Makes the system the one that is started, until `clear`; whatever is made the default meanwhile. Returns
+        what was preferred before: to be written down before, from `armed`, and given to `clear` in the end."""
+        raise BentoError(self.trial_way())
+
+    def try_once(self, system: str) -> None:
+        """The next boot starts this system, and those after it the preferred one."""
+        raise BentoError(self.trial_way())
+
+    def clear(self, before: str) -> None:
+        """Takes back what `prefer` and `try_once` did. Again and again is fine."""
 
 
-def boot_id(settings: Settings) -> str:
-    """The kernel's name for this boot."""
-    path = settings.system_path("/proc/sys/kernel/random/boot_id")
-    return (path if path.exists() else Path("/proc/sys/kernel/random/boot_id")).read_text().strip()
+class SystemdBoot(Loader):
+    """systemd-boot: two EFI variables over what loader.conf says."""
+
+    def trial_way(self) -> str:
+        directory = self.variable("LoaderInfo").parent
+        info = self.read("LoaderInfo").decode("utf-16-le", "replace")
+        features = int.from_bytes(self.read("LoaderFeatures"), "little")
+        if not directory.is_dir() or not any(directory.iterdir()):
+            return "none: this machine was booted without EFI variables"
+        if not info.startswith("systemd-boot"):
+            return "none: this machine was not started by systemd-boot"
+        if features & LOADER_NEEDS != LOADER_NEEDS:
+            return "none: this systemd-boot is too old"
+        if os.statvfs(directory).f_flag & os.ST_RDONLY:
+            return "none: the EFI variables cannot be written"
+        return "systemd-boot"
+
+    def variable(self, name: str) -> Path:
+        return self.settings.system_path(LOADER_VARIABLES.format(name))
+
+    def read(self, name: str) -> bytes:
+        """The value of one of the loader's variables, without the four bytes of attributes that stand before it."""
+        try:
+            return self.variable(name).read_bytes()[4:]
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            raise BentoError(f"EFI variable {name}: {error.strerror}") from None
+
+    def entries(self, place: Path) -> list[BootEntry]:
+        found = (place / "loader/entries").glob("*.conf")
+        return [parse_loader_entry(path.name, path.read_text("utf-8", "replace")) for path in sorted(found)]
+
+    def locate(self, place: Path, written: str, original: Path) -> Path:
+        return place / written.lstrip("/")
+
+    def armed(self) -> Armed:
+        names = (
+            self.read(name).decode("utf-16-le", "replace") for name in ("LoaderEntryDefault", "LoaderEntryOneShot")
+        )
+        return Armed(*(name.partition("\0")[0] for name in names))
+
+    def prefer(self, system: str) -> str:
+        before = self.armed().default
+        self.tell("set-default", self.entry_of(system))
+        return before
+
+    def try_once(self, system: str) -> None:
+        self.tell("set-oneshot", self.entry_of(system))
+
+    def clear(self, before: str) -> None:
+        # An entry of another name is another's wish: to start Windows once, say.
+        armed = self.armed()
+        if armed.once.startswith("nixos"):
+            self.tell("set-oneshot", "")
+        if armed.default.startswith("nixos"):
+            self.tell("set-default", before)
+
+    def tell(self, verb: str, name: str) -> None:
+        """Sets a variable, or removes it, and looks: not every firmware keeps what it is given."""
+        which = ("set-default", "set-oneshot").index(verb)
+        if self.armed()[which] == name:
+            return
+        run(["bootctl", verb, name], timeout=BOOTCTL_LIMIT_S)
+        if self.armed()[which] != name:
+            raise BentoError(f"bootctl {verb} had no effect: the firmware does not keep EFI variables")
 
 
-def has_systemd(settings: Settings) -> bool:
-    return settings.system_path("/run/systemd/system").is_dir()
+def parse_loader_entry(file: str, text: str) -> BootEntry:
+    """An entry of systemd-boot's. Its name is the file's, without the count of boots that the loader keeps in it."""
+    fields: dict[str, str] = {}
+    for line in text.splitlines():
+        key, _, value = line.strip().partition(" ")
+        fields[key] = f"{fields[key]} {value.strip()}" if key == "options" and key in fields else value.strip()
+    name = re.sub(r"\+[0-9]+(-[0-9]+)?\.conf$", ".conf", file)
+    return BootEntry(name, system_of(fields.get("options", "")), fields.get("linux", ""), fields.get("initrd", ""))
+
+
+def system_of(options: str) -> str:
+    """The system that a kernel's command line starts; empty when it starts none."""
+    found = [word for word in options.split() if word.startswith("init=") and word.endswith("/init")]
+    return found[-1].removeprefix("init=").removesuffix("/init") if found else ""
+
+
+class Grub(Loader):
+    """GRUB: two variables in grubenv, which the lines that bento.nix adds to grub.cfg follow and clear."""
+
+    def trial_way(self) -> str:
+        reasons = (self.trouble(place) for place in self.places)
+        return next((f"none: {reason}" for reason in reasons if reason), "grub")
+
+    def trouble(self, place: Path) -> str | None:
+        """Why GRUB there would not follow us. Where it cannot write, each boot would be the one trial."""
+        try:
+            text, env = (place / "grub.cfg").read_text("utf-8", "replace"), (place / "grubenv")
+            if env.is_symlink() or (env.exists() and not is_grubenv(env.read_bytes())):
+                return f"{env} is not what GRUB makes it"
+            if os.statvfs(place).f_flag & os.ST_RDONLY:
+                return f"{place} cannot be written"
+        except OSError as error:
+            return f"{error.filename or place}: {error.strerror}"
+        if GRUB_MARK not in text:
+            return f"{place / 'grub.cfg'} was written for another version of Bento"
+        if not follows_profile(text):
+            return "GRUB's default is not the newest NixOS"
+        mount = mount_of(self.settings, place)
+        if mount is None or mount.kind not in GRUB_WRITES or not mount.plain:
+            what = mount.kind if mount is not None and mount.kind not in GRUB_WRITES else "no plain partition"
+            return f"GRUB cannot write to {place} ({what})"
+        return None
+
+    def entries(self, place: Path) -> list[BootEntry]:
+        return parse_grub((place / "grub.cfg").read_text("utf-8", "replace"))
+
+    def locate(self, place: Path, written: str, original: Path) -> Path:
+        """A copy in /boot/kernels, or the file itself in the store, whatever GRUB calls its file system."""
+        direct = written.endswith("/" + "/".join(original.parts[-2:]))
+        return original if direct else place.parent / "kernels" / os.path.basename(written)
+
+    def armed(self) -> Armed:
+        """With mirrors: what is preferred in one is; the one shot is left only if it is in all."""
+        told = [read_grubenv(place / "grubenv") for place in self.places]
+        once = [each.get(GRUB_TRY, "") for each in told]
+        return Armed(max((each.get(GRUB_GOOD, "") for each in told), default=""), min(once, default=""))
+
+    def prefer(self, system: str) -> str:
+        """There is no before: nobody else writes these."""
+        self.tell({GRUB_GOOD: self.entry_of(system)})
+        return ""
+
+    def try_once(self, system: str) -> None:
+        self.tell({GRUB_TRY: self.entry_of(system)})
+
+    def clear(self, before: str) -> None:
+        self.tell({GRUB_GOOD: "", GRUB_TRY: ""})
+
+    def tell(self, values: Mapping[str, str]) -> None:
+        for place in self.places:
+            try:
+                write_grubenv(place / "grubenv", values)
+            except OSError as error:
+                raise BentoError(f"{place / 'grubenv'}: {error.strerror}") from None
+
+
+def parse_grub(text: str) -> list[BootEntry]:
+    """The entries of a grub.cfg in their order, submenus among them. A name leads through the submenus, as GRUB's
+    `default` has it; GRUB cannot be led to a title that begins or ends with >."""
+    entries: list[BootEntry] = []
+    path: list[str] = []
+    for line in text.splitlines():
+        words = line.split()
+        if found := GRUB_BLOCK.match(line):
+            path.append(found[3].replace(">", ">>"))
+            entries.append(BootEntry(">".join(path), top=len(path) == 1))
+        if not path or not words:
+            continue
+        if words[0] in ("linux", "module") and system_of(line):
+            entries[-1] = entries[-1]._replace(system=system_of(line), kernel=words[1])
+        elif words[0] in ("initrd", "module") and len(words) > 1:
+            entries[-1] = entries[-1]._replace(initrd=words[1])
+        if words[-1] == "}":
+            path.pop()
+    return entries
+
+
+def follows_profile(text: str) -> bool:
+    """Whether the entry that GRUB starts by itself is the one that `switch-to-configuration boot` sets."""
+    default = re.findall(r'^\s*set default="?([0-9]+)"?\s*$', text, re.MULTILINE)
+    tops = [entry for entry in parse_grub(text) if entry.top]
+    return len(default) == 1 and int(default[0]) < len(tops) and tops[int(default[0])].system != ""
+
+
+class Mount(NamedTuple):
+    kind: str
+    plain: bool
+
+
+def mount_of(settings: Settings, path: Path) -> Mount | None:
+    """The file system that a path lies on: its type, and whether it is on a partition as such (no LVM, RAID, loop)."""
+    table = settings.system_path("/proc/self/mountinfo")
+    inside = "/" + os.path.relpath(os.path.realpath(path), os.path.realpath(settings.root)).removeprefix(".")
+    best: tuple[str, str, str] | None = None
+    for line in table.read_text("utf-8", "replace").splitlines():
+        fields = line.split()
+        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4])
+        kind = fields[fields.index("-") + 1]
+        within = inside == point or inside.startswith(point.rstrip("/") + "/")
+        if within and kind != "autofs" and (best is None or len(point) >= len(best[0])):
+            best = point, kind, fields[2]
+    if best is None:
+        return None
+    device = os.path.realpath(settings.system_path(f"/sys/dev/block/{best[2]}"))
+    return Mount(best[1], os.path.exists(f"{device}/partition") and "/devices/virtual/block/" not in device)
+
+
+def is_grubenv(data: bytes) -> bool:
+    return not data or data.startswith(GRUBENV_HEAD)
+
+
+def read_grubenv(path: Path) -> dict[str, str]:
+    try:
+        text = path.read_bytes().decode(errors="replace")
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise BentoError(f"{path}: {error.strerror}") from None
+    lines = (line.partition("=") for line in text.splitlines() if not line.startswith("#"))
+    return {name: value for name, _, value in lines}
+
+
+def write_grubenv(path: Path, values: Mapping[str, str]) -> None:
+    """Sets variables in GRUB's file, those without a value not at all. In place: GRUB itself overwrites its blocks, so
+    they must stay, and it does not read a journal that would tell of a new file."""
+    data = path.read_bytes() if path.exists() else b""
+    size = len(data) or GRUBENV_BYTES
+    lines = [line for line in (data or GRUBENV_HEAD).splitlines(keepends=True) if line.endswith(b"\n")]
+    lines = [line for line in lines if line.partition(b"=")[0].decode(errors="replace") not in values]
+    lines += [f"{name}={value}\n".encode() for name, value in values.items() if value]
+    new = b"".join(lines).ljust(size, b"#")
+    if new == data or (not data and not any(values.values())):
+        return
+    if len(new) > size:
+        raise BentoError(f"{path} is full: remove what is not needed with grub-editenv")
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        os.pwrite(descriptor, new, 0)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    if not data:
+        sync_directory(path.parent)
+        os.sync()  # not into the journal only
+
+
+def find_loader(settings: Settings) -> Loader:
+    kind, *places = settings.boot_loader or ("",)
+    kinds = {"systemd-boot": SystemdBoot, "grub": Grub}
+    if kind not in kinds or not places:
+        return Loader(settings)
+    return kinds[kind](settings, [settings.system_path(place) for place in places])
+
+
+# --- this machine ---
+
+
+class Facts(NamedTuple):
+    """Where this machine stands. Each is a system; a specialisation counts as the system that it belongs to.
+
+    `default` is what the profile names, and so the next boot.
+    """
+
+    running: str
+    booted: str
+    default: str
+    boot_id: str
+
+
+class Machine:
+    """What a command works on, and the only door to it: this machine's systems, boot loader, files and server.
+
+    `directory`: of this process, in the state directory, as sftp sees it. `session`: an open connection to the server.
+    `watchdog`: the timer that guards what this process does.
+    """
+
+    def __init__(self, settings: Settings, directory: str = "", *, log: str = "deploy.log") -> None:
+        self.settings, self.directory = settings, directory
+        self.log = Log(settings.state / log)
+        self.state = read_journal(settings.state / "state.json", parse_state, self.log) or State()
+        self.loader = find_loader(settings)
+        self.session: Sftp | None = None
+        self.watchdog: str | None = None
+
+    def remember(self, **changes: Any) -> None:
+        """Changes state.json, where it says something else."""
+        state = self.state._replace(**changes)
+        if state != self.state:
+            write_atomic(self.settings.state / "state.json", encode(state))
+            self.state = state
+
+    @property
+    def running(self) -> str:
+        return os.path.realpath(self.settings.system_path("/run/current-system"))
+
+    @property
+    def booted(self) -> str:
+        """What was booted; what runs, where that is not known."""
+        booted = os.path.realpath(self.settings.system_path("/run/booted-system"))
+        return booted if os.path.exists(booted) else self.running
+
+    @property
+    def profile(self) -> Path:
+        return self.settings.system_path("/nix/var/nix/profiles/system")
+
+    @property
+    def default(self) -> str:
+        return os.path.realpath(self.profile) if self.profile.exists() else self.running
+
+    @property
+    def boot_id(self) -> str:
+        """The kernel's name for this boot."""
+        path = self.settings.system_path("/proc/sys/kernel/random/boot_id")
+        return (path if path.exists() else Path("/proc/sys/kernel/random/boot_id")).read_text().strip()
+
+    @property
+    def has_systemd(self) -> bool:
+        return self.settings.system_path("/run/systemd/system").is_dir()
+
+    def facts(self, *more: str) -> Facts:
+        """`more`: systems besides those of state.json that a specialisation may belong to."""
+        state, default = self.state, self.default
+        owners = [system for system in (*more, default, state.system, state.good, state.previous) if system]
+        running, booted = (owner_of(system, owners)[0] for system in (self.running, self.booted))
+        return Facts(running, booted, default, self.boot_id)
+
+    def variant(self, system: str) -> str:
+        """What to activate of a system: the specialisation that this machine runs, where the system has it, too."""
+        _, name = owner_of(self.running, [self.default, self.state.system or "", self.state.good or ""])
+        chosen = os.path.realpath(Path(system, "specialisation", name)) if name else system
+        return chosen if os.path.exists(chosen) else system
+
+    @property
+    def good(self) -> str:
+        """The last system that a boot has proven. Before Bento has seen one: what this machine was booted with."""
+        good = self.state.good
+        return good if good is not None and os.path.exists(good) else self.facts().booted
+
+    @property
+    def on_trial(self) -> str | None:
+        """The boot default of Bento's that no boot has proven yet."""
+        state = self.state
+        return state.system if state.good not in (None, state.system) and state.system == self.default else None
+
+    def has_kernel_of(self, system: str) -> bool:
+        """Whether this boot has the system's kernel, initrd, modules and parameters, as far as it says."""
+        return boot_parts(self.booted) == boot_parts(self.variant(system))
+
+    def releases(self) -> dict[str | None, tuple[str | None, str | None]]:
+        """The systems that are remembered: the release and revision of each, where it was one of Bento's."""
+        s = self.state
+        return {
+            s.previous: (s.previous_release, s.previous_revision),
+            s.good: (s.good_release, s.good_revision),
+            s.system: (s.release, s.revision),
+        }
+
+    @property
+    def needs_reboot(self) -> bool:
+        """Whether a boot would give another kernel (or initrd, modules, parameters), or a system that could not go live."""
+        waits = self.on_trial is not None and self.facts().running != self.on_trial
+        return waits or not self.has_kernel_of(self.default)
+
+    def is_switching(self) -> bool:
+        """Whether somebody's switch is at work. That of 2024 would wait for it, today's would refuse."""
+        try:
+            with open(self.settings.system_path("/run/nixos/switch-to-configuration.lock")) as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+    def switch(self, system: str, action: str, token: str) -> Done:
+        """Runs the system's switch-to-configuration. Its exit code is None when it did not end in time.
+
+        Under systemd in a transient unit: the switch may stop, restart or kill whatever it likes, us included.
+        """
+        self.log.say(f"switch-to-configuration {action}: {system}")
+        before = self.log.size()
+        argv = [f"{system}/bin/switch-to-configuration", action]
+        limit_s = self.settings.activation_timeout
+        with self.log.output() as out:
+            if not self.has_systemd:
+                code = run(argv, check=False, output=out, timeout=limit_s).code
+            else:
+                code = run_in_unit(argv, f"bento-switch-{token}-{os.urandom(3).hex()}", out, limit_s)
+        return Done(code, self.log.tail(max(0, min(self.log.size() - before, 1 << 18))))
+
+    def end_switches(self, token: str) -> None:
+        """Ends what an attempt started and left, with the jobs that it queued: a unit that waits for one that hangs would
+        start after the way back. Not during a boot or a shutdown, when the jobs are others'.
+        """
+        if not self.has_systemd:
+            return
+        run(["systemctl", "stop", f"bento-switch-{token}-*.service"], check=False, timeout=60)
+        if run(["systemctl", "is-system-running"], check=False, timeout=30).output.strip() in ("running", "degraded"):
+            run(["systemctl", "cancel"], check=False, timeout=60)
+
+    def nix_env(self, *words: str) -> None:
+        argv = ["nix-env", "-p", str(self.profile), *words]
+        with self.log.output() as out:
+            run(argv, output=out, timeout=self.settings.activation_timeout)
+
+    def generations(self) -> dict[int, str]:
+        """The profile's generations: their numbers, and their systems."""
+        pattern = re.compile(re.escape(self.profile.name) + r"-([0-9]+)-link")
+        links = self.profile.parent.iterdir() if self.profile.parent.is_dir() else ()
+        found = {int(match[1]): link for link in links if (match := pattern.fullmatch(link.name))}
+        return {number: os.path.realpath(link) for number, link in sorted(found.items())}
+
+    def undo_default(self, system: str, failed: str) -> None:
+        """Back to an earlier generation; the failed one goes, for it would push a good one out of the boot menu."""
+        numbers = {found: number for number, found in self.generations().items()}
+        try:
+            self.nix_env("--switch-generation", str(numbers[system]))
+        except (KeyError, BentoError):
+            self.nix_env("--set", system)
+        if failed in numbers and failed not in (system, self.state.previous, self.good):
+            with best_effort(self.log):
+                self.nix_env("--delete-generations", str(numbers[failed]))
+
+    def keep(self, system: str) -> None:
+        """A garbage collection root for the system that a boot may have to lead back to."""
+        link = self.settings.system_path("/nix/var/nix/gcroots/bento-way-back")
+        with best_effort(self.log):
+            if not os.path.islink(link) or os.readlink(link) != system:
+                link.parent.mkdir(parents=True, exist_ok=True)
+                replace_link(link, system)
+
+    def reboot(self) -> None:
+        run(["systemctl", "reboot"], timeout=60)
+
+    def hang_up(self) -> None:
+        if self.session is not None:
+            self.session.close()
+            self.session = None
+
+
+def owner_of(system: str, owners: Sequence[str]) -> tuple[str, str]:
+    """The system that `system` is a specialisation of, and the name of that; itself, and no name, where it is none.
+
+    NixOS links SYSTEM/specialisation/NAME to a system that does not know what it belongs to.
+    """
+    above, found, name = system.partition("/specialisation/")
+    if found:
+        return above, name.split("/")[0]
+    for owner in owners if system not in owners else ():
+        for link in sorted(Path(owner, "specialisation").glob("*")):
+            if os.path.realpath(link) == system:
+                return owner, link.name
+    return system, ""
 
 
 def boot_parts(system: str) -> list[str | None]:
-    """What of a system only a boot can change: where its kernel, initrd and kernel modules lie."""
+    """What of a system only a boot can change: where its kernel, initrd and kernel modules lie, and its parameters."""
     links = (Path(system) / name for name in ("kernel", "initrd", "kernel-modules"))
-    return [os.path.realpath(link) if link.is_symlink() or link.exists() else None for link in links]
-
-
-def booted_system(settings: Settings) -> str:
-    return os.path.realpath(settings.system_path("/run/booted-system"))
-
-
-def has_kernel_of(settings: Settings, system: str) -> bool:
-    """Whether this machine was booted with the system's kernel, initrd and modules, as far as it says."""
-    booted = booted_system(settings)
-    return not os.path.exists(booted) or boot_parts(booted) == boot_parts(system)
-
-
-def has_new_kernel(settings: Settings) -> bool:
-    """Whether a boot would give another kernel, initrd or modules than now."""
-    return profile_path(settings).exists() and not has_kernel_of(settings, profile_system(settings))
-
-
-def needs_reboot(settings: Settings) -> bool:
-    """Whether a boot would give another kernel, or a system that could not go live."""
-    return has_new_kernel(settings) or waiting_for_boot(settings) is not None
-
-
-def waiting_for_boot(settings: Settings) -> Pending | None:
-    """The journal of a boot default that this boot has not proven."""
-    for name in ("pending.json", "waiting.json"):
-        with suppress(FileNotFoundError, BentoError):
-            found = parse_pending((settings.state / name).read_bytes(), name)
-            if (found.step, found.boot_id, found.new) == (Step.REBOOTING, boot_id(settings), profile_system(settings)):
-                return found
-    return None
-
-
-def boots_as_now(settings: Settings, system: str) -> str:
-    """The system, if it has the kernel that is proven because it runs; else the one that was booted."""
-    return system if has_kernel_of(settings, system) else booted_system(settings)
-
-
-def can_go_live(settings: Settings, new: str) -> bool:
-    """False when the systems' switch inhibitors differ: NixOS (25.11 and later) then refuses to switch."""
+    parts = [os.path.realpath(link) if link.is_symlink() or link.exists() else None for link in links]
     try:
-        booted = (settings.system_path("/run/booted-system") / "switch-inhibitors").read_bytes()
-        return booted == Path(new, "switch-inhibitors").read_bytes()
-    except FileNotFoundError:
-        return True
+        return [*parts, Path(system, "kernel-params").read_text(errors="replace").strip()]
+    except OSError:
+        return [*parts, None]
 
 
-def set_profile(settings: Settings, log: Log, system: str) -> None:
-    with log.output() as out:
-        run(
-            ["nix-env", "-p", str(profile_path(settings)), "--set", system],
-            output=out,
-            timeout=settings.activation_timeout,
-        )
+def run_in_unit(argv: Sequence[str], unit: str, out: IO[bytes], limit_s: float) -> int | None:
+    sink = "null" if out.name == os.devnull else f"append:{out.name}"
+    wrapped = [
+        "systemd-run", "--quiet", "--collect", "--wait", "--service-type=exec", f"--unit={unit}",
+        f"--property=StandardOutput={sink}", f"--property=StandardError={sink}",
+        f"--property=RuntimeMaxSec={limit_s}", "--property=TimeoutStopSec=10",
+        *transient_environment("LOCALE_ARCHIVE"), "--", *argv,
+    ]  # fmt: skip
+    started = time.monotonic()
+    code = run(wrapped, check=False, output=out, timeout=limit_s + WATCHDOG_MARGIN_S).code
+    # systemd-run may lose its bus in the middle of a switch. The unit is what counts.
+    wait_for_units(unit, started + limit_s + WATCHDOG_MARGIN_S)
+    return None if time.monotonic() - started >= limit_s else code
 
 
 def wait_for_units(pattern: str, give_up: float) -> None:
@@ -1508,191 +2010,204 @@ def wait_for_units(pattern: str, give_up: float) -> None:
         time.sleep(0.5)
 
 
-def switch(settings: Settings, log: Log, system: str, action: str, token: str) -> int | None:
-    """Runs the system's switch-to-configuration; its exit code, or None when it did not end in time.
-
-    Under systemd in a transient unit: the switch may stop, restart or kill whatever it likes, us included.
-    """
-    log.say(f"switch-to-configuration {action}: {system}")
-    argv = [f"{system}/bin/switch-to-configuration", action]
-    limit_s = settings.activation_timeout
-    with log.output() as out:
-        if not has_systemd(settings):
-            return run(argv, check=False, output=out, timeout=limit_s).code
-        sink = "null" if out.name == os.devnull else f"append:{out.name}"
-        unit = f"bento-switch-{token}-{os.urandom(3).hex()}"
-        wrapped = [
-            "systemd-run", "--quiet", "--collect", "--wait", "--service-type=exec", f"--unit={unit}",
-            f"--property=StandardOutput={sink}", f"--property=StandardError={sink}",
-            f"--property=RuntimeMaxSec={limit_s}", "--property=TimeoutStopSec=10",
-            *transient_environment("LOCALE_ARCHIVE"), "--", *argv,
-        ]  # fmt: skip
-        started = time.monotonic()
-        code = run(wrapped, check=False, output=out, timeout=limit_s + WATCHDOG_MARGIN_S).code
-        # systemd-run may lose its bus in the middle of a switch. The unit is what counts.
-        wait_for_units(unit, started + limit_s + WATCHDOG_MARGIN_S)
-        return None if time.monotonic() - started >= limit_s else code
-
-
 def transient_environment(*names: str) -> list[str]:
     return [f"--setenv={name}={os.environ[name]}" for name in names if name in os.environ]
 
 
-def stop_switch(settings: Settings, token: str) -> None:
-    """Ends what an earlier client started and left, so that it neither holds the lock nor goes on behind our back."""
-    if has_systemd(settings):
-        run(["systemctl", "stop", f"bento-switch-{token}-*.service"], check=False, timeout=60)
+def settings_of(system: str) -> dict[str, Any]:
+    """What a system has in its /etc/bento/client.json; nothing, where that cannot be read."""
+    try:
+        found = json.loads(Path(system, "etc/bento/client.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@contextmanager
+def best_effort(log: Log) -> Iterator[None]:
+    """For what must not keep a machine from going back to its old system: a full disk, a watchdog that cannot start."""
+    try:
+        yield
+    except (OSError, BentoError) as error:
+        log.say(f"going on without: {error}")
 
 
 # --- reports ---
 
 
-def make_report(settings: Settings, state: State, phase: Phase) -> Report:
-    running = running_system(settings)
+def make_report(machine: Machine, phase: Phase = Phase.IDLE) -> Report:
+    state, running, trial = machine.state, machine.facts().running, machine.on_trial
+    release, revision = machine.releases().get(running, (None, None))
+    if phase == Phase.IDLE and has_left(running):
+        phase = Phase.LEFT
     return Report(
-        host=settings.host,
+        host=machine.settings.host,
         client=VERSION,
         polled=format_time(time.time()),
         phase=phase,
-        release=state.release if running == state.system else None,
-        system=running,
-        needs_reboot=needs_reboot(settings),
+        release=release,
+        system=machine.running,
+        needs_reboot=machine.needs_reboot,
         last=state.last,
-        revision=state.revision if running == state.system else None,
+        revision=revision,
+        failed_units=state.failed_units,
+        waiting_for_boot=state.release if trial is not None and trial != running else None,
+        boot_trial=machine.loader.trial_way(),
+        known_to_boot=machine.good,
         signer=state.signer,
         expires=vouched_until(state),
     )
 
 
-def announce(session: Sftp, settings: Settings, state: State, directory: str, phase: Phase) -> None:
-    """Tells the server what comes next. That it has no room for it is no reason to stop."""
-    with suppress(OSError):
-        session.put(write_report(settings, state, directory, phase), "status.json", optional=True)
-
-
-def write_report(settings: Settings, state: State, directory: str, phase: Phase) -> str:
+def write_report(machine: Machine, phase: Phase) -> str:
     """A fresh status.json: its name for sftp."""
-    name = f"{directory}/{phase}.json"
-    path = settings.state / name
-    path.write_bytes(encode(make_report(settings, state, phase)))
+    name = f"{machine.directory}/status.json"
+    path = machine.settings.state / name
+    path.write_bytes(encode(make_report(machine, phase)))
     path.chmod(0o640)
     return name
 
 
-def deliver(session: Sftp, settings: Settings, state: State, directory: str, phase: Phase = Phase.IDLE) -> None:
+def announce(machine: Machine, phase: Phase) -> None:
+    """Tells the server what comes next. That it has no room for it is no reason to stop."""
+    assert machine.session is not None
+    with suppress(OSError):  # on a full disk there is no report to send
+        machine.session.put(write_report(machine, phase), "status.json", optional=True)
+
+
+def deliver(machine: Machine, phase: Phase = Phase.IDLE) -> None:
     """Uploads the logs in the outbox, oldest first, then a fresh status.json; keeps the newest logs on the server."""
-    outbox = settings.state / "outbox"
+    session, outbox = machine.session, machine.settings.state / "outbox"
+    assert session is not None
     waiting = sorted(path.name for path in outbox.glob("*.log") if LOG_NAME.fullmatch(path.name))
     for name in waiting:
         session.put(f"outbox/{name}", name)
         (outbox / name).unlink()
-    session.put(write_report(settings, state, directory, phase), "status.json")
+    session.put(write_report(machine, phase), "status.json")
     if waiting:
-        found = re.findall(rf"(?m)^(?:logs/)?({LOG_NAME.pattern})\s*$", session.do("-ls -1 logs"))
-        old = sorted(set(found) - set(waiting))
+        there = re.findall(rf"(?m)^(?:logs/)?({LOG_NAME.pattern})\s*$", session.do("-ls -1 logs"))
+        old = sorted(set(there) - set(waiting))
         surplus = len(old) - max(0, KEEP_LOGS - len(waiting))
         for name in old[: min(max(0, surplus), KEEP_LOGS)]:
             session.do(f"-rm logs/{name}")
 
 
-def report(
-    settings: Settings, log: Log, state: State, directory: str, session: Sftp | None = None, phase: Phase = Phase.IDLE
-) -> None:
+def report(machine: Machine, phase: Phase = Phase.IDLE) -> None:
     """Delivers over the open connection if that still works, else over a new one; else it waits in the outbox."""
-    with suppress(BentoError, OSError):
-        if session is not None:
-            deliver(session, settings, state, directory, phase)
-            return
     failures: list[str] = []
-    for server in settings.server:
+    for server in (None, *machine.settings.server):
         try:
-            session = Sftp(settings, server)
-            try:
-                deliver(session, settings, state, directory, phase)
+            if server is not None:
+                machine.hang_up()
+                machine.session = connect(machine.settings, server, machine.log)
+            if machine.session is not None:
+                deliver(machine, phase)
                 return
-            finally:
-                session.close()
         except (BentoError, OSError) as error:
             failures.append(str(error))
-    log.say(f"report kept for the next run: {'; '.join(failures)}")
+    machine.log.say(f"report kept for the next run: {'; '.join(failures)}")
 
 
 class Outcome(NamedTuple):
-    """How an attempt ended. `unreachable`: because of the line or the server, not of the release."""
+    """How an attempt ended. `unreachable`: because of the line or the server, not of the release. `doubt`: it may have
+    been, and nobody can tell. `costly`: not to be tried again at each poll."""
 
     result: Result
     reason: str = ""
     system: str | None = None
     unreachable: bool = False
+    doubt: bool = False
+    costly: bool = False
+    failed_units: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int:
         return 0 if self.result == Result.OK else Unreachable.exit_code if self.unreachable else 1
 
 
-def save_state(settings: Settings, state: State) -> None:
-    write_atomic(settings.state / "state.json", encode(state))
+def tell_bug(log: Log, error: Exception) -> str:
+    import traceback  # only a bug needs it
+
+    log.say(traceback.format_exc())
+    return f"a bug in Bento: {type(error).__name__}: {error}; the traceback is in the log"
 
 
-def record(
-    settings: Settings,
-    log: Log,
-    state: State,
-    outcome: Outcome,
-    release: str | None,
-    published: str,
-    started: str,
-    attempt: int,
-    *,
-    aside: bool = False,
-    revision: str | None = None,
-) -> State:
-    """How an attempt ended: its log goes into the outbox, the rest is for state.json.
+def keep_log(machine: Machine, name: str) -> None:
+    """Moves the log of an attempt into the outbox, which keeps the newest ones."""
+    outbox = machine.settings.state / "outbox"
+    try:
+        outbox.mkdir(mode=0o700, exist_ok=True)
+        machine.log.hand_over(outbox / name)
+    except OSError as error:
+        machine.log.say(f"the log could not be kept: {error.strerror}")
+    for old in sorted(outbox.glob("*.log"))[:-KEEP_LOGS]:
+        old.unlink()
 
-    `aside`: it was about an older release, that waited for a boot; the newest one's result still counts.
+
+def record(machine: Machine, pending: Pending, outcome: Outcome) -> None:
+    """How an attempt ended: its log goes into the outbox, the rest into state.json.
+
+    What was about an older release, that waited for a boot, leaves the newest one's result in its place.
     """
-    log.say(
-        ("" if outcome.result == Result.OK else "error: ") + ": ".join(filter(None, (outcome.result, outcome.reason)))
-    )
-    now_s = time.time()
-    name = log_name(now_s, release, outcome.result)
+    state, now_s = machine.state, time.time()
+    words = ": ".join(filter(None, (outcome.result, outcome.reason)))
+    machine.log.say(words if outcome.result == Result.OK else f"error: {words}")
+    release = pending.release if pending.release != NO_RELEASE else None
     last = Last(
         release=release,
         result=outcome.result,
         reason=one_line(outcome.reason),
         system=outcome.system,
-        started=started,
+        started=pending.started,
         finished=format_time(now_s),
-        attempt=attempt,
-        log=name,
-        revision=revision,
+        attempt=pending.attempt,
+        log=log_name(now_s, release, outcome.result),
+        revision=pending.revision,
     )
-    state = state._replace(last=state.tried if aside and outcome.result == Result.OK else last)
-    if release is not None and not aside:
-        before = state.interruptions if state.tried is not None and state.tried.release == release else 0
-        interruptions = before + (outcome.result == Result.INTERRUPTED)
-        state = state._replace(tried=last, interruptions=interruptions, published=published)
+    keep_log(machine, last.log)
+    again = state.tried is not None and state.tried.release == release
+    older = pending.trial and state.tried is not None and not again
+    changes: dict[str, Any] = {"last": state.tried if older and outcome.result == Result.OK else last}
+    if release is not None and not older:
+        before = (state.interruptions, state.doubts) if again else (0, 0)
+        changes |= {
+            "tried": last, "published": pending.published, "costly": outcome.costly,
+            "interruptions": before[0] + (outcome.result == Result.INTERRUPTED), "doubts": before[1] + (1 if outcome.doubt else 2 * (outcome.result == Result.ROLLED_BACK)),
+        }  # fmt: skip
     if outcome.result in (Result.POSTPONED, Result.INTERRUPTED):
-        state = state._replace(rebooted=None)
-    running = running_system(settings)
-    if outcome.result == Result.OK and outcome.system == running:
-        if state.system != running:
-            state = state._replace(
-                previous=state.system, previous_release=state.release, previous_revision=state.revision
-            )
-        state = state._replace(release=release, system=running, revision=revision)
-    elif state.previous == running != state.system:  # back again
-        state = state._replace(release=state.previous_release, system=running, revision=state.previous_revision)
-        state = state._replace(previous=None, previous_release=None, previous_revision=None)
-    outbox = settings.state / "outbox"
-    try:
-        outbox.mkdir(mode=0o700, exist_ok=True)
-        log.hand_over(outbox / name)
-    except OSError as error:
-        log.say(f"the log could not be kept: {error.strerror}")
-    for old in sorted(outbox.glob("*.log"))[:-KEEP_LOGS]:
-        old.unlink()
-    return state
+        changes["rebooted"] = None
+    if outcome.result == Result.OK:
+        changes["failed_units"] = outcome.failed_units
+    machine.remember(**changes | what_is_where(machine, pending, outcome))
+
+
+def what_is_where(machine: Machine, pending: Pending, outcome: Outcome) -> dict[str, Any]:
+    """What an outcome changes of the systems that are remembered, each with its release."""
+    state, new, facts = machine.state, pending.new, machine.facts(pending.new)
+    releases, good = machine.releases(), machine.good
+    changes: dict[str, Any] = {}
+    if outcome.result == Result.OK and outcome.system == new == facts.default:
+        old = owner_of(pending.old, [facts.default, state.system or "", good])[0]
+        if state.system != new:
+            changes = {"boot": facts.boot_id}
+            if old != new:
+                release, revision = releases.get(old, (None, None))
+                changes |= {"previous": old, "previous_release": release, "previous_revision": revision}
+        releases[new] = (pending.release, pending.revision)
+        good = new if facts.booted == new else good
+    elif state.system == new != facts.default == pending.profile:
+        changes = {"boot": facts.boot_id}
+        if state.previous == facts.default:
+            changes |= {"previous": None, "previous_release": None, "previous_revision": None}
+    else:
+        return {}
+    machine.keep(good)
+    changes["system"], (changes["release"], changes["revision"]) = (
+        facts.default,
+        releases.get(facts.default, (None, None)),
+    )
+    changes["good"], (changes["good_release"], changes["good_revision"]) = good, releases.get(good, (None, None))
+    return changes
 
 
 # --- fetch and build ---
@@ -1947,16 +2462,13 @@ def is_untouched(tree: Path) -> bool:
     )
 
 
-def adopt(settings: Settings, state: State, release: str) -> State:
+def adopt(machine: Machine, release: str) -> None:
     """Makes config.new the new config/. In between there is none that counts: state.json names what config/ holds."""
     os.sync()
-    state = state._replace(unpacked=None)
-    save_state(settings, state)
-    remove(settings.state / "config")
-    os.rename(settings.state / "config.new", settings.state / "config")
-    state = state._replace(unpacked=release)
-    save_state(settings, state)
-    return state
+    machine.remember(unpacked=None)
+    remove(machine.settings.state / "config")
+    os.rename(machine.settings.state / "config.new", machine.settings.state / "config")
+    machine.remember(unpacked=release)
 
 
 def read_recipe(tree: Path, host: str) -> Recipe:
@@ -2016,120 +2528,148 @@ def build(settings: Settings, log: Log) -> str:
     if code is None:
         raise BentoError(f"nixos-rebuild build did not end within {settings.build_timeout} s")
     if code != 0:
-        raise BentoError(f"nixos-rebuild build: exit {code}: {last_words(log)}")
+        raise BentoError(f"nixos-rebuild build: exit {code}: {log.last_words()}")
     new = os.path.realpath(link)
     if not Path(new, "bin/switch-to-configuration").exists():
         raise BentoError(f"nixos-rebuild build left no system in {link}")
     return new
 
 
-# --- activation ---
+# --- activation: what can lose a machine ---
+#
+# The profile is the last system that proved itself. Whatever else runs is an attempt, and an attempt that is not
+# settled is undone. The journal, pending.json, is there as long as one is under way; state.json's `good` is the last
+# system that a boot has proven. `settle` looks at both, and at the machine, and decides.
 
 
-@contextmanager
-def best_effort(log: Log) -> Iterator[None]:
-    """For what must not keep a machine from going back to its old system: a full disk, a watchdog that cannot start."""
-    try:
-        yield
-    except (OSError, BentoError) as error:
-        log.say(f"going on without: {error}")
+class Move(StrEnum):
+    """What is to be done about what an earlier process, or a boot, left."""
+
+    REST = "rest"
+    WAIT = "wait"  # for the boot default's first boot
+    COMMIT = "commit"  # it proved itself, and the boot default may be half changed
+    PROVE = "prove"  # it has booted, for the first time
+    FELL_BACK = "fell back"  # there was a boot, and it is not what came up
+    GO_BACK = "go back"
 
 
-def keep_from_collection(settings: Settings, log: Log, system: str) -> None:
-    """A garbage collection root for the system that a boot may have to lead back to."""
-    link = settings.system_path("/nix/var/nix/gcroots/bento-way-back")
-    with best_effort(log):
-        link.parent.mkdir(parents=True, exist_ok=True)
-        replace_link(link, system)
+def settle(pending: Pending | None, state: State, facts: Facts) -> Move:
+    if pending is not None:
+        committing = pending.step == Step.COMMITTING and facts.running == pending.new
+        if committing and pending.boot_id == facts.boot_id:
+            return Move.COMMIT
+        return Move.PROVE if committing and facts.booted == pending.new else Move.GO_BACK
+    if state.good in (None, state.system) or state.system != facts.default:
+        return Move.REST  # proven, or a person's
+    if state.boot == facts.boot_id:
+        return Move.WAIT
+    return Move.PROVE if facts.booted == state.system else Move.FELL_BACK
 
 
-def save_pending(settings: Settings, pending: Pending) -> None:
-    write_atomic(settings.state / "pending.json", encode(pending))
+class Switched(StrEnum):
+    """What came of `switch-to-configuration test`."""
+
+    LIVE = "live"
+    REFUSED = "refused"  # nothing was done, and it may be otherwise another time
+    NEEDS_BOOT = "needs a boot"
+    FAILED = "failed"
 
 
-def load_pending(settings: Settings, log: Log) -> Pending | None:
-    return read_journal(settings.state / "pending.json", parse_pending, log)
+def judge_switch(code: int | None, output: str, *, is_new: bool, is_old: bool) -> Switched:
+    """`is_new`, `is_old`: what runs now. An exit code of 0 or 4 may hide an activation that gave up before."""
+    if is_new and code in (0, 4):
+        return Switched.LIVE
+    if is_old and (code == 100 or (code == 1 and "switchInhibitors" in output)):
+        return Switched.NEEDS_BOOT
+    return Switched.REFUSED if is_old and code in (1, 11) else Switched.FAILED
 
 
-def clear_pending(settings: Settings) -> None:
-    """The end of an activation, whichever way it went: a watchdog that comes late finds no journal."""
-    remove(settings.state / "pending.json")
-    sync_directory(settings.state)
+# --- journal and watchdog ---
 
 
-def forget(settings: Settings, log: Log, pending: Pending) -> None:
-    """Ends the journal of a deployment that came to nothing, if it is ours."""
-    left = load_pending(settings, log)
-    if left is not None and left.token == pending.token:
-        clear_pending(settings)
-        disarm(settings, left)
+def load_pending(machine: Machine) -> Pending | None:
+    return read_journal(machine.settings.state / "pending.json", parse_pending, machine.log)
 
 
-def arm(settings: Settings, pending: Pending, limit_s: float) -> Pending:
+def save_pending(machine: Machine, pending: Pending) -> None:
+    write_atomic(machine.settings.state / "pending.json", encode(pending))
+
+
+def clear_pending(machine: Machine) -> None:
+    """The end of an attempt, whichever way it went: a watchdog that comes late finds no journal."""
+    remove(machine.settings.state / "pending.json")
+    sync_directory(machine.settings.state)
+
+
+def arm(machine: Machine, token: str, limit_s: float) -> None:
     """Arms a new watchdog, outside our unit, that runs `rollback` in `limit_s` seconds; then ends the one before.
 
-    OnActiveSec counts on CLOCK_MONOTONIC, which nobody can set. It gets these settings as flags and this very file
-    of the old system, because an activation changes what lies in /etc.
+    It gets these settings as flags and this very file of the old system, because an activation changes what lies in
+    /etc. Without default dependencies: emergency mode stops whatever needs sysinit.target. OnActiveSec counts on
+    CLOCK_MONOTONIC, which nobody can set.
     """
-    deadline_s = time.clock_gettime(time.CLOCK_BOOTTIME) + limit_s
-    if not has_systemd(settings):
-        return pending._replace(deadline_s=deadline_s)
-    unit = f"bento-watchdog-{pending.token}-{os.urandom(3).hex()}"
-    armed = pending._replace(deadline_s=deadline_s, watchdog=unit)
-    client = [sys.executable, "-I", "-S", "-X", "utf8", os.path.abspath(__file__), "rollback", "--token", pending.token]
+    if not machine.has_systemd:
+        return
+    unit = f"bento-watchdog-{token}-{os.urandom(3).hex()}"
+    client = [sys.executable, "-I", "-S", "-X", "utf8", os.path.abspath(__file__), "rollback", "--token", token]
     run(
         ["systemd-run", "--quiet", "--collect", f"--unit={unit}", f"--on-active={int(limit_s)}",
-         "--timer-property=AccuracySec=1s", *transient_environment("PATH", "HOME", "LOCALE_ARCHIVE", "NIX_REMOTE"),
-         "--", *client, *settings_argv(settings)],
+         "--timer-property=AccuracySec=1s", "--timer-property=DefaultDependencies=no",
+         "--property=DefaultDependencies=no", *transient_environment("PATH", "HOME", "LOCALE_ARCHIVE", "NIX_REMOTE"),
+         "--", *client, *settings_argv(machine.settings)],
         timeout=60,
     )  # fmt: skip
-    disarm(settings, pending)
-    return armed
+    disarm(machine)
+    machine.watchdog = unit
 
 
-def disarm(settings: Settings, pending: Pending) -> None:
-    if pending.watchdog is not None and has_systemd(settings):
-        run(["systemctl", "stop", f"{pending.watchdog}.timer"], check=False, timeout=60)
+def disarm(machine: Machine) -> None:
+    if machine.watchdog is not None and machine.has_systemd:
+        run(["systemctl", "stop", f"{machine.watchdog}.timer"], check=False, timeout=60)
+    machine.watchdog = None
 
 
-def advance(settings: Settings, pending: Pending, step: Step, limit_s: float) -> Pending:
-    """The next step of an activation, with a deadline of its own, on disk before anything of it is done."""
-    save_pending(settings, pending._replace(step=step))
-    armed = arm(settings, pending._replace(step=step), limit_s + WATCHDOG_MARGIN_S)
-    save_pending(settings, armed)
-    return armed
+def advance(machine: Machine, pending: Pending, limit_s: float) -> Pending:
+    """The next step of an attempt, with a deadline of its own, on disk before anything of it is done."""
+    save_pending(machine, pending)
+    arm(machine, pending.token, limit_s + WATCHDOG_MARGIN_S)
+    pending = pending._replace(watchdog=machine.watchdog)
+    save_pending(machine, pending)
+    return pending
 
 
-def probe(settings: Settings, log: Log) -> None:
-    """Unreachable when this client, with these settings, cannot read its `current.json` over a new connection."""
-    with scratch(settings) as directory:
-        try:
-            session, _ = poll(settings, directory, log)
-        except Unreachable:
-            raise
-        except BentoError as error:
-            raise Unreachable(str(error)) from None
-        session.close()
+# --- proof ---
 
 
-def probe_failure(settings: Settings, log: Log) -> str | None:
+class Failure(NamedTuple):
+    """Why a system proved nothing. `unreachable`: which may be the line's or the server's fault."""
+
+    reason: str
+    unreachable: bool = False
+
+
+def how_ended(code: int | None) -> str:
+    return "no end in time" if code is None else f"exit {code}"
+
+
+def probe_failure(settings: Settings) -> str | None:
     try:
-        probe(settings, log)
+        probe(settings)
     except Unreachable as error:
         return str(error)
     return None
 
 
-def probe_system(settings: Settings, log: Log, system: str, limit_s: float) -> str | None:
+def probe_system(machine: Machine, system: str, limit_s: float) -> str | None:
     """None when the system's own client, with the system's own settings, reaches the server; else why not.
 
-    A system without one (activated by force, or older than Bento) is judged by this client.
+    A system without one (activated by force, leaving Bento, or older than it) is judged by this client.
     """
     client = Path(system, "sw/bin/bento-client")
     if not client.exists():
-        return probe_failure(settings, log)
+        return probe_failure(machine.settings)
     done = run([str(client), "probe"], check=False, timeout=limit_s)
-    with log.output() as out, suppress(OSError):
+    with machine.log.output() as out, suppress(OSError):
         out.write(done.output.encode())
     if done.code == 0:
         return None
@@ -2137,19 +2677,9 @@ def probe_system(settings: Settings, log: Log, system: str, limit_s: float) -> s
     return one_line(said[-1].removeprefix("bento: error: ")) if said else "bento-client probe said nothing"
 
 
-def can_reach(settings: Settings, log: Log, system: str) -> str | None:
-    """None when the system that is running again, or this client, reaches the server; else why not.
-
-    Either will do: the question is whether the line and the server work, and we may be the client of a release with
-    wrong settings, or be run with other settings than the system's.
-    """
-    failure = probe_system(settings, log, system, settings.confirm_timeout)
-    return None if failure is None else probe_failure(settings, log)
-
-
-def until_confirm_timeout(settings: Settings, check: Callable[[], str | None]) -> str | None:
+def until(limit_s: float, check: Callable[[], T | None]) -> T | None:
     """Repeats a check that says why it fails until it does not, or time is up."""
-    give_up = time.monotonic() + settings.confirm_timeout
+    give_up = time.monotonic() + limit_s
     while True:
         failure = check()
         if failure is None or time.monotonic() + 1 > give_up:
@@ -2157,665 +2687,735 @@ def until_confirm_timeout(settings: Settings, check: Callable[[], str | None]) -
         time.sleep(1)
 
 
-def settings_of(system: str) -> dict[str, Any]:
-    """What a system has in its /etc/bento/client.json; nothing, where that cannot be read."""
-    try:
-        found = json.loads(Path(system, "etc/bento/client.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+NO_TIME = Failure("no time was left for the health checks")
 
 
-def health_checks(settings: Settings, system: str) -> tuple[str, ...]:
-    """The checks that the new system asks for; where it does not say, those of the settings we run with."""
+def check_health(machine: Machine, system: str, give_up: float) -> Failure | None:
+    """`give_up`: when time is up for all checks together, on the monotonic clock."""
+    timer = ["systemctl", "is-active", "--quiet", "bento.timer"]
+    if machine.has_systemd and runs_bento(system) and run(timer, check=False, timeout=30).code != 0:
+        return Failure("bento.timer is not active in the new system")
+    # What the new system asks for; where it does not say, what the settings do that we run with.
     asked = settings_of(system).get("health_checks")
-    return tuple(map(str, asked)) if isinstance(asked, list) else settings.health_checks
+    for command in map(str, asked) if isinstance(asked, list) else machine.settings.health_checks:
+        left_s = give_up - time.monotonic()
+        if left_s <= 0:
+            return NO_TIME
+        with machine.log.output() as out:
+            code = run(["sh", "-c", command], check=False, output=out, timeout=left_s).code
+        if code != 0:
+            return Failure(f"health check failed ({how_ended(code)}): {one_line(command, 100)}")
+    return None
 
 
-def unfit_for_boot(settings: Settings, old: str, new: str) -> str | None:
-    """Why a system that only a boot can prove must not have one: its client would not find the journal, or not run, and
-    nothing would lead back."""
-    before, after = (settings_of(system).get("state_dir") for system in (old, new))
+def prove(machine: Machine) -> Failure | None:
+    """None when the system that runs does its job: its client reaches the server anew, its timer and checks are well."""
+    system, limit_s = machine.running, machine.settings.confirm_timeout
+    give_up = time.monotonic() + limit_s
+    machine.log.say(f"proof: {system}/sw/bin/bento-client probe, for at most {limit_s} s")
+    told: Failure | None = None
+
+    def check() -> Failure | None:
+        nonlocal told
+        words = probe_system(machine, system, max(give_up - time.monotonic(), 1.0))
+        failure = check_health(machine, system, give_up) if words is None else Failure(f"new system: {words}", True)
+        told = told if told is not None and failure == NO_TIME else failure  # what failed before says more
+        return told
+
+    return until(limit_s, check)
+
+
+def runs_bento(system: str) -> bool:
+    return Path(system, "sw/bin/bento-client").exists()
+
+
+# --- commit ---
+
+
+def make_default(machine: Machine, system: str, pending: Pending) -> str | None:
+    """Makes a system the boot default, forward or back; None, or why it is not. Unless a boot has proven it, its next boot
+    is a trial: the boot loader is told to start it once, and after that the last system that is known to boot. In this
+    order, a cut leaves no default that has never booted.
+    """
+    good = machine.good
+    trial = system != good and runs_bento(system) and can_fall_back(machine, good, pending.token)
+    try:
+        trial = trial and lead_back_to(machine, good)
+        if system == pending.new:
+            machine.nix_env("--set", system)
+        elif machine.default != system:
+            machine.undo_default(system, pending.new)
+    except BentoError as error:
+        return f"the system profile could not be set: {error}"
+    done = machine.switch(system, "boot", pending.token)
+    if done.code != 0:
+        return f"the boot loader could not be written ({how_ended(done.code)}): {machine.log.last_words()}"
+    fault = machine.loader.entry_fault(system)
+    if fault is None and trial:
+        try_once(machine, system, good)
+    elif fault is None:
+        end_trial(machine)
+    return fault
+
+
+def commit(machine: Machine, pending: Pending, note: str = "") -> Outcome | None:
+    pending = pending._replace(step=Step.COMMITTING, committed=True)
+    pending = advance(machine, pending, 2 * machine.settings.activation_timeout)
+    machine.keep(machine.good)
+    trouble = make_default(machine, pending.new, pending)
+    if trouble is not None:
+        return go_back(machine, pending, Outcome(Result.POSTPONED, trouble, costly=True))
+    return Outcome(Result.OK, note, pending.new)
+
+
+def unfit_for_boot(machine: Machine, pending: Pending) -> str | None:
+    """Why a system that only a boot can prove must not have one: its client would not find what it is to settle, or not
+    run, and nothing would lead back."""
+    before, after = (settings_of(system).get("state_dir") for system in (pending.old, pending.new))
     if before is not None and after is not None and before != after:
         return f"it needs a reboot, and moves Bento's files to {after}: move them in a release of its own"
-    client = Path(new, "sw/bin/bento-client")
-    if client.exists():
-        config = Path(new, "etc/bento/client.json")
-        done = run([str(client), "--config", str(config), "status"], check=False, timeout=settings.confirm_timeout)
+    if runs_bento(pending.new):
+        argv = [f"{pending.new}/sw/bin/bento-client", "--config", f"{pending.new}/etc/bento/client.json", "status"]
+        done = run(argv, check=False, timeout=machine.settings.confirm_timeout)
         said = done.output.rpartition("bento: error: ")[2]
         if done.code == UsageError.exit_code and said != done.output:
             return f"it needs a reboot, and its client refuses its settings: {one_line(said)}"
     return None
 
 
-def how_ended(code: int | None) -> str:
-    return "no end in time" if code is None else f"exit {code}"
+# --- the way back ---
 
 
-NO_TIME = "no time was left for the health checks"
+def find_way_back(pending: Pending, facts: Facts, owner: str, good: str) -> tuple[str | None, str | None]:
+    """What to make the boot default again, and what to activate again; None where that is well, or a person's choice.
+
+    `owner`: the system that `pending.old` belongs to. After a boot, what ran before is not what to go back to.
+    """
+    mine = facts.default in (pending.new, pending.profile, good)
+    default = pending.profile if mine and (pending.committed or facts.default != pending.profile) else None
+    if pending.boot_id != facts.boot_id:
+        away = facts.running == pending.new and facts.running != pending.profile
+        return default, pending.profile if away else None
+    began = pending.switched and facts.running == owner
+    return default, pending.old if began or facts.running == pending.new else None
 
 
-def check_health(settings: Settings, log: Log, system: str, give_up: float) -> str | None:
-    """`give_up`: when time is up for all checks together, on the monotonic clock."""
-    if (
-        has_systemd(settings)
-        and run(["systemctl", "is-active", "--quiet", "bento.timer"], check=False, timeout=30).code != 0
-    ):
-        return "bento.timer is not active in the new system"
-    for command in health_checks(settings, system):
-        left_s = give_up - time.monotonic()
-        if left_s <= 0:
-            return NO_TIME
-        with log.output() as out:
-            code = run(["sh", "-c", command], check=False, output=out, timeout=left_s).code
-        if code != 0:
-            return f"health check failed ({how_ended(code)}): {one_line(command, 100)}"
+def activate_again(machine: Machine, pending: Pending, system: str) -> Switched:
+    """The old system, live. After a boot into the new one, its kernel goes on: then only where that helps."""
+    done = machine.switch(system, "test", pending.token)
+    if machine.running == system:
+        stuck = machine.facts(pending.new).booted == pending.new and not machine.has_kernel_of(system)
+        stuck = stuck and reach(machine, system) is not None
+        return Switched.NEEDS_BOOT if stuck else Switched.LIVE
+    is_new = machine.facts(pending.new).running == pending.new
+    return judge_switch(done.code, done.output, is_new=False, is_old=is_new)
+
+
+def reach(machine: Machine, system: str) -> str | None:
+    """None when the server is reached from the old system. Either client will do: we may be that of a release with wrong
+    settings, or run with others than the system's."""
+    limit_s = machine.settings.confirm_timeout
+    return until(limit_s, lambda: probe_system(machine, system, limit_s) and probe_failure(machine.settings))
+
+
+def go_back(machine: Machine, pending: Pending, outcome: Outcome) -> Outcome | None:
+    """Back to the old system, the one way there is; then finds out whose fault it was. None: a reboot leads there.
+
+    `outcome` is what to report if all goes well. The journal stays where it does not, and the next run tries again.
+    """
+    machine.log.say(f"going back to {pending.old}: {outcome.reason}")
+    pending = pending._replace(
+        step=Step.ROLLING_BACK, verdict=outcome.result, reason=one_line(outcome.reason), doubt=outcome.doubt
+    )
+    with best_effort(machine.log):
+        pending = advance(machine, pending, machine.settings.activation_timeout + machine.settings.confirm_timeout)
+    machine.end_switches(pending.token)
+    facts, owner = machine.facts(pending.new, pending.profile), owner_of(pending.old, [pending.profile])[0]
+    default, system = find_way_back(pending, facts, owner, machine.good)
+    trouble = None if default is None else make_default(machine, default, pending)
+    came = Switched.LIVE if system is None else activate_again(machine, pending, system)
+    if trouble is not None:
+        words = f"the boot default could not be set back to {pending.profile}: {trouble}: tried again at the next run"
+        return Outcome(Result.ROLLBACK_FAILED, f"{outcome.reason}; and {words}")
+    if came == Switched.LIVE:
+        return blame(machine, pending, outcome)
+    if facts.booted == pending.new or came == Switched.NEEDS_BOOT:
+        return go_back_by_boot(machine, pending, outcome)
+    words = f"going back to {system} failed ({came}: {machine.log.last_words()}): tried again at the next run"
+    return Outcome(Result.ROLLBACK_FAILED, f"{outcome.reason}; and {words}")
+
+
+def go_back_by_boot(machine: Machine, pending: Pending, outcome: Outcome) -> Outcome | None:
+    """Once, and whatever the setting `reboot` says: no other way is left. A person decides for themselves."""
+    if pending.by_hand or pending.rebooting not in ("", machine.boot_id) or not machine.has_systemd:
+        result = outcome.result if pending.by_hand else Result.INTERRUPTED
+        return Outcome(result, f"{outcome.reason}; the old system takes effect at the next reboot")
+    machine.log.say("a reboot is to lead back")
+    with best_effort(machine.log):
+        save_pending(machine, pending._replace(rebooting=machine.boot_id))
+    machine.reboot()
     return None
 
 
-def prove(settings: Settings, log: Log, system: str) -> str | None:
-    """None when the system that now runs does its job, else why not."""
-    give_up = time.monotonic() + settings.confirm_timeout
-    log.say(f"proof: {system}/sw/bin/bento-client probe, for at most {settings.confirm_timeout} s")
-
-    told: str | None = None
-
-    def check() -> str | None:
-        nonlocal told
-        failure = probe_system(settings, log, system, max(give_up - time.monotonic(), 1.0))
-        failure = f"new system: {failure}" if failure is not None else check_health(settings, log, system, give_up)
-        told = told if told is not None and failure == NO_TIME else failure  # what failed before says more
-        return told
-
-    return until_confirm_timeout(settings, check)
+def blame(machine: Machine, pending: Pending, outcome: Outcome) -> Outcome:
+    """A release that seemed bad is not to blame for a server or a line that is down."""
+    if outcome.result != Result.ROLLED_BACK or pending.by_hand or reach(machine, machine.running) is None:
+        return outcome
+    reason = f"{outcome.reason}; nor can the old one: not the release's fault, tried again later"
+    return Outcome(Result.POSTPONED, reason, unreachable=True)
 
 
-def commit(settings: Settings, log: Log, pending: Pending) -> str | None:
-    """Makes the new system the boot default. None when that is done, else why it could not be."""
-    try:
-        set_profile(settings, log, pending.new)
-    except BentoError as error:
-        return f"the system profile could not be set: {error}"
-    code = switch(settings, log, pending.new, "boot", pending.token)
-    return None if code == 0 else f"the boot loader could not be written ({how_ended(code)}): {last_words(log)}"
+# --- the attempt ---
 
 
-def last_words(log: Log) -> str:
-    """The last line that a program, not Bento, wrote to the log; its last error message if there is one."""
-    said = [line for line in log.tail(8192).splitlines() if line.strip() and " bento: " not in line]
-    errors = [line for line in said if line.lstrip().startswith("error:") and len(line.strip()) > len("error:")]
-    return one_line((errors or said or ["no output"])[-1])
-
-
-def restore_profile(settings: Settings, log: Log, pending: Pending) -> bool:
-    """Takes back a commit, whole or cut short, so that the machine boots what it booted before; whether it will."""
-    try:
-        if profile_system(settings) != pending.profile:
-            set_profile(settings, log, pending.profile)
-        code = switch(settings, log, pending.profile, "boot", pending.token)
-    except BentoError as error:
-        log.say(f"the system profile still names the new system: {error}")
-        return False
-    if code != 0:
-        log.say(f"the boot loader could not be written for the old system ({how_ended(code)})")
-    # A boot loader that could not be written in a commit can hardly be written now, and need not be.
-    return code == 0 or pending.step == Step.COMMITTING
-
-
-def not_restored(pending: Pending, reason: str) -> Outcome:
-    reason = f"{reason}; and the boot default could not be set back to {pending.profile}"
-    return Outcome(Result.ROLLBACK_FAILED, f"{reason}: tried again at the next run")
-
-
-def roll_back(settings: Settings, log: Log, pending: Pending, outcome: Outcome) -> Outcome:
-    """Goes back to the old system, by store path, and finds out whose fault it was.
-
-    `outcome` is what to report if all goes well. When the old system cannot reach the server either, a release
-    that seemed bad is not to blame. The journal stays if going back fails, so that the next run tries again.
-    """
-    log.say(f"going back to {pending.old}: {outcome.reason}")
-    stop_switch(settings, pending.token)
-    restored = True
-    if pending.step not in (Step.ACTIVATING, Step.PROVING, Step.ROLLING_BACK) or (
-        profile_system(settings) != pending.profile
-    ):
-        restored = restore_profile(settings, log, pending)
-    by_hand, rebooted = pending.step == Step.STEPPING_BACK, pending.boot_id != boot_id(settings)
-    pending = pending._replace(verdict=outcome.result, reason=one_line(outcome.reason))
-    with best_effort(log):
-        limit_s = settings.activation_timeout + settings.confirm_timeout
-        pending = advance(settings, pending, Step.ROLLING_BACK if restored else Step(pending.step), limit_s)
-    # After a boot its kernel goes on until the next, so nothing that is tried now tells whose fault it was.
-    stays = (rebooted or by_hand) and running_system(settings) == pending.new and not can_go_live(settings, pending.old)
-    if not stays and (not rebooted or running_system(settings) == pending.new):
-        code = switch(settings, log, pending.old, "test", pending.token)
-        if code not in (0, 4) and running_system(settings) != pending.old:
-            reason = f"{outcome.reason}; and going back to {pending.old} failed ({how_ended(code)}: {last_words(log)})"
-            return Outcome(Result.ROLLBACK_FAILED, f"{reason}: tried again at the next run")
-    if not restored:
-        return not_restored(pending, outcome.reason)
-    if stays:
-        result = outcome.result if by_hand else Result.INTERRUPTED
-        return Outcome(result, f"{outcome.reason}; the old system takes effect at the next reboot")
-    if outcome.result == Result.ROLLED_BACK:
-        failure = until_confirm_timeout(settings, lambda: can_reach(settings, log, pending.old))
-        if failure is not None and booted_system(settings) == pending.new:
-            return Outcome(Result.INTERRUPTED, f"{outcome.reason}; nor can the old one on its kernel")
-        if failure is not None:
-            reason = f"{outcome.reason}; nor can the old one: not the release's fault, tried again later"
-            return Outcome(Result.POSTPONED, reason, unreachable=True)
-    return outcome
-
-
-def take_over(settings: Settings, log: Log, pending: Pending) -> Outcome:
-    """Activates, proves and commits the new system; rolls back what does not prove itself."""
-    live, note = can_go_live(settings, pending.new), ""
-    if live and not pending.new == pending.old == running_system(settings):
-        code = switch(settings, log, pending.new, "test", pending.token)
-        if code == 100:
-            live = False
-        elif code == 4:
-            units = failed_units(log.tail(1 << 16))
+def take_over(machine: Machine, pending: Pending) -> Outcome | None:
+    """Activates, proves and commits the new system; goes back from what does not prove itself."""
+    before, new = machine.running, machine.variant(pending.new)
+    units: tuple[str, ...] = ()
+    note = ""
+    if before != new:
+        done = machine.switch(new, "test", pending.token)
+        switched = judge_switch(done.code, done.output, is_new=machine.running == new, is_old=machine.running == before)
+        words = f"switch-to-configuration test: {how_ended(done.code)}: {machine.log.last_words()}"
+        if switched == Switched.REFUSED:
+            return give_up(machine, pending, Outcome(Result.POSTPONED, f"not activated: {words}", costly=True))
+        if switched == Switched.FAILED:
+            return go_back(machine, pending, Outcome(Result.ROLLED_BACK, words))
+        if switched == Switched.NEEDS_BOOT:
+            return wait_for_boot(machine, pending)
+        if done.code == 4:
+            units = tuple(failed_units(done.output))
             note = f"activated, but these units failed: {', '.join(units) or 'see the log'}"
-        elif code != 0:
-            reason = f"switch-to-configuration test: {how_ended(code)}: {last_words(log)}"
-            return roll_back(settings, log, pending, Outcome(Result.ROLLED_BACK, reason))
-    if live:
-        pending = advance(settings, pending, Step.PROVING, settings.confirm_timeout)
-        failure = prove(settings, log, pending.new)
-        if failure is not None:
-            return roll_back(settings, log, pending, Outcome(Result.ROLLED_BACK, failure))
-    elif (unfit := unfit_for_boot(settings, pending.old, pending.new)) is not None:
-        outcome = Outcome(Result.BUILD_FAILED, unfit)
-        # After a way back that failed, what runs is not what the machine is to go back to.
-        return outcome if running_system(settings) == pending.old else roll_back(settings, log, pending, outcome)
-    pending = advance(settings, pending, Step.COMMITTING, 2 * settings.activation_timeout)
-    trouble = commit(settings, log, pending)
-    if trouble is not None:
-        return roll_back(settings, log, pending, Outcome(Result.POSTPONED, trouble))
-    if not live:
-        back = boots_as_now(settings, pending.old)
-        save_pending(settings, pending._replace(step=Step.REBOOTING, old=back, profile=back))
-        remove(settings.state / "waiting.json")
-        keep_from_collection(settings, log, back)
-        note = "it cannot go live: it takes effect at the next reboot, and is proven then"
-    return Outcome(Result.OK, note, pending.new)
+    pending = advance(machine, pending, machine.settings.confirm_timeout)
+    if (failure := prove(machine)) is not None:
+        return go_back(machine, pending, Outcome(Result.ROLLED_BACK, failure.reason, doubt=failure.unreachable))
+    outcome = commit(machine, pending, note)
+    return outcome and outcome._replace(failed_units=units)
 
 
-def activate(settings: Settings, log: Log, pending: Pending) -> Outcome:
+def give_up(machine: Machine, pending: Pending, outcome: Outcome) -> Outcome | None:
+    """Before anything was done. After an earlier way back that failed, that is what there is to do."""
+    return go_back(machine, pending, outcome) if pending.committed else outcome
+
+
+def wait_for_boot(machine: Machine, pending: Pending) -> Outcome | None:
+    """Makes a system that cannot go live the next boot's, which is to prove it."""
+    unfit = unfit_for_boot(machine, pending)
+    if unfit is not None:
+        return give_up(machine, pending, Outcome(Result.BUILD_FAILED, unfit))
+    words = "it cannot go live: it takes effect at the next reboot, and is proven then"
+    return commit(machine, pending._replace(switched=False), words)
+
+
+def activate(machine: Machine, pending: Pending) -> Outcome | None:
     """take_over, with the journal and the watchdog around it, and a way back from our own failures too."""
-    if not has_systemd(settings):
-        log.say("systemd does not run here: no watchdog guards this activation")
+    if machine.is_switching():
+        return Outcome(Result.POSTPONED, "not activated: another switch-to-configuration is at work on this machine")
+    if not machine.has_systemd:
+        machine.log.say("systemd does not run here: no watchdog guards this activation")
     try:
-        pending = advance(settings, pending, Step.ACTIVATING, settings.activation_timeout)
+        pending = advance(machine, pending, machine.settings.activation_timeout)
     except (OSError, BentoError) as error:
         return Outcome(Result.POSTPONED, f"not activated, the watchdog could not be armed: {error}")
     try:
-        return take_over(settings, log, pending)
+        return take_over(machine, pending)
     except (OSError, BentoError) as error:
-        return roll_back(settings, log, pending, Outcome(Result.POSTPONED, str(error)))
+        return go_back(machine, load_pending(machine) or pending, Outcome(Result.POSTPONED, str(error)))
     except Exception as error:  # a bug of ours must not leave a machine on a system that proved nothing
-        log.say(traceback_text())
-        reason = f"a bug in Bento: {type(error).__name__}: {error}; the traceback is in the log"
-        return roll_back(settings, log, pending, Outcome(Result.INTERRUPTED, reason))
+        outcome = Outcome(Result.INTERRUPTED, tell_bug(machine.log, error))
+        return go_back(machine, load_pending(machine) or pending, outcome)
 
 
-def traceback_text() -> str:
-    import traceback  # only a bug needs it
-
-    return traceback.format_exc()
-
-
-def expect_boot(settings: Settings, log: Log, state: State) -> None:
-    """A boot default that was proven on another kernel gets a journal, which outlives any reboot, whoever asks for it:
-    the first run after it proves the system again, or leads back to the one that is booted now.
-    """
-    path, new = settings.state / "waiting.json", profile_system(settings)
-    waiting = read_journal(path, parse_pending, log)
-    if waiting is not None and waiting.new != new:
-        remove(path)
-        waiting = None
-    if waiting is None and state.system == new and state.release is not None and has_new_kernel(settings):
-        booted = booted_system(settings)
-        waiting = Pending(
-            release=state.release, published=state.published or format_time(0), old=booted, new=new, profile=booted,
-            step=Step.REBOOTING, boot_id=boot_id(settings), token=os.urandom(4).hex(),
-            started=format_time(time.time()), attempt=1, revision=state.revision,
-        )  # fmt: skip
-        write_atomic(path, encode(waiting))
-        keep_from_collection(settings, log, booted)
-
-
-def finish(
-    settings: Settings,
-    log: Log,
-    state: State,
-    directory: str,
-    pending: Pending,
-    outcome: Outcome,
-    session: Sftp | None = None,
-) -> State:
-    """Writes the end of a deployment down, and only then forgets that it was under way; reports it, and only then lets
+def conclude(machine: Machine, pending: Pending, outcome: Outcome) -> None:
+    """Writes the end of an attempt down, and only then forgets that it was under way; reports it, and only then lets
     its watchdog go: a client may hang in its report too.
     """
-    booted = pending.step in (Step.REBOOTING, Step.REVERTING)
-    aside = booted and state.tried is not None and state.tried.release != pending.release
-    state = record(
-        settings, log, state, outcome, pending.release, pending.published, pending.started, pending.attempt,
-        aside=aside, revision=pending.revision,
-    )  # fmt: skip
+    ended = False
     try:
-        save_state(settings, state)
-        expect_boot(settings, log, state)
-    except OSError:  # a full disk: the journal stays, and the server hears of it at least
-        report(settings, log, state, directory, session)
-        raise
-    left = load_pending(settings, log)
-    ours = left is not None and left.token == pending.token and outcome.result != Result.ROLLBACK_FAILED
-    if ours and left is not None and (left.step != Step.REBOOTING or left.boot_id != boot_id(settings)):
-        clear_pending(settings)
-    report(settings, log, state, directory, session)
-    if session is not None:
-        session.close()
-    if ours and left is not None:
-        disarm(settings, left)
-    return state
+        record(machine, pending, outcome)
+        left = load_pending(machine)
+        ended = left is None or left.token != pending.token or outcome.result != Result.ROLLBACK_FAILED
+        if left is not None and left.token == pending.token and ended:
+            clear_pending(machine)
+    finally:  # on a full disk the journal stays, and the server hears of it at least
+        report(machine)
+        machine.hang_up()
+    if ended:
+        disarm(machine)
 
 
-# --- recovery ---
+# --- boots ---
 
 
-def load_journal(settings: Settings, log: Log) -> Pending | None:
-    """What an earlier run left to be settled: its activation, else a system that waited for the boot that came."""
-    pending = load_pending(settings, log)
-    if pending is not None:
-        return pending
-    path = settings.state / "waiting.json"
-    waiting = read_journal(path, parse_pending, log)
-    if waiting is None or waiting.boot_id == boot_id(settings):
-        return None
-    os.replace(path, settings.state / "pending.json")
-    sync_directory(settings.state)
-    return waiting
+def align_trial(machine: Machine) -> None:
+    """Makes the boot loader's variables say what the next boot is to be: a trial of the boot default, or nothing of ours.
+
+    A person's new default ends a trial, and so does its proof.
+    """
+    new = machine.on_trial
+    if new is None:
+        end_trial(machine)
+    elif machine.state.armed and machine.loader.entry_fault(machine.good) is None:
+        if lead_back_to(machine, machine.good):
+            try_once(machine, new, machine.good)
 
 
-def recover(settings: Settings, log: Log, pending: Pending) -> Outcome | None:
-    """Settles an activation that an earlier run could not. None: there is nothing to report, or nothing yet."""
-    running = running_system(settings)
-    if pending.step == Step.BUILDING:
-        log.say("an update was cut short before it changed anything: starting over")
-        forget(settings, log, pending)
-        return None
-    if pending.boot_id == boot_id(settings):
-        if pending.step == Step.REBOOTING:
-            return None
-        if pending.step == Step.REVERTING:
-            run(["systemctl", "reboot"], timeout=60)
-            return None
-        log.kept = True
-        log.say(f"an activation was cut short while {pending.step}")
-        if has_systemd(settings):  # a boot loader is not to be left half written
-            wait_for_units(f"bento-switch-{pending.token}-*", time.monotonic() + settings.activation_timeout)
-        if pending.step == Step.COMMITTING and running == pending.new and not pending.verdict:
-            return complete(settings, log, pending)
-        return roll_back(settings, log, pending, verdict(pending, f"the client was ended while {pending.step}"))
-    log.kept = True
-    log.say(f"the machine was restarted while {pending.step}")
-    if running not in (pending.old, pending.new, pending.profile):
-        log.say(f"it runs {running}, which is none of ours: left as it is")
-        forget(settings, log, pending)
-        return None
-    if pending.step in (Step.ROLLING_BACK, Step.STEPPING_BACK) or running != pending.new:
-        outcome = verdict(pending, f"the machine was restarted while {pending.step}")
-        if pending.step == Step.REBOOTING and not pending.verdict:
-            outcome = Outcome(Result.ROLLED_BACK, "the machine did not start into it")
-        return roll_back(settings, log, pending, outcome)
-    with best_effort(log):
-        pending = arm(settings, pending, settings.confirm_timeout + settings.activation_timeout + WATCHDOG_MARGIN_S)
-        save_pending(settings, pending)
-    failure = prove(settings, log, pending.new)
+def can_fall_back(machine: Machine, good: str, token: str) -> bool:
+    """Whether a trial is possible: there is a boot entry to fall back to, and will be. A garbage collection takes it."""
+    if machine.loader.trial_way().startswith("none"):
+        return False
+    with best_effort(machine.log):
+        if good not in machine.generations().values():
+            machine.nix_env("--set", good)
+        if machine.loader.entry_fault(good) is not None:
+            machine.nix_env("--set", good)
+            machine.switch(good, "boot", token)
+    return machine.loader.entry_fault(good) is None
+
+
+def lead_back_to(machine: Machine, good: str) -> bool:
+    """Makes the system that is known to boot the standing default, before another becomes it. False: no trial here."""
+    try:
+        before = machine.loader.armed().default
+        if not machine.state.armed:  # before it is changed: what a person had set is put back
+            machine.remember(armed=True, set_before=before)
+        machine.loader.prefer(good)
+        return True
+    except (OSError, BentoError) as error:
+        machine.log.say(f"the next boot cannot be a trial: {error}")
+        return False
+
+
+def try_once(machine: Machine, new: str, good: str) -> None:
+    """The other half. Where the way back is no entry any more, the new system is a plain default; where only this half
+    fails, the next boot is that of the old one."""
+    if machine.loader.entry_fault(good) is not None:
+        machine.log.say("the next boot cannot be a trial: the boot loader has no entry of the last system any more")
+        end_trial(machine)
+        return
+    with best_effort(machine.log):
+        machine.loader.try_once(new)
+
+
+def end_trial(machine: Machine) -> None:
+    """Takes back what is ours in the boot loader's variables; tried again at each run until it is done."""
+    if machine.state.armed:
+        with best_effort(machine.log):
+            machine.loader.clear(machine.state.set_before)
+            machine.remember(armed=False, set_before="")
+
+
+def judge_boot(machine: Machine, pending: Pending) -> Outcome | None:
+    """After the first boot of a system. Raises Unreachable while the server may merely be slower to boot: a site's power
+    cut is not the release's fault."""
+    failure = prove(machine)
     if failure is None:
-        return complete(settings, log, pending)
-    return revert(settings, log, pending, f"after the reboot, {failure}")
+        return commit(machine, pending) if pending.step == Step.COMMITTING else Outcome(Result.OK, "", pending.new)
+    boot_id = machine.boot_id
+    proofs = 1 + (machine.state.proofs if machine.state.proofs_boot == boot_id else 0)
+    if failure.unreachable and proofs < PATIENT_PROOFS:
+        machine.remember(proofs=proofs, proofs_boot=boot_id)
+        raise Unreachable(f"after the boot, {failure.reason}: tried again at the next run")
+    outcome = Outcome(Result.ROLLED_BACK, f"after the boot, {failure.reason}")
+    return go_back(machine, pending._replace(boot_id=boot_id), outcome)
 
 
-def verdict(pending: Pending, reason: str) -> Outcome:
-    """The outcome that a roll back under way was to have; an activation cut short before is merely interrupted."""
-    if pending.verdict:
-        return Outcome(Result(pending.verdict), pending.reason)
-    return Outcome(Result.INTERRUPTED, reason)
+def trial_of(machine: Machine) -> Pending:
+    """The journal of a way back from the boot default, should it be needed: whose first boot came, or did not."""
+    state, good = machine.state, machine.good
+    return Pending(
+        release=state.release or NO_RELEASE, published=state.published or format_time(0), revision=state.revision, old=good,
+        new=state.system or good, profile=good, step=Step.ACTIVATING, boot_id=machine.boot_id,
+        token=os.urandom(4).hex(), started=format_time(time.time()), attempt=state.tried.attempt if state.tried else 1,
+        switched=machine.facts().running != good, committed=True, trial=True,
+    )  # fmt: skip
 
 
-def complete(settings: Settings, log: Log, pending: Pending) -> Outcome:
-    """The new system proved itself: makes sure that it is the boot default."""
-    if pending.step == Step.REBOOTING and profile_system(settings) == pending.new:
-        return Outcome(Result.OK, "", pending.new)
-    trouble = commit(settings, log, pending)
-    if trouble is not None:
-        return roll_back(settings, log, pending, Outcome(Result.POSTPONED, trouble))
-    return Outcome(Result.OK, "", pending.new)
+def settle_earlier(machine: Machine) -> bool:
+    """Brings to its end what an earlier process, or a boot, left. False when a reboot is on its way."""
+    pending = load_pending(machine)
+    more = (pending.new, pending.profile) if pending is not None else ()
+    move = settle(pending, machine.state, machine.facts(*more))
+    if move in (Move.REST, Move.WAIT):
+        align_trial(machine)
+        return True
+    machine.log.kept = True
+    machine.log.say(f"to be settled: {move}" + (f", {pending.step}" if pending else ""))
+    if pending is not None and machine.has_systemd:  # a boot loader is not to be left half written
+        machine.watchdog = pending.watchdog
+        wait_for_units(f"bento-switch-{pending.token}-*", time.monotonic() + machine.settings.activation_timeout)
+    pending = pending or trial_of(machine)
+    outcome = carry_out(machine, pending, move)
+    if outcome is None:
+        return False
+    conclude(machine, pending, outcome)
+    return True
 
 
-def revert(settings: Settings, log: Log, pending: Pending, reason: str) -> Outcome | None:
-    """Back to the old system through a reboot, for a new kernel cannot be taken back live."""
-    tried = pending.step == Step.REVERTING  # and it has started into the new system again
-    if settings.reboot == "never" or not has_systemd(settings) or tried:
-        return roll_back(settings, log, pending, Outcome(Result.ROLLED_BACK, reason))
-    log.say(f"going back to {pending.old} through a reboot: {reason}")
-    if not restore_profile(settings, log, pending):
-        return not_restored(pending, reason)
-    reverting = pending._replace(step=Step.REVERTING, boot_id=boot_id(settings), verdict=Result.ROLLED_BACK)
-    with best_effort(log):
-        save_pending(settings, reverting._replace(reason=one_line(reason)))
-    run(["systemctl", "reboot"], timeout=60)
-    return None
+def carry_out(machine: Machine, pending: Pending, move: Move) -> Outcome | None:
+    if move == Move.COMMIT:
+        return commit(machine, pending)
+    if move == Move.PROVE:
+        return judge_boot(machine, pending)
+    if move == Move.GO_BACK:
+        cut = "the machine was restarted" if pending.boot_id != machine.boot_id else "the client was ended"
+        outcome = Outcome(Result.INTERRUPTED, f"{cut} while {pending.step}")
+        if pending.verdict:
+            outcome = Outcome(Result(pending.verdict), pending.reason, doubt=pending.doubt)
+        return go_back(machine, pending, outcome)
+    tried, again = machine.state.tried, machine.state.interruptions > 0
+    again = again and tried is not None and tried.release == pending.release
+    words = "it did not come up, the boot loader went back" + (", for the second time" if again else "")
+    return go_back(machine, pending, Outcome(Result.ROLLED_BACK if again else Result.INTERRUPTED, words))
 
 
-def reboot_if_due(settings: Settings, log: Log, state: State, directory: str) -> None:
-    """Reboots into the profile's kernel, when that is wanted, allowed now, and was not tried for it before."""
-    expect_boot(settings, log, state)
-    new, now = profile_system(settings), time.localtime()
-    due = needs_reboot(settings)
-    if not due and state.rebooted is not None:
-        state = state._replace(rebooted=None)
-        save_state(settings, state)
-    if not due or state.rebooted == new or not may_reboot(settings.reboot, now.tm_hour, now.tm_min):
+def reboot_if_due(machine: Machine) -> None:
+    """Reboots into the boot default, when that is needed, allowed now, and was not tried for it before."""
+    new, before, now = machine.default, machine.state.rebooted, time.localtime()
+    if not machine.needs_reboot and before is not None:
+        machine.remember(rebooted=None)
+    if not machine.needs_reboot or before == new or not may_reboot(machine.settings.reboot, now.tm_hour, now.tm_min):
         return
-    if not has_systemd(settings):
-        log.say("a reboot is due, but systemd does not run here")
+    if not machine.has_systemd:
+        machine.log.say("a reboot is due, but systemd does not run here")
         return
-    waiting = waiting_for_boot(settings)
-    if waiting is None:
-        log.say("a reboot is due, but not into a system that Bento proved: left to a person")
+    if new not in (machine.state.system, machine.state.good):
+        machine.log.say("a reboot is due, but not into a system that Bento proved: left to a person")
         return
-    save_pending(settings, waiting)
-    log.say(f"rebooting into {new}")
-    report(settings, log, state, directory, phase=Phase.ACTIVATING)
-    save_state(settings, state._replace(rebooted=new))
+    machine.log.say(f"rebooting into {new}")
+    report(machine, Phase.ACTIVATING)
+    machine.remember(rebooted=new)
     try:
-        run(["systemctl", "reboot"], timeout=60)
+        machine.reboot()
     except BentoError:
-        save_state(settings, state)  # it is to be asked for again
+        machine.remember(rebooted=before)  # it is to be asked for again
         raise
 
 
 # --- commands ---
 
 
-def update(settings: Settings, log: Log, state: State, directory: str, *, force: bool) -> int:
-    """Polls, decides, and does what is to be done. Raises Unreachable when the poll fails: nothing has changed then."""
-    try:
-        session, current = poll(
-            settings,
-            directory,
-            log,
-            seen=state.published,
-            patience_s=settings.connect_timeout,
-            trust=trust_of(settings, state),
-        )
-    except Unreachable:
-        raise
-    except BentoError as error:
-        refused = Outcome(Result.FETCH_FAILED, str(error))
-        if state.last is None or state.last.reason != one_line(refused.reason):
-            log.kept = True
-            now = format_time(time.time())
-            state = record(settings, log, state, refused, None, now, now, 1)
-            with best_effort(log):
-                save_state(settings, state)
-        report(settings, log, state, directory)
-        raise
-    if (trusting := remember(state, current)) != state:
-        state = trusting
-        save_state(settings, state)
-    try:
-        action, why = decide(current, state, time.time(), force=force, replica=len(settings.server) > 1)
-        if action == Action.NOTHING:
-            print(why)
-            if state.last is not None and state.last.release is None:  # the server's files are in order again
-                state = state._replace(last=state.tried)
-                save_state(settings, state)
-            deliver(session, settings, state, directory)
-            return 0
-        log.kept = True
-        log.say(why)
-        pending = start_journal(settings, log, state, current)
-        try:
-            wanted = action == Action.FETCH or not is_untouched(settings.state / "config")
-            announce(session, settings, state, directory, Phase.BUILDING)
-            if wanted:
-                # What failed once is fetched whole: the fault may lie in the parts.
-                fetch(session, settings, current, thrifty=pending.attempt == 1)
-                state = adopt(settings, state, current.release)
-            session.close()  # a build takes its time
-        except Unreachable:
-            report(settings, log, state, directory)
-            forget(settings, log, pending)
-            raise
-        except (BentoError, OSError) as error:
-            outcome = Outcome(Result.FETCH_FAILED, str(error))
-            finish(settings, log, state, directory, pending, outcome, session)
-            return outcome.exit_code
-        return deploy(settings, log, state, directory, pending, session, force=force).exit_code
-    finally:
-        session.close()
-
-
-def start_journal(settings: Settings, log: Log, state: State, current: Current) -> Pending:
-    """The journal of a deployment, and a watchdog for the part that only fetches and builds: a client that hangs in
-    it would be the only one that ever runs. An older journal, of an activation that is not settled, stays in its place.
+def begin(machine: Machine, current: Current) -> Pending:
+    """An attempt at a release, with a watchdog for the part that only fetches and builds: a client that hangs in it would
+    be the only one that ever runs. An older journal, of a way back that failed, stays in its place until then.
     """
-    tried = state.tried
-    running = running_system(settings)
-    left = load_pending(settings, log)
-    if left is not None and left.step == Step.REBOOTING:
-        os.replace(settings.state / "pending.json", settings.state / "waiting.json")
-        left = None
-    # After a roll back that failed the machine runs something in between: the way back leads further back.
-    old = left.old if left is not None and left.step == Step.ROLLING_BACK else running
+    tried, left = machine.state.tried, load_pending(machine)
+    again = tried is not None and tried.release == current.release
     pending = Pending(
-        release=current.release,
-        published=current.published,
-        old=old,
-        new=running,
-        profile=profile_system(settings) if profile_path(settings).exists() else old,
-        step=Step.BUILDING,
-        boot_id=boot_id(settings),
-        token=os.urandom(4).hex(),
-        started=format_time(time.time()),
-        attempt=tried.attempt + 1 if tried is not None and tried.release == current.release else 1,
-        revision=current.revision,
-    )
-    # The lock says whose work it guards, for a watchdog that finds the journal gone and its client still there.
-    name_holder(settings, f"{os.getpid()} {pending.token}")
-    with best_effort(log):
-        if left is None:
-            pending = advance(settings, pending, Step.BUILDING, settings.build_timeout)
-        else:  # its watchdog would come in the middle of the release that may mend things
-            save_pending(settings, arm(settings, left, settings.build_timeout + WATCHDOG_MARGIN_S))
+        release=current.release, published=current.published, revision=current.revision,
+        # After a way back that failed the machine runs something in between: this one leads further back.
+        old=machine.running if left is None else left.old, new=machine.running,
+        profile=machine.default if left is None else left.profile, committed=left is not None,
+        step=Step.ACTIVATING, boot_id=machine.boot_id, token=os.urandom(4).hex(), switched=True,
+        started=format_time(time.time()), attempt=tried.attempt + 1 if again and tried is not None else 1,
+    )  # fmt: skip
+    # The lock says whose work it guards, for a watchdog that finds no journal, and its client still there.
+    name_holder(machine.settings, f"{os.getpid()} {pending.token}")
+    machine.watchdog = None if left is None else left.watchdog  # it would come in the middle of what may mend things
+    with best_effort(machine.log):
+        arm(machine, pending.token, machine.settings.build_timeout + WATCHDOG_MARGIN_S)
         signal.alarm(0)
     return pending
 
 
-def deploy(
-    settings: Settings,
-    log: Log,
-    state: State,
-    directory: str,
-    pending: Pending,
-    first: Sftp,
-    *,
-    force: bool,
-) -> Outcome:
-    """Builds config/ and puts the result to work. `first`: the connection that the release came over."""
-    session: Sftp | None = None
-    left = load_pending(settings, log)
-    if left is not None and left.token == pending.token:
-        with best_effort(log):  # the download may have taken its time
-            advance(settings, left, Step.BUILDING, settings.build_timeout)
-    try:
-        new = build(settings, log)
-        outcome = refuse_to_activate(settings, new, pending.old, force=force)
-        unsigned = drops_signers(settings, settings_of(new), new, state.signed)
-        if outcome is None and unsigned is not None:
-            outcome = Outcome(Result.BUILD_FAILED, unsigned, new)
-    except (BentoError, OSError) as error:
-        outcome = Outcome(Result.BUILD_FAILED, str(error))
-    if outcome is None:
-        try:
-            session = knock(settings, log, first.server)
-            announce(session, settings, state, directory, Phase.ACTIVATING)
-        except BentoError as error:
-            reason = f"built, but not activated, because the server went away: {error}"
-            outcome = Outcome(Result.POSTPONED, reason, new, unreachable=True)
-    if outcome is None:
-        left = load_pending(settings, log)
-        ours = left if left is not None and left.token == pending.token else pending
-        outcome = activate(settings, log, ours._replace(new=new))._replace(system=new)
-    assert outcome is not None
-    finish(settings, log, state, directory, pending, outcome, session)
-    return outcome
+def has_left(system: str) -> bool:
+    """Whether a system says that its owner no longer wants Bento on it."""
+    return Path(system, "etc/bento/left").exists()
 
 
-def refuse_to_activate(settings: Settings, new: str, old: str, *, force: bool) -> Outcome | None:
+def refuse_to_activate(machine: Machine, pending: Pending, *, force: bool) -> Outcome | None:
     """The outcome where the built system needs no activation, or must not have one."""
-    profile = profile_path(settings)
-    if new == old == running_system(settings) and (not profile.exists() or profile_system(settings) == new):
+    new, facts = pending.new, machine.facts(pending.new)
+    if new == facts.running == facts.default and not pending.committed:
         return Outcome(Result.OK, "nothing to activate: this system runs already", new)
     for part in ("sw/bin/bento-client", "etc/bento/client.json"):
-        if not force and not Path(new, part).exists():
+        if not force and not has_left(new) and not Path(new, part).exists():
             reason = f"the new system has no {part}: it would be this machine's last update: import ./utils/bento.nix"
             return Outcome(Result.BUILD_FAILED, reason, new)
-    if free_bytes(settings.state) < MIN_FREE_BYTES:
-        return Outcome(Result.POSTPONED, f"built, but not activated: the disk of {settings.state} is full", new)
+    unsigned = drops_signers(machine.settings, settings_of(new), new, machine.state.signed)
+    if unsigned is not None:
+        return Outcome(Result.BUILD_FAILED, unsigned, new)
+    if free_bytes(machine.settings.state) < MIN_FREE_BYTES:
+        return Outcome(Result.POSTPONED, f"built, but not activated: the disk of {machine.settings.state} is full", new)
     return None
 
 
-def begin(settings: Settings) -> tuple[Log, State]:
-    """What every command that holds the lock starts with; clears away what killed processes left."""
-    log = Log(settings.state / "deploy.log")
+def obtain(machine: Machine, pending: Pending, current: Current, action: Action) -> Outcome | Pending:
+    """Fetches a release and builds it. Raises Unreachable where the line broke in the middle."""
+    settings, session = machine.settings, machine.session
+    assert session is not None
+    result = Result.FETCH_FAILED
+    try:
+        announce(machine, Phase.BUILDING)
+        if action == Action.FETCH or not is_untouched(settings.state / "config"):
+            # What failed once is fetched whole: the fault may lie in the parts.
+            fetch(session, settings, current, thrifty=pending.attempt == 1)
+            adopt(machine, current.release)
+        machine.hang_up()
+        result = Result.BUILD_FAILED
+        with best_effort(machine.log):  # the download may have taken its time
+            arm(machine, pending.token, settings.build_timeout + WATCHDOG_MARGIN_S)
+        return pending._replace(new=build(settings, machine.log))
+    except Unreachable:
+        raise
+    except (BentoError, OSError) as error:
+        return Outcome(result, str(error))
+    except Exception as error:  # a bug of ours must not be met anew at each poll, and nobody told
+        return Outcome(result, tell_bug(machine.log, error))
+
+
+def deploy(machine: Machine, pending: Pending, *, server: str, force: bool) -> Outcome | None:
+    """Puts what was built to work, if its server is still there. None: a reboot leads back."""
+    refusal = refuse_to_activate(machine, pending, force=force)
+    if refusal is not None:
+        return refusal
+    try:
+        machine.session = knock(machine.settings, machine.log, server)
+        announce(machine, Phase.ACTIVATING)
+    except BentoError as error:
+        reason = f"built, but not activated, because the server went away: {error}"
+        return Outcome(Result.POSTPONED, reason, pending.new, unreachable=True)
+    outcome = activate(machine, pending)
+    return outcome and outcome._replace(system=pending.new)
+
+
+def poll_once(machine: Machine) -> Current:
+    """What the server publishes for this machine. Raises what is wrong with it, after it was recorded and reported."""
+    state, settings = machine.state, machine.settings
+    try:
+        machine.session, current = poll(
+            settings, machine.directory, machine.log, seen=state.published, patience_s=settings.connect_timeout,
+            trust=trust_of(settings, state),
+        )  # fmt: skip
+        machine.remember(**accepted(state, current))
+        return current
+    except Unreachable:
+        raise
+    except Exception as error:
+        words = str(error) if isinstance(error, (BentoError, OSError)) else tell_bug(machine.log, error)
+        if state.last is None or state.last.reason != one_line(words):
+            machine.log.kept = True
+            now = format_time(time.time())
+            nothing = Pending(NO_RELEASE, now, "/-", "/-", "/-", Step.ACTIVATING, "", "", now, 1)
+            with best_effort(machine.log):
+                record(machine, nothing, Outcome(Result.FETCH_FAILED, words))
+        report(machine)
+        raise BentoError(words) from None
+
+
+def update(machine: Machine, *, force: bool) -> int:
+    """Polls, decides, and does what is to be done. Raises Unreachable when the poll fails: nothing has changed then."""
+    current, state = poll_once(machine), machine.state
+    action, why = decide(current, state, time.time(), force=force, replica=len(machine.settings.server) > 1)
+    facts = machine.facts()
+    if facts.running == facts.booted == facts.default not in (state.system, state.good):
+        machine.remember(good=facts.default, good_release=None, good_revision=None)  # a person's, and known to boot
+    assert machine.session is not None
+    if action == Action.NOTHING:
+        print(why)
+        if state.last is not None and state.last.release is None:  # the server's files are in order again
+            machine.remember(last=state.tried)
+        deliver(machine)
+        return 0
+    machine.log.kept = True
+    machine.log.say(why)
+    pending, server = begin(machine, current), machine.session.server
+    try:
+        obtained = obtain(machine, pending, current, action)
+    except Unreachable:
+        report(machine)
+        disarm(machine)
+        raise
+    if isinstance(obtained, Pending):
+        pending = obtained
+        outcome = deploy(machine, pending, server=server, force=force)
+    else:
+        outcome = obtained
+    if outcome is None:
+        return 1
+    conclude(machine, pending, outcome)
+    return outcome.exit_code
+
+
+@contextmanager
+def at_work(settings: Settings) -> Iterator[Machine]:
+    """What every command that holds the lock starts and ends with; clears away what killed processes left."""
     for left in settings.state.glob(".tmp-*"):
         if not Path("/proc", left.name.split("-")[1]).exists():
             remove(left)
-    return log, read_journal(settings.state / "state.json", parse_state, log) or State()
+    with scratch(settings) as directory:
+        machine = Machine(settings, directory)
+        try:
+            yield machine
+        finally:
+            machine.hang_up()
 
 
 def command_run(settings: Settings, *, force: bool) -> int:
+    refuse_volatile(settings)
     with lock(settings) as held:
         if not held:
             print("another run is at work on this machine: nothing to do here")
             return 0
-        log, state = begin(settings)
-        with scratch(settings) as directory:
-            settled = ""
-            # An activation, and then a system that waited for the boot that ended it.
-            while (pending := load_journal(settings, log)) is not None and pending.token != settled:
-                settled = pending.token
-                if (outcome := recover(settings, log, pending)) is not None:
-                    state = finish(settings, log, state, directory, pending, outcome)
-                if (left := load_pending(settings, log)) is not None and left.step == Step.REVERTING:
-                    return 1
+        with at_work(settings) as machine:
             signal.alarm(POLL_LIMIT_S)  # which ends us, until a deployment has its watchdog
-            code = update(settings, log, state, directory, force=force)
-            state = read_journal(settings.state / "state.json", parse_state, log) or state
+            upgrade(machine)
+            if not settle_earlier(machine):
+                return 1
+            code = update(machine, force=force)
             if code == 0:
-                reboot_if_due(settings, log, state, directory)
-            if (expired := nobody_vouches(state, time.time())) is not None:
-                log.say(f"error: {expired}")
+                reboot_if_due(machine)
+            if (expired := nobody_vouches(machine.state, time.time())) is not None:
+                machine.log.say(f"error: {expired}")
             return code if expired is None else code or 1
 
 
-def end_lock_holder(settings: Settings, log: Log) -> None:
+def refuse_volatile(settings: Settings) -> None:
+    """The state must outlive a boot: the key, and the journal that leads back from a system that does not do its job."""
+    if settings.root != "/":
+        return
+    kind = ""
+    with suppress(OSError):
+        mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+        state = os.path.realpath(settings.state)
+        over = [m for m in mounts if f"{state}/".startswith(f"{m[4].rstrip('/')}/")]
+        kind = max(over, key=lambda m: len(m[4]))[mounts[0].index("-") + 1] if over else ""
+    if kind in ("tmpfs", "ramfs"):
+        raise BentoError(f"{settings.state} is on a {kind}, and gone at the next boot: make this directory persistent")
+
+
+def upgrade(machine: Machine) -> None:
+    """What clients before 1.1 left: a second journal, of a system that waits for a boot, and steps that are no more."""
+    for name in ("pending.json", "waiting.json"):
+        path = machine.settings.state / name
+        try:
+            data = json.loads(path.read_bytes())
+            step, old, new = data["step"], data["old"], data["new"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if "switched" in data:
+            continue
+        if step == "rebooting" and machine.default == new:
+            machine.remember(good=old, system=new, release=data.get("release"), boot=data.get("boot_id"))
+        if step in ("rebooting", "building"):
+            path.unlink()
+            continue
+        back = step in ("reverting", "stepping-back", "rolling-back")
+        data |= {
+            "step": Step.ROLLING_BACK if back else Step.COMMITTING if step == "committing" else Step.ACTIVATING,
+            "switched": True, "committed": step not in ("activating", "proving"), "by_hand": step == "stepping-back",
+            "verdict": data.get("verdict") or (Result.INTERRUPTED if back else ""),
+            "rebooting": data.get("boot_id", "") if step == "reverting" else "",
+        }  # fmt: skip
+        write_atomic(path, json.dumps(data).encode())
+
+
+def end_lock_holder(machine: Machine) -> None:
     """Ends the run that holds the lock, and what it started: it hangs, or a person wants it gone."""
     with suppress(OSError, ValueError, IndexError):
-        holder = int((settings.state / "lock").read_text().split()[0])
+        holder = lock_holder(machine.settings)
         children: list[str] = []
         with suppress(OSError):  # a kernel may lack this file
             children = Path(f"/proc/{holder}/task/{holder}/children").read_text().split()
-        log.say(f"ending the client that holds the lock (process {holder})")
+        machine.log.say(f"ending the client that holds the lock (process {holder})")
         os.kill(holder, signal.SIGKILL)
         for child in children:  # each leads a group, see `run`
             with suppress(OSError):
                 os.killpg(int(child), signal.SIGKILL)
 
 
+def lock_holder(settings: Settings) -> int:
+    """The process that holds the lock, as the kernel says it: what is written in the file may be an older one's."""
+    found = os.stat(settings.state / "lock")
+    where = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    for line in Path("/proc/locks").read_text().splitlines():
+        words = line.split()
+        if words[1] == "FLOCK" and words[5] == where:
+            return int(words[4])
+    return int(
+        (settings.state / "lock").read_text().split()[0]
+    )  # a file system whose device the kernel names otherwise
+
+
 def command_rollback(settings: Settings, *, token: str | None) -> int:
-    """The watchdog's (with the token of its activation), or a person's: then also back from what was committed."""
+    """The watchdog's (with the token of its deployment), or a person's: then also back from what was committed."""
     settings.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    log = Log(settings.state / "deploy.log")
-    path = settings.state / "pending.json"
-    pending = read_journal(path, parse_pending, log)
-    if token is not None and (pending is None or pending.token != token):
-        with lock(settings) as free:
-            if not free and (settings.state / "lock").read_text().split()[1:] == [token]:
-                end_lock_holder(settings, log)
-                print("this deployment has ended; its client, which hung, is ended too")
-                return 0
-        print("this deployment has ended already: nothing to do")
-        return 0
-    give_up = time.monotonic() + 30
+    machine, give_up = Machine(settings), time.monotonic() + 30
     while True:
+        pending = load_pending(machine)
+        ended = token is not None and (pending is None or pending.token != token)
         with lock(settings) as held:
+            if ended and (held or (settings.state / "lock").read_text().split()[1:] != [token]):
+                print("this deployment has ended already: nothing to do")
+                return 0
             if held:
-                log, state = begin(settings)
-                log.kept = True
-                pending = read_journal(path, parse_pending, log)
-                if token is not None and (pending is None or pending.token != token):
-                    print("this deployment ended just now: nothing to do")
-                    return 0
-                with scratch(settings) as directory:
-                    return go_back(settings, log, state, pending, directory, by_hand=token is None)
-        if pending is None:
+                with at_work(settings) as machine:
+                    machine.log.kept = True
+                    upgrade(machine)
+                    return go_back_now(machine, load_pending(machine), by_hand=token is None)
+        if pending is None and token is None:
             raise BentoError(
                 "another client is at work on this machine, and activates nothing: wait for its end, or stop it"
             )
-        end_lock_holder(settings, log)
+        end_lock_holder(machine)
         if time.monotonic() > give_up:
             raise BentoError(f"{settings.state / 'lock'} is still held: look for the process that holds it")
         time.sleep(0.2)
 
 
-def go_back(
-    settings: Settings, log: Log, state: State, pending: Pending | None, directory: str, *, by_hand: bool
-) -> int:
-    if by_hand and (pending is None or pending.step == Step.BUILDING):
-        if pending is not None:
-            disarm(settings, pending)
-        pending = step_back(settings, state)
-        save_pending(settings, pending)
-    assert pending is not None  # the watchdog has the token of one
+def go_back_now(machine: Machine, pending: Pending | None, *, by_hand: bool) -> int:
+    if pending is None:
+        pending = step_back(machine)
+        save_pending(machine, pending)
+    machine.watchdog = pending.watchdog
     if by_hand:
-        outcome: Outcome | None = roll_back(settings, log, pending, Outcome(Result.ROLLED_BACK, "by hand"))
+        outcome = go_back(machine, pending._replace(by_hand=True), Outcome(Result.ROLLED_BACK, "by hand"))
     else:
-        if pending.step != Step.COMMITTING and not pending.reason:
-            pending = pending._replace(verdict=Result.INTERRUPTED, reason=f"the client hung while {pending.step}")
-        outcome = recover(settings, log, pending)
+        move = settle(pending, machine.state, machine.facts(pending.new, pending.profile))
+        if move == Move.GO_BACK and not pending.verdict:
+            words = f"the client hung while {pending.step}"
+            pending = pending._replace(verdict=Result.INTERRUPTED, reason=words)
+        outcome = carry_out(machine, pending, move)
     if outcome is None:
         return 0
-    finish(settings, log, state, directory, pending, outcome)
-    good = outcome.result != Result.ROLLBACK_FAILED
-    print(f"{outcome.result}: {outcome.reason}; this machine runs {running_system(settings)}")
-    return 0 if good else 1
+    conclude(machine, pending, outcome)
+    print(f"{outcome.result}: {outcome.reason}; this machine runs {machine.running}")
+    if outcome.result == Result.ROLLBACK_FAILED and not by_hand and machine.has_systemd:
+        machine.log.say("the watchdog reboots: no other way is left")
+        run(["systemctl", "reboot", "--force"], check=False, timeout=60)
+    return 1 if outcome.result == Result.ROLLBACK_FAILED else 0
 
 
-def step_back(settings: Settings, state: State) -> Pending:
-    """The journal of a way back from the last committed release, for a person who does not like it."""
-    if state.previous is None or state.release is None:
-        raise BentoError("nothing to roll back: no earlier system of Bento's is known on this machine")
-    if not Path(state.previous, "bin/switch-to-configuration").exists():
-        raise BentoError(
-            f"the earlier system {state.previous} is gone (garbage collected): publish an older release instead"
-        )
-    return Pending(
-        release=state.release, published=state.published or format_time(0), old=state.previous,
-        new=running_system(settings), profile=state.previous, step=Step.STEPPING_BACK, boot_id=boot_id(settings),
-        token=os.urandom(4).hex(), started=format_time(time.time()), attempt=1,
-        verdict=Result.ROLLED_BACK, reason="by hand", revision=state.revision,
+def step_back(machine: Machine) -> Pending:
+    """The journal of a way back by hand: to what ran before the last deployment, or before a person's own system."""
+    state, facts = machine.state, machine.facts()
+    back = state.previous
+    if state.system is not None and state.system not in (facts.running, facts.default):
+        back = state.system
+    if back is None:
+        raise BentoError("nothing to roll back: no earlier system is known on this machine")
+    if not Path(back, "bin/switch-to-configuration").exists():
+        raise BentoError(f"the earlier system {back} is gone (garbage collected): publish an older release instead")
+    return trial_of(machine)._replace(
+        old=back, new=facts.default, profile=back, step=Step.ROLLING_BACK, verdict=Result.ROLLED_BACK,
+        reason="by hand", by_hand=True, switched=True, attempt=1,
     )  # fmt: skip
 
 
+def probe(settings: Settings) -> None:
+    """Unreachable when this client, with these settings, cannot read its `current.json` over a new connection."""
+    with scratch(settings) as directory:
+        try:
+            session, _ = poll(settings, directory, Log(settings.state / "no-log"))
+        except Unreachable:
+            raise
+        except BentoError as error:
+            raise Unreachable(str(error)) from None
+        session.close()
+
+
 def command_probe(settings: Settings) -> int:
-    probe(settings, Log(settings.state / "no-log"))
+    probe(settings)
     print("the server is reached, and publishes a release for this machine")
     return 0
 
@@ -2841,13 +3441,11 @@ def command_key(settings: Settings) -> int:
 
 
 def command_status(settings: Settings) -> int:
-    log = Log(settings.state / "no-log")
     if not os.access(settings.state, os.R_OK | os.X_OK) and settings.state.exists():
         raise BentoError(f"{settings.state} cannot be read: run this as root")
-    state = read_journal(settings.state / "state.json", parse_state, log) or State()
-    pending = load_pending(settings, log)
+    machine = Machine(settings, log="no-log")
     waiting = len(list((settings.state / "outbox").glob("*.log")))
-    print(format_status(make_report(settings, state, Phase.IDLE), pending, waiting))
+    print(format_status(make_report(machine), load_pending(machine), waiting))
     return 0
 
 
@@ -2865,8 +3463,13 @@ def format_status(report: Report, pending: Pending | None, waiting: int) -> str:
         rows += [("reason", last.reason)] if last.reason else []
     if pending is not None:
         rows.append(("under way", f"release {pending.release[:12]}, {pending.step}"))
+    rows += [("failed", ", ".join(report.failed_units))] if report.failed_units else []
+    if report.waiting_for_boot is not None:
+        rows.append(("waiting", f"release {report.waiting_for_boot[:12]} runs from the next boot on"))
     if report.needs_reboot:
         rows.append(("reboot", "needed"))
+    rows.append(("boot trial", report.boot_trial or "none"))
+    rows.append(("boots", report.known_to_boot or "not known yet"))
     if report.signer is not None and report.expires is not None:
         over = parse_time(report.expires) <= parse_time(report.polled)
         rows.append(("signed", f"by {report.signer}, until {report.expires}"))

@@ -4,9 +4,9 @@
     python3 tests/bench.py [--quick | --full] [--only SECTION] [--svg FILE]
 
 Every row is a ratio of medians on this machine, now: there is no absolute promise in it, and nothing is asserted. Needs
-rsync, sftp and sftp-server; the sections `line` and `load` need root and sshd, for accounts and chroots of their own,
-which are removed again. All network traffic stays on 127.0.0.1. Takes about five minutes on two cores; --quick less
-than one, with everything scaled down; --full goes to 10,000 hosts, and takes twenty minutes and 5 GB of disk. What
+rsync, sftp and sftp-server; the sections `line` and `load` need root and sshd, for chroots, and for accounts in an /etc
+that only the bench can see. All network traffic stays on 127.0.0.1. Takes about five minutes on two cores; --quick
+less than one, with everything scaled down; --full goes to 10,000 hosts, and takes twenty minutes and 5 GB of disk. What
 else the machine does shows in the figures, and on ext4 what it has removed in the last five minutes, too.
 
 Sections of this file: the table, processes, fleets, machines, a slow line, a server, what is measured, the plot,
@@ -14,7 +14,6 @@ command line.
 """
 
 import argparse
-import grp
 import json
 import math
 import os
@@ -44,7 +43,8 @@ from typing import NoReturn
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from sshd import descendants, end_sshd, match_block, max_startups, run_directory
+import accounts
+from sshd import command, descendants, end_sshd, match_block, max_startups, no_penalties
 from toynixos import PYTHON_FLAGS, TOY
 
 import bento_client as client
@@ -172,7 +172,7 @@ class Bench:
     def server(self) -> "Server":
         if self.running_server is None:
             say("making accounts and chroots for a real sshd")
-            self.running_server = Server.create(self.stack)
+            self.running_server = Server.create(self.top, self.stack)
         return self.running_server
 
 
@@ -589,10 +589,8 @@ def call(*argv: str | Path, check: bool = True) -> str:
 
 def why_no_server() -> str | None:
     """Why a real sshd cannot be had here."""
-    if os.geteuid() != 0:
-        return "needs root, for accounts and chroots"
-    missing = [name for name in ("sshd", "ssh-keygen", "useradd", "userdel", "groupadd") if shutil.which(name) is None]
-    return f"needs {', '.join(missing)}" if missing else None
+    missing = [name for name in ("sshd", "ssh-keygen", "unshare", "setpriv") if shutil.which(name) is None]
+    return f"needs {', '.join(missing)}" if missing else accounts.why_not()
 
 
 @dataclass
@@ -606,24 +604,16 @@ class Server:
     began_with: str = ""
 
     @classmethod
-    def create(cls, stack: ExitStack) -> "Server":
-        stack.enter_context(run_directory())
-        # Not below /tmp: every directory above a chroot has to be root's, and writable by nobody else.
-        top = Path(tempfile.mkdtemp(prefix=f"bento-bench-{os.getpid()}-", dir="/var/lib"))
-        stack.callback(shutil.rmtree, top, ignore_errors=True)
-        top.chmod(0o755)
+    def create(cls, directory: Path, stack: ExitStack) -> "Server":
+        (directory / "server").mkdir(mode=0o755)
+        top = accounts.root_owned(directory / "server")
         with socket.create_server(("127.0.0.1", 0)) as free:
             server = cls(top, free.getsockname()[1], [f"bench{os.getpid()}-{number}" for number in range(ACCOUNTS)])
         for name in ("authorized", "keys", "machines"):
             (top / name).mkdir()
         make_fleet(top / "fleet", server.hosts)
-        try:
-            grp.getgrnam("bento")
-        except KeyError:
-            stack.callback(call, "groupdel", "bento", check=False)
-            call("groupadd", "-r", "bento")
         for host in server.hosts:
-            server.make_account(stack, host)
+            server.make_account(host)
         server.bento("fleet")
         server.bento("populate")
         call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", top / "host_key")
@@ -632,15 +622,9 @@ class Server:
         stack.callback(server.stop)
         return server
 
-    def make_account(self, stack: ExitStack, host: str) -> None:
+    def make_account(self, host: str) -> None:
         user, key = f"bento-{host}", self.top / "keys" / host
-        stack.callback(remove_account, user)
-        useradd: Argv = ["useradd", "-r", "-M", "-N", "-g", "bento", "-d", self.chroot(host), "-s", "/bin/sh", "-p", "*", user]
-        try:
-            call(*useradd)
-        except BenchError:  # somebody else's useradd may hold the lock
-            time.sleep(3)
-            call(*useradd)
+        accounts.add_user(user, "bento", self.chroot(host))
         call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", user, "-f", key)
         public = key.with_name(f"{host}.pub").read_text()
         (self.top / "fleet/hosts" / f"{host}.pub").write_text(public)
@@ -657,6 +641,7 @@ class Server:
             if self.began_with == startups:
                 return startups
             self.stop()
+        sshd = str(shutil.which("sshd"))  # it wants to be called by its absolute path
         config = f"""\
             ListenAddress 127.0.0.1
             Port {self.port}
@@ -665,11 +650,11 @@ class Server:
             UsePAM no
             AuthorizedKeysFile {self.top}/authorized/%u
             MaxStartups {startups}
+            {no_penalties(sshd)}
             Subsystem sftp internal-sftp
             """
         (self.top / "sshd_config").write_text(textwrap.dedent(config) + match_block(fleet_nix))
-        sshd = str(shutil.which("sshd"))  # it wants to be called by its absolute path
-        argv: Argv = [sshd, "-D", "-f", self.top / "sshd_config", "-E", self.top / "sshd.log"]
+        argv: Argv = command(sshd, "-D", "-f", self.top / "sshd_config", "-E", self.top / "sshd.log")
         self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, process_group=0)
         self.began_with = startups
         give_up = time.monotonic() + 10
@@ -718,18 +703,6 @@ class Server:
             for option in (*always, f"ConnectTimeout={PATIENCE_S}", *options):
                 argv += ["-o", option]
             return measure([*argv, "-F", os.devnull, f"bento-{host}@127.0.0.1"], cwd=self.top, codes=codes, gate=gate)
-
-
-def remove_account(user: str) -> None:
-    """userdel refuses while a process of the user is left, or another useradd holds the lock."""
-    give_up = time.monotonic() + 20
-    while user in (line_.partition(":")[0] for line_ in Path("/etc/passwd").read_text().splitlines()):
-        said = call("userdel", user, check=False)
-        if time.monotonic() > give_up:
-            print(f"bench: error: the account {user} is left: {said.strip()}", file=sys.stderr)
-            return
-        if said:
-            time.sleep(0.3)
 
 
 # --- what is measured ---
@@ -1414,6 +1387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"bench: error: {program} is missing: install it", file=sys.stderr)
             return 1
     signal.signal(signal.SIGTERM, stop)
+    accounts.isolate()
     try:
         with ExitStack() as stack:
             top = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bento-bench-", ignore_cleanup_errors=True)))

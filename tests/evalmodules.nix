@@ -247,6 +247,7 @@ let
       ;
     mkDefault = mkOverride 1000;
     mkForce = mkOverride 50;
+    mkBefore = mkOrder 500;
     mkAfter = mkOrder 1500;
     mkOption = attributes: attributes // { _type = "option"; };
     literalExpression = text: {

@@ -6,6 +6,8 @@
   inline ? false,
   # Whether the machine that builds can run the host's programs.
   native ? true,
+  # Whether it is a NixOS of before 25.11, whose options for systemd's own settings had another name each.
+  old ? false,
 }:
 
 let
@@ -32,6 +34,7 @@ let
           "firefox"
           "gitMinimal"
           "gnutar"
+          "grub2"
           "gzip"
           "iputils"
           "libreoffice"
@@ -67,7 +70,21 @@ let
   nixos = {
     options = {
       assertions = option (types.listOf types.anything) [ ];
-      boot.loader.systemd-boot.enable = option types.bool false;
+      boot = {
+        kernelParams = option (types.listOf types.str) [ ];
+        loader = {
+          efi.efiSysMountPoint = option types.str "/boot";
+          grub = {
+            enable = option types.bool false;
+            extraConfig = option types.lines "";
+            mirroredBoots = option (types.listOf types.anything) [ ];
+          };
+          systemd-boot = {
+            enable = option types.bool false;
+          }
+          // lib.optionalAttrs (!old) { xbootldrMountPoint = option (types.nullOr types.str) null; };
+        };
+      };
       environment = {
         etc = attrs;
         sessionVariables = attrs;
@@ -98,12 +115,19 @@ let
         nixos.release = option types.str "25.11";
       };
       systemd = {
+        enableEmergencyMode = option types.bool true;
         package = option types.package pkgs.systemd;
         services = attrs;
         sockets = attrs;
         timers = attrs;
         tmpfiles.rules = option (types.listOf types.str) [ ];
-      };
+      }
+      // (
+        if old then
+          { watchdog.runtimeTime = option (types.nullOr types.str) null; }
+        else
+          { settings.Manager = attrs; }
+      );
       users = {
         groups = attrs;
         users = attrs;
@@ -177,6 +201,22 @@ in
         commands = map (c: c.text) commands;
         inherit (config.systemd) services sockets timers;
       };
+
+  # What a host's modules say of its boot.
+  boot =
+    modules:
+    let
+      inherit (eval modules) config;
+    in
+    {
+      loader = (builtins.fromJSON config.environment.etc."bento/client.json".text).boot_loader;
+      grub = config.boot.loader.grub.extraConfig;
+      params = config.boot.kernelParams;
+      emergency = config.systemd.enableEmergencyMode;
+      watchdog =
+        if old then config.systemd.watchdog.runtimeTime else config.systemd.settings.Manager.RuntimeWatchdogSec or null;
+      hibernate = config.systemd.services.bento-hibernate.script or "";
+    };
 
   # A server, from its modules.
   server =

@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from toynixos import need, need_root
+from accounts import need_accounts
+from toynixos import need
 
 BENCH = Path(__file__).resolve().parent / "bench.py"
 ROWS = {
@@ -32,19 +33,12 @@ def start(argv: Sequence[str | Path], scratch: Path) -> "subprocess.Popen[str]":
     )  # fmt: skip
 
 
-def left_by(process: "subprocess.Popen[str]", scratch: Path) -> list[str]:
-    """Accounts and directories of a bench that has ended; another may run at the same time."""
-    accounts = [line for line in Path("/etc/passwd").read_text().splitlines() if f"bento-bench{process.pid}-" in line]
-    directories = [*Path("/var/lib").glob(f"bento-bench-{process.pid}-*"), *scratch.iterdir()]
-    return accounts + [str(path) for path in directories]
-
-
 @pytest.mark.parametrize("section", ROWS)
 def test_bench(section: str, tmp_path: Path) -> None:
     need("rsync")
     need("sftp")
     if section in ("line", "load"):
-        need_root()
+        need_accounts()
         need("sshd")
     picture = tmp_path / "growth.svg"
     small = ["--quick", "--hosts", "5", "--rounds", "1", "--load-seconds", "1", "--burst", "5"]
@@ -61,7 +55,7 @@ def test_bench(section: str, tmp_path: Path) -> None:
         assert any(words in row for row in rows), output
     if section == "growth":
         assert picture.read_text(encoding="utf-8").startswith("<svg")
-    assert left_by(process, scratch) == []
+    assert os.listdir(scratch) == []
 
 
 def commands() -> Iterator[bytes]:
@@ -72,7 +66,7 @@ def commands() -> Iterator[bytes]:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_nothing_is_left_after_an_interruption(how: signal.Signals, tmp_path: Path) -> None:
-    need_root()
+    need_accounts()
     need("sshd")
     need("rsync")
     argv = [sys.executable, str(BENCH), "--quick", "--hosts", "5", "--only", "load", "--load-seconds", "60"]
@@ -85,4 +79,4 @@ def test_nothing_is_left_after_an_interruption(how: signal.Signals, tmp_path: Pa
     process.send_signal(how)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted" in output, output
-    assert left_by(process, tmp_path) == []
+    assert os.listdir(tmp_path) == []

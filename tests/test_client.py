@@ -12,12 +12,14 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accounts import add_user, need_accounts
 from toynixos import CLIENT, PYTHON_FLAGS, ToyMachine, need, write_config
 
 import bento
@@ -468,18 +470,12 @@ HOST = f"toy{os.getpid()}"
 SERVER = "server.example"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def accounts() -> Iterator[None]:
+@cache
+def make_account() -> None:
     """As root, `populate` wants the account of the host, as on a real server."""
-    if os.geteuid() != 0:
-        yield
-        return
-    group = subprocess.run(["groupadd", "-r", "bento"], capture_output=True).returncode == 0
-    subprocess.run(["useradd", "-r", "-U", "-M", f"bento-{HOST}"], check=True, capture_output=True)
-    yield
-    subprocess.run(["userdel", f"bento-{HOST}"], check=True, capture_output=True)
-    if group:
-        subprocess.run(["groupdel", "bento"], check=True, capture_output=True)
+    if os.geteuid() == 0:
+        need_accounts()
+        add_user(f"bento-{HOST}", "bento")
 
 
 @dataclass
@@ -493,6 +489,7 @@ class Lab:
     @classmethod
     def create(cls, directory: Path, *, state: str = "var/lib/bento", **behaviour: Any) -> "Lab":
         need("sftp")
+        make_account()
         root = directory / "machine"
         settings = {
             "server": SERVER, "host": HOST, "root": str(root), "state_dir": str(root / state),

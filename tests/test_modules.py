@@ -11,11 +11,12 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accounts import need_accounts
 from toynixos import PYTHON_FLAGS, need
 
 import bento_client
@@ -60,6 +61,15 @@ MINIMAL = '{ services.bento.server = "bento.example.org"; }'
 # --- Nix ---
 
 
+def nix_path(path: Path) -> str:
+    """A path in Nix' language, which takes no others than plain letters as they are."""
+    return f"(/. + {json.dumps(str(path), ensure_ascii=False)})"
+
+
+def nix_list(modules: Iterable[str | Path]) -> str:
+    return " ".join(nix_path(module) if isinstance(module, Path) else f"({module})" for module in modules)
+
+
 def evaluate(expression: str) -> Any:
     """The value of a Nix function of tests/modules.nix."""
     need("nix-instantiate")
@@ -69,7 +79,7 @@ def evaluate(expression: str) -> Any:
     values = []
     for library in libraries:
         argv = ["nix-instantiate", "--eval", "--strict", "--json", "--expr"]
-        text = f"({expression}) (arguments: import {TESTS}/modules.nix ({{ {library} }} // arguments))"
+        text = f"({expression}) (arguments: import {nix_path(TESTS / 'modules.nix')} ({{ {library} }} // arguments))"
         done = subprocess.run([*argv, text], env=os.environ | NIX, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         values.append(json.loads(done.stdout))
@@ -79,7 +89,7 @@ def evaluate(expression: str) -> Any:
 
 def evaluate_host(*modules: str | Path, inline: bool = False, native: bool = True) -> Any:
     arguments = f"inline = {json.dumps(inline)}; native = {json.dumps(native)};"
-    return evaluate(f"m: (m {{ {arguments} }}).host [ {' '.join(f'({module})' for module in modules)} ]")
+    return evaluate(f"m: (m {{ {arguments} }}).host [ {nix_list(modules)} ]")
 
 
 def need_root(what: str) -> None:
@@ -178,7 +188,7 @@ def test_nix_file_parses(path: Path) -> None:
 
 
 def test_options() -> None:
-    golden("host-options.json", pretty(evaluate(f"m: (m {{ }}).options {HOST_MODULE}")))
+    golden("host-options.json", pretty(evaluate(f"m: (m {{ }}).options {nix_path(HOST_MODULE)}")))
 
 
 @pytest.mark.parametrize(("name", "module"), [("minimal", MINIMAL), ("full", FULL)])
@@ -195,10 +205,11 @@ def test_host(name: str, module: str) -> None:
 
 def test_disabled() -> None:
     module = "{ services.bento.enable = false; }"
-    systemd = evaluate(
-        f"m: builtins.removeAttrs ((m {{ }}).eval [ {HOST_MODULE} {module} ]).config.systemd [ ''package'' ]"
-    )
-    assert systemd == {"services": {}, "sockets": {}, "timers": {}, "tmpfiles": {"rules": []}}
+    config = f"m: let c = ((m {{ }}).eval [ {nix_path(HOST_MODULE)} {module} ]).config; in"
+    systemd = evaluate(f"{config} builtins.removeAttrs c.systemd [ ''package'' ]")
+    untouched = {"enableEmergencyMode": True, "settings": {"Manager": {}}, "tmpfiles": {"rules": []}}
+    assert systemd == {"services": {}, "sockets": {}, "timers": {}} | untouched
+    assert evaluate(f"{config} [ c.boot.kernelParams c.boot.loader.grub.extraConfig ]") == [[], ""]
 
 
 def test_the_client_takes_every_setting() -> None:
@@ -345,6 +356,92 @@ def test_the_client_is_compiled(tmp_path: Path) -> None:
 def test_a_client_for_another_kind_of_machine_is_left_as_it_is() -> None:
     [command] = evaluate_host(HOST_MODULE, MINIMAL, native=False)["commands"]
     assert "-bento_client.py --config" in command
+
+
+# --- its boot ---
+
+SYSTEMD_BOOT = "boot.loader.systemd-boot.enable = true;"
+GRUB = 'boot.loader.grub = { enable = true; mirroredBoots = [ { path = "/boot"; } { path = "/boot-b"; } ]; };'
+
+
+def evaluate_boot(definitions: str, old: bool = False) -> Any:
+    arguments = f"old = {json.dumps(old)};"
+    return evaluate(f"m: (m {{ {arguments} }}).boot [ {nix_path(HOST_MODULE)} {MINIMAL} {{ {definitions} }} ]")
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize(
+    ("definitions", "loader"),
+    [
+        ("", []),
+        (SYSTEMD_BOOT, ["systemd-boot", "/boot"]),
+        (SYSTEMD_BOOT + 'boot.loader.efi.efiSysMountPoint = "/efi";', ["systemd-boot", "/efi"]),
+        (GRUB, ["grub", "/boot/grub", "/boot-b/grub"]),
+    ],
+)
+def test_boot_loader(definitions: str, loader: list[str], old: bool) -> None:
+    assert evaluate_boot(definitions, old)["loader"] == loader
+
+
+def test_boot_loader_with_its_own_partition() -> None:
+    definitions = SYSTEMD_BOOT + 'boot.loader.systemd-boot.xbootldrMountPoint = "/xboot";'
+    assert evaluate_boot(definitions)["loader"] == ["systemd-boot", "/xboot"]
+
+
+def test_grub_follows_the_client() -> None:
+    """The lines are there with GRUB only, and the client knows them."""
+    text = evaluate_boot(GRUB + 'boot.loader.grub.extraConfig = "set color_normal=white/black";')["grub"]
+    assert bento_client.GRUB_MARK in text.splitlines() and "set color_normal=white/black" in text
+    assert {bento_client.GRUB_GOOD, bento_client.GRUB_TRY} <= set(re.findall(r"bento_\w+", text))
+    assert evaluate_boot(SYSTEMD_BOOT)["grub"] == ""
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_unattended(old: bool) -> None:
+    boot = evaluate_boot('boot.kernelParams = [ "quiet" ];', old)
+    assert boot["params"] == ["panic=30", "boot.panic_on_fail", "quiet"]
+    assert not boot["emergency"] and boot["watchdog"] == "30s"
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_attended(old: bool) -> None:
+    """One option for all, or each by itself."""
+    off = evaluate_boot("services.bento.unattended = false;", old)
+    assert (off["params"], off["emergency"], off["watchdog"]) == ([], True, None)
+    watchdog = "watchdog.runtimeTime" if old else "settings.Manager.RuntimeWatchdogSec"
+    own = f'boot.kernelParams = [ "panic=0" ]; systemd.enableEmergencyMode = true; systemd.{watchdog} = "1min";'
+    boot = evaluate_boot(own, old)
+    # The kernel takes the last one.
+    assert (boot["params"][-1], boot["emergency"], boot["watchdog"]) == ("panic=0", True, "1min")
+
+
+def test_hibernation_is_no_trial(tmp_path: Path) -> None:
+    """What is armed is taken back before the machine sleeps; what somebody else wants next is left."""
+    script = evaluate_boot(GRUB)["hibernate"].replace("/boot", f"{tmp_path}/boot")
+    for name in ("boot", "boot-b"):
+        (tmp_path / name / "grub").mkdir(parents=True)
+        bento_client.write_grubenv(tmp_path / name / "grub/grubenv", {"bento_good": "a", "bento_try": "b"})
+    tool = next(word for word in script.split() if word.endswith("/grub-editenv"))
+    done = subprocess.run(["bash", "-ec", script.replace(tool, need("grub-editenv"))], timeout=60)
+    assert done.returncode == 0
+    for name in ("boot", "boot-b"):
+        assert bento_client.read_grubenv(tmp_path / name / "grub/grubenv") == {"bento_good": "a"}
+
+
+@pytest.mark.parametrize(("entry", "taken"), [("nixos-generation-2.conf", True), ("auto-windows", False), (None, False)])
+def test_hibernation_and_one_shots(entry: str | None, taken: bool, tmp_path: Path) -> None:
+    script = evaluate_boot(SYSTEMD_BOOT)["hibernate"].replace("/sys/firmware/efi/efivars", str(tmp_path))
+    if entry is not None:
+        name = Path(bento_client.LOADER_VARIABLES.format("LoaderEntryOneShot")).name
+        (tmp_path / name).write_bytes(b"\7\0\0\0" + f"{entry}\0".encode("utf-16-le"))
+    tool = next(word for word in script.split() if word.endswith("/bootctl"))
+    (tmp_path / "bootctl").write_text(f'#!/bin/sh\nprintf "%s|" "$@" > {tmp_path}/told\n')
+    (tmp_path / "bootctl").chmod(0o755)
+    done = subprocess.run(["bash", "-ec", script.replace(tool, f"{tmp_path}/bootctl")], timeout=60)
+    assert done.returncode == 0
+    assert (tmp_path / "told").exists() == taken
+    if taken:
+        assert (tmp_path / "told").read_text() == "set-oneshot||"
 
 
 # --- its units, for real programs ---
@@ -524,7 +621,7 @@ def make_key(seed: str) -> str:
 
 
 def evaluate_server(*modules: str | Path) -> Any:
-    return evaluate(f"m: (m {{ }}).server [ {' '.join(f'({module})' for module in modules)} ]")
+    return evaluate(f"m: (m {{ }}).server [ {nix_list(modules)} ]")
 
 
 def sshd_block(text: str) -> str:
@@ -614,7 +711,7 @@ class Server:
         self.sshd = need("sshd")
         for program in ("unshare", "mount", "sftp", "ssh", "ssh-keygen"):
             need(program)
-        need_root("for accounts and chroots")
+        need_accounts()
         for name in ("host_key", "id"):
             subprocess.run(
                 ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", directory / name], check=True, timeout=60

@@ -2,10 +2,9 @@
 
 sshd is as permissive as can be for everybody else, and an ordinary account is let to do all that a host is denied:
 so it is the block that denies it, and it denies nobody else. sshd runs without PAM, hence without the module's
-loginLimits, and for its sake /run/sshd, the accounts and a directory in /var/lib are made, and removed again.
+loginLimits.
 """
 
-import grp
 import json
 import os
 import pwd
@@ -28,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sshd import end_sshd, match_block, max_startups, run_directory
-from toynixos import CLIENT, TOY, ToyMachine, _missing, need, write_config
+from accounts import add_user, need_accounts, root_owned
+from sshd import command, end_sshd, match_block, max_startups, no_penalties
+from toynixos import CLIENT, TOY, ToyMachine, need, write_config
 
 SERVER = CLIENT.parent / "bento.py"
 PID = os.getpid()
@@ -105,12 +105,6 @@ class Server:
         path.write_text("".join(f"[127.0.0.1]:{port} {key}\n" for port in (self.port, *ports)))
         return path
 
-    def make_account(self, stack: ExitStack, user: str, home: Path, group: str) -> None:
-        # With a shell: that there is none is to be sshd's doing.
-        call("useradd", "-r", "-M", "-N", "-g", group, "-d", home, "-s", "/bin/sh", user)
-        stack.callback(call, "userdel", user)
-        call("usermod", "-p", "*", user)
-
     def make_key(self, user: str, options: str) -> str:
         call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", user, "-f", self.keys / user)
         public = (self.keys / f"{user}.pub").read_text()
@@ -129,6 +123,7 @@ class Server:
             AuthorizedKeysFile {self.top}/authorized/%u
             LoginGraceTime {LOGIN_GRACE_S}
             MaxStartups {max_startups(fleet_nix, len(HOSTS))}
+            {no_penalties("/usr/sbin/sshd")}
             AllowUsers {PERSON}
             AllowTcpForwarding yes
             AllowStreamLocalForwarding yes
@@ -148,7 +143,7 @@ class Server:
     def start(self) -> None:
         """Stands in for loginLimits' nofile, which PAM sets for a host alone, with a limit that the listener bears."""
         sshd: list[str | Path] = ["/usr/sbin/sshd", "-D", "-f", self.top / "sshd/config", "-E", self.top / "sshd/log"]
-        self.process = subprocess.Popen(["prlimit", "--nofile=512:512", *sshd], stdin=subprocess.DEVNULL)
+        self.process = subprocess.Popen(command("prlimit", "--nofile=512:512", *sshd), stdin=subprocess.DEVNULL)
         deadline = time.monotonic() + 10
         while True:
             with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", self.port), 5):
@@ -163,34 +158,26 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    if os.geteuid() != 0:
-        _missing("needs root for sshd, its accounts and its chroots")
+    need_accounts()
     with ExitStack() as stack:
         path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
         stack.enter_context(pytest.MonkeyPatch.context()).setenv("PATH", path)
-        for program in ("sshd", "ssh", "sftp", "ssh-keygen", "ssh-agent", "useradd", "userdel", "usermod", "prlimit"):
+        for program in ("sshd", "ssh", "sftp", "ssh-keygen", "ssh-agent", "unshare", "setpriv", "prlimit"):
             need(program)
-        stack.enter_context(run_directory())
-        # Not below /tmp: every directory above a chroot has to be root's, and writable by nobody else.
-        top = Path(tempfile.mkdtemp(prefix="bento-sshd-", dir="/var/lib"))
-        stack.callback(shutil.rmtree, top)
+        top = root_owned(tmp_path_factory.mktemp("server"))
         top.chmod(0o755)
         found = Server(top, tmp_path_factory.mktemp("keys"), free_port())
         for name in ("fleet/hosts", "authorized", "sshd", "chroots"):
             (top / name).mkdir(parents=True)
-        try:
-            grp.getgrnam("bento")
-        except KeyError:
-            call("groupadd", "-r", "bento")
-            stack.callback(call, "groupdel", "bento")
         for host in HOSTS:
-            found.make_account(stack, f"bento-{host}", found.chroot(host), "bento")
+            # With a shell: that there is none is to be sshd's doing.
+            add_user(f"bento-{host}", "bento", found.chroot(host))
             (top / f"fleet/hosts/{host}.pub").write_text(found.make_key(f"bento-{host}", "restrict "))
         found.make_key(UNRESTRICTED, "")
         with open(top / f"authorized/bento-{EVIL}", "a") as file:
             file.write((top / "authorized" / UNRESTRICTED).read_text())
         (top / "person").mkdir()
-        found.make_account(stack, PERSON, top / "person", grp.getgrgid(65534).gr_name)
+        add_user(PERSON, "nogroup", top / "person")
         found.make_key(PERSON, "")
         call(sys.executable, SERVER, "--fleet", top / "fleet", "--chroot-dir", top / "chroots", "fleet")
         fleet_nix = (top / "fleet/fleet.nix").read_text()
@@ -611,10 +598,10 @@ def master(peer: Peer, path: Path) -> Iterator[None]:
 def test_the_block_is_good_sshd_config_and_is_for_hosts_only(server: Server) -> None:
     def effective(user: str) -> dict[str, str]:
         asked = f"user={user},host=localhost,addr=127.0.0.1"
-        shown = call("/usr/sbin/sshd", "-T", "-f", server.top / "sshd/config", "-C", asked).stdout
+        shown = call(*command("/usr/sbin/sshd", "-T", "-f", server.top / "sshd/config", "-C", asked)).stdout
         return dict(line.split(" ", 1) for line in shown.splitlines() if " " in line)
 
-    assert call("/usr/sbin/sshd", "-t", "-f", server.top / "sshd/config").stdout == ""
+    assert call(*command("/usr/sbin/sshd", "-t", "-f", server.top / "sshd/config")).stdout == ""
     host, person = effective(f"bento-{EVIL}"), effective(PERSON)
     denied = {
         "passwordauthentication", "kbdinteractiveauthentication", "allowtcpforwarding", "allowstreamlocalforwarding",

@@ -15,20 +15,30 @@ TOY_CHROOT        what `sftp` serves
 TOY_SERVER        the only name that `sftp` resolves (default: any)
 TOY_SERVER_DOWN   while this file exists, `sftp` is refused
 TOY_SFTP_SERVER   path of sftp-server (default: the usual places)
+TOY_BOOTCTL       252: bootctl answers as systemd 252's
+TOY_PICK          the entry that a person picks in the boot menu
+TOY_ASLEEP        the kernel, as the ESP has it, that went to sleep: to be woken if it is started, else to boot
+
+Other programs of the machine: nix-env, nix-collect-garbage, bootctl, and `boot`: firmware, loader and kernel.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from toy import esp
 
 TESTS = Path(__file__).resolve().parent
 TOY = TESTS / "toy"
@@ -43,19 +53,32 @@ BEHAVIOURS = {
     "platform": 'Nix\' system (default "x86_64-linux")',
     "python": "interpreter written into the system",
     "client": "path of the client, where the configuration has no utils/bento_client.py",
-    "client_json": "the object in etc/bento/client.json",
+    "client_json": 'the object in etc/bento/client.json; "boot_loader" is put into it, unless it is there',
     "compiled": "the client is compiled, as by utils/bento.nix",
-    "units": "systemd units of the system: name -> text; every timer among them is started",
-    "kernel": 'version of kernel, initrd and modules (default "6.12"); "broken": no network when booted from it',
-    "inhibitors": "text of switch-inhibitors; differs from the booted system's: test and switch exit 1",
+    "units": "systemd units of the system: name -> text; timers are started, mounts belong to local-fs.target",
+    "starts": "list of units that are started by a switch, which waits for them, and at a boot",
+    "kernel": 'version of kernel, initrd and modules (default "6.12"). "broken": no network when booted from it;'
+    ' "panic…": it panics; "hang…": it hangs',
+    "kernel_params": "list (default: what utils/bento.nix sets); toy.no-network, toy.panic and toy.hang are as above",
+    "init": 'init-interface-version (default "systemd 2"); differs from the running system\'s: exit 100, not activated',
+    "inhibitors": 'switch-inhibitors: {"name": "value"}, or for short "name value"',
+    "pre_switch": "user's pre-switch checks: name -> shell command; it gets TOPLEVEL and action, and refuses by failing",
+    "specialisations": "name -> what is special about it",
     # building
-    "build": '"ok", "fail", "hang", "eval-error"',
+    "build": '"ok", "fail", "hang", "eval-error", "assertions", "dependency", "dependency-2.31" (in the words of a'
+    ' newer Nix; simulated only), "git"',
+    "assertions": "list of messages, each of one or more lines",
+    "dependency": "name of the package that does not build",
+    "rebuild": '"bash" (default) or "ng": the kind of nixos-rebuild, for its last line',
     "build_output_bytes": "noise on stderr",
     "build_touch": "file made when the build begins (a system that is in the store already is not built)",
     "build_wait": "file that the build then waits for, at most 60 s",
     # activating: test, switch
-    "switch_exit": "2, 3, 4: activates, then exits so; any other but 0: does not activate, and exits so",
+    "stc": '"2024": a switch-to-configuration that waits for the lock and for the end of the boot, and checks nothing;'
+    ' "bytes": one that compares the files of inhibitors, that of the booted system',
+    "switch_exit": "2, 4: activates, then exits so; any other but 0: does not activate, and exits so",
     "failed_units": "list, named in the warning of switch_exit 4",
+    "gives_up": "the activation script ends before it has set /run/current-system: exit 2, which a switch_exit 4 hides",
     "switch_hang": '"before" or "after" the activation',
     "switch_touch": "as build_touch, before the activation",
     "switch_wait": "as build_wait",
@@ -63,12 +86,21 @@ BEHAVIOURS = {
     "fails_from_times": "... the first N times since boot (default: always)",
     "cut_network": "no network while this system is active",
     "activation_command": "shell command of the activation, with TOY_NETWORK=up or down; if it fails, exit 2",
-    # the boot default: boot, switch
+    "reexec": "systemd executes itself anew in the switch",
+    # the boot loader: boot, switch
+    "loader": '"systemd-boot" (default) or "extlinux"',
+    "entry_names": '"sha256": entries are named by their content',
+    "configuration_limit": "how many generations get an entry (default 0: all)",
+    "builder": '"old": writes kernels to their final name, never again; "lies": and exits 0 if that fails; default: today\'s',
+    "boot_einval": "writing an entry of this system fails with EINVAL, and nobody is told",
     "boot_exit": "exit code, the boot default stays",
     "boot_touch": "as build_touch, before the boot default is written",
     "boot_wait": "as build_wait",
+    "written_touch": "as build_touch, when the boot default is written",
+    "written_wait": "as build_wait",
     # Bento
     "no_bento": "neither sw/bin/bento-client nor etc/bento",
+    "leaves": "no_bento, and etc/bento/left: its configuration says services.bento.enable = false",
     "broken_client": "sw/bin/bento-client exits 1",
     "no_timer": "without the timers among the units",
 }
@@ -139,6 +171,11 @@ def write_config(
     if platform.machine() != "x86_64":
         behaviour.setdefault("platform", f"{platform.machine()}-linux")
 
+    for some in (behaviour, *hosts.values(), *behaviour.get("specialisations", {}).values()):
+        if isinstance(inhibitors := some.get("inhibitors"), str):
+            name, _, value = inhibitors.partition(" ")
+            some["inhibitors"] = {name: value}
+
     directory.mkdir(parents=True, exist_ok=True)
     wanted, other = ("flake.nix", "configuration.nix") if flake else ("configuration.nix", "flake.nix")
     (directory / other).unlink(missing_ok=True)
@@ -152,6 +189,10 @@ def write_config(
         utils.mkdir(exist_ok=True)
         shutil.copyfile(client, utils / "bento_client.py")
     return directory
+
+
+class ToyDown(Exception):
+    """The machine hangs, or has nothing to boot: somebody has to come."""
 
 
 @dataclass(frozen=True)
@@ -174,12 +215,19 @@ class ToyMachine:
         store: Path | None = None,
         chroot: Path | None = None,
         client: Path | None = CLIENT,
+        efi: bool = True,
         **behaviour: Any,
     ) -> "ToyMachine":
-        """A machine that has booted its first generation: label "v0", unless the behaviour says otherwise."""
+        """A machine that has booted its first generation: label "v0", unless the behaviour says otherwise.
+
+        efi: whether it has EFI variables.
+        """
         machine = cls(root.resolve(), host, mode, store, chroot)
         for name in ("boot", "etc", "run", "nix/var/nix/profiles", "var/lib", "proc/sys/kernel/random"):
             (machine.root / name).mkdir(parents=True, exist_ok=True)
+        (machine.root / "etc/machine-id").write_text(f"{uuid.uuid4().hex}\n", encoding="utf-8")
+        if efi:
+            esp.variables(machine.root).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:
             config = write_config(
                 Path(scratch, "v0"), flake=True, host=host, client=client, **{"label": "v0"} | behaviour
@@ -222,15 +270,63 @@ class ToyMachine:
             source = ["--no-flake", "-I", f"nixos-config={config}/configuration.nix"]
         return self.run("nixos-rebuild", action, *source, *flags, env=env)
 
-    def power_cycle(self) -> None:
-        """What a power cut and a boot do: /run is empty, and the boot default is booted. Ends no process."""
+    # -- power --
+
+    def power_cycle(self, *, pick: str | None = None) -> list[str]:
+        """What a power cut and a boot do: /run is empty, and what the boot loader chooses is booted. Ends no process.
+
+        pick: the entry that a person picks in the menu; or "N" for generation N. Returns what became of each start, as
+        in ["panics v1", "boots v0"]. ToyDown if the machine does not come up by itself.
+        """
         if self.root == Path("/"):
             raise ValueError("this is no toy")
-        run = self.root / "run"
-        shutil.rmtree(run)
-        run.mkdir()
-        (self.root / "proc/sys/kernel/random/boot_id").write_text(f"{uuid.uuid4()}\n", encoding="utf-8")
-        self.run("boot").check_returncode()
+        shutil.rmtree(self.root / "run")
+        (self.root / "run").mkdir()
+        return self._start(pick)
+
+    def reboot(self, *, pick: str | None = None) -> list[str]:
+        """`systemctl reboot`; as for what follows, there is no difference."""
+        return self.power_cycle(pick=pick)
+
+    def hibernate(self, *, pick: str | None = None) -> list[str]:
+        """Sleeps, and is woken through the boot loader: by the kernel that went to sleep, or it is a boot like any."""
+        return self._start(pick, asleep=(self.root / "run/booted-system/kernel").resolve())
+
+    def _start(self, pick: str | None, asleep: Path | None = None) -> list[str]:
+        entry = f"nixos-generation-{pick}.conf" if pick and pick.isdigit() else pick
+        more = {"TOY_PICK": entry} if entry else {}
+        if asleep is not None:
+            more["TOY_ASLEEP"] = f"{asleep.parent.name}-{asleep.name}.efi"
+        done = self.run("boot", env=more)
+        found = re.findall(r"(?m)^boot: \S+ ([a-z ]+) (\S+)/init$", done.stdout)
+        starts = [f"{what} {_label(Path(system))}" for what, system in found]
+        if done.returncode != 0:
+            raise ToyDown(f"{', '.join(starts)}: {done.stdout}")
+        return starts
+
+    # -- what a person does --
+
+    @contextlib.contextmanager
+    def hold_lock(self) -> Iterator[None]:
+        """As a nixos-rebuild does that somebody else has started."""
+        path = self.root / "run/nixos/switch-to-configuration.lock"
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "a", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def collect_garbage(self) -> None:
+        self.run("nix-collect-garbage", "-d").check_returncode()
+
+    def limit_boot(self, spare_bytes: int | None) -> None:
+        """From now on so many bytes more fit into /boot, or as many as you like."""
+        path = self.root / "var/toy-boot-size"
+        path.unlink(missing_ok=True)
+        if spare_bytes is not None:
+            used = sum(file.stat().st_size for file in (self.root / "boot").rglob("*") if file.is_file())
+            path.write_text(str(used + spare_bytes), encoding="utf-8")
+
+    # -- which system --
 
     @property
     def profile(self) -> Path:
@@ -246,7 +342,34 @@ class ToyMachine:
         return _label(self.profile)
 
     def boot_label(self) -> str:
-        return _label(Path((self.root / "boot/default").read_text(encoding="utf-8").strip()))
+        """Of the system that the boot loader would start next."""
+        return self._label_of(esp.next_boot(self.root))
+
+    def fallback_label(self) -> str:
+        """Of the system that it would start after that."""
+        return self._label_of(esp.choose_default(self.root, esp.read_entries(self.root / "boot")))
+
+    def _label_of(self, entry: esp.Entry | None) -> str:
+        conf = self.root / "boot/extlinux/extlinux.conf"
+        options = entry.options if entry else conf.read_text(encoding="utf-8").replace("\n", " ")
+        system = esp.system_of(options)
+        return _label(Path(system)) if system else "-"
+
+    def entries(self) -> dict[str, str]:
+        """The boot menu: entry -> label of its system."""
+        return {entry.id: self._label_of(entry) for entry in esp.read_entries(self.root / "boot")}
+
+    def generations(self) -> list[str]:
+        """The labels of the profile's generations, the oldest first."""
+        links = sorted(self.profile.parent.glob("system-*-link"), key=lambda link: int(link.name.split("-")[1]))
+        return [_label(link) for link in links]
+
+    def activations(self) -> list[str]:
+        """The labels of the systems that were activated, by a switch or at a boot, in their order."""
+        return (self.root / "var/toy-activations").read_text(encoding="utf-8").split()
+
+    def efi_variable(self, name: str) -> str | None:
+        return esp.read_variable(self.root, name)
 
     def labels(self) -> tuple[str, str, str]:
         """Of the current system, the profile and the boot default: they should agree."""

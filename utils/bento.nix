@@ -5,6 +5,7 @@
 {
   config,
   lib,
+  options,
   pkgs,
   ...
 }:
@@ -59,6 +60,70 @@ let
     lib.concatMapStrings (key: "* ${key}\n") cfg.serverKeys
   )}";
 
+  # The boot loader and where it keeps its entries, for the client. It knows how to try a system once with these two.
+  systemdBoot = config.boot.loader.systemd-boot;
+  inherit (config.boot.loader) grub;
+  bootLoader =
+    if systemdBoot.enable then
+      let
+        xbootldr = systemdBoot.xbootldrMountPoint or null;
+      in
+      [
+        "systemd-boot"
+        (if xbootldr != null then xbootldr else config.boot.loader.efi.efiSysMountPoint)
+      ]
+    else if grub.enable then
+      [ "grub" ] ++ map (mirror: "${mirror.path}/grub") grub.mirroredBoots
+    else
+      [ ];
+
+  # In grub.cfg before the entries, when `default` is set and `grub-reboot` has had its turn. The client names entries
+  # in grubenv: bento_good, the system that is known to boot, and bento_try, which is to be started once. Only if GRUB
+  # could write down that it was, it is. The first line is how the client knows these lines: it goes up with them.
+  grubTrial = ''
+    # bento: the first boot is a trial (1)
+    if [ -n "''${bento_good}" -a -z "''${boot_once}" ]; then
+      set default="''${bento_good}"
+      if [ -n "''${bento_try}" ]; then
+        set bento_new="''${bento_try}"
+        set bento_try=
+        if save_env bento_try; then
+          set default="''${bento_new}"
+        fi
+      fi
+    fi
+  '';
+
+  # The hardware watchdog's option, new and old.
+  watchdog =
+    if options.systemd ? settings then
+      {
+        option = "settings";
+        value.Manager.RuntimeWatchdogSec = lib.mkDefault "30s";
+      }
+    else
+      {
+        option = "watchdog";
+        value.runtimeTime = lib.mkDefault "30s";
+      };
+
+  # A system from hibernation has to be woken by the kernel that went to sleep, which is one that is known to boot: so
+  # the trial waits. Windows, if that is to be next, does not.
+  hibernate =
+    if systemdBoot.enable then
+      ''
+        variable=/sys/firmware/efi/efivars/LoaderEntryOneShot-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f
+        if [ -e "$variable" ] && [[ "$(tr -d '\0' < "$variable")" = *nixos* ]]; then
+          ${config.systemd.package}/bin/bootctl set-oneshot ""
+        fi
+      ''
+    else
+      lib.concatMapStrings (directory: ''
+        if [ -s "${directory}/grubenv" ]; then
+          ${pkgs.grub2}/bin/grub-editenv "${directory}/grubenv" unset bento_try
+        fi
+      '') (builtins.tail bootLoader);
+
   settings = {
     inherit (cfg)
       server
@@ -76,6 +141,7 @@ let
     confirm_timeout = cfg.confirmTimeout;
     health_checks = cfg.healthChecks;
     upgrade_channels = cfg.upgradeChannels;
+    boot_loader = bootLoader;
   }
   // lib.optionalAttrs (cfg.knownHosts != null) { known_hosts = cfg.knownHosts; };
 
@@ -279,6 +345,20 @@ in
       '';
     };
 
+    unattended = mkOption {
+      type = types.bool;
+      default = true;
+      description = ''
+        Whether this machine is to help itself when a boot fails, because nobody sits in front of it: it boots again
+        30 seconds after a kernel panic (`panic=30`) and when the first stage fails (`boot.panic_on_fail`), goes on
+        without what is missing instead of waiting in emergency mode for root's password
+        ({option}`systemd.enableEmergencyMode`), and has systemd feed the hardware watchdog, if there is one. Together
+        with the boot loader, that brings a machine back from a release that does not boot.
+
+        Each of these is a default: what you set yourself goes before it.
+      '';
+    };
+
     trigger = {
       enable = mkOption {
         type = types.bool;
@@ -368,6 +448,20 @@ in
 
     environment.systemPackages = [ command ];
 
+    boot.loader.grub.extraConfig = lib.mkIf grub.enable grubTrial;
+
+    # First in the list: the kernel takes the last of several, which is then the user's.
+    boot.kernelParams = lib.mkIf cfg.unattended (
+      lib.mkBefore [
+        "panic=30"
+        "boot.panic_on_fail"
+      ]
+    );
+
+    systemd.enableEmergencyMode = lib.mkIf cfg.unattended (lib.mkDefault false);
+
+    systemd.${watchdog.option} = lib.mkIf cfg.unattended watchdog.value;
+
     environment.etc."bento/client.json".text = builtins.toJSON settings;
 
     systemd.services.bento = {
@@ -417,6 +511,7 @@ in
         #
         # Devices, networking and raw access to disks stay, for health checks (`zpool status`, `wg show`, `smartctl`).
         # CAP_SYS_ADMIN and CAP_SYS_BOOT stay: systemd looks for them in whoever asks it to start units or to reboot.
+        # CAP_LINUX_IMMUTABLE stays for bootctl: the kernel marks EFI variables so.
         NoNewPrivileges = true;
         CapabilityBoundingSet = "~${
           toString [
@@ -425,7 +520,6 @@ in
             "CAP_BPF"
             "CAP_IPC_LOCK"
             "CAP_LEASE"
-            "CAP_LINUX_IMMUTABLE"
             "CAP_MAC_ADMIN"
             "CAP_MAC_OVERRIDE"
             "CAP_MKNOD"
@@ -491,6 +585,22 @@ in
         AccuracySec = "1s";
         Unit = "bento.service";
       };
+    };
+
+    systemd.services.bento-hibernate = lib.mkIf (bootLoader != [ ]) {
+      description = "Leave the trial of a new system for after hibernation";
+      wantedBy = [
+        "hibernate.target"
+        "hybrid-sleep.target"
+        "suspend-then-hibernate.target"
+      ];
+      before = [
+        "systemd-hibernate.service"
+        "systemd-hybrid-sleep.service"
+        "systemd-suspend-then-hibernate.service"
+      ];
+      script = hibernate;
+      serviceConfig.Type = "oneshot";
     };
 
     systemd.sockets.bento-trigger = lib.mkIf cfg.trigger.enable {

@@ -1,38 +1,47 @@
 """A toy NixOS system: builds a toplevel and, copied into it as bin/switch-to-configuration, activates it.
 
 As a builder it is run as Nix runs one: `out`, `toy` (the behaviour, JSON), `kernel`, `initrd`, `modules` (paths),
-`client` (path or empty) and `python` (path or empty) are in the environment. Nix runs it, or the toy nixos-rebuild.
+`specialisations` (JSON: name -> path), `client` (path or empty) and `python` (path or empty) are in the environment.
+Nix runs it, or the toy nixos-rebuild.
 
 As switch-to-configuration it finds its machine below TOY_ROOT (default /):
 
     run/current-system  run/booted-system  run/toy-network ("up", "down")  run/systemd/system (systemctl is used)
-    etc/toy  etc/static -> TOPLEVEL/etc  etc/bento/client.json  etc/systemd/system/UNIT
-    boot/default (the toplevel's path)  boot/KERNEL  nix/var/nix/profiles/system (only read)
+    run/toy-booting (while it is there, the boot has not ended)  run/nixos/switch-to-configuration.lock
+    etc/toy  etc/static -> TOPLEVEL/etc  etc/bento/{client.json,left}  etc/systemd/system/UNIT
+    boot/ (the ESP: written by `boot` and `switch`, as nixpkgs' builder for systemd-boot does)
+    nix/var/nix/profiles/system-N-link (only read)  var/toy-boot-size (bytes that fit into boot/; default: no limit)
+    var/toy-activations (the label of each system that was activated, by a switch or at a boot)
 
-`test` and `switch` exit 0, or 2, 3, 4 (activated, something failed), or 1, 100 (not activated). Names in toy.json: see
-tests/toynixos.py.
+What it does is what NixOS does: "Fact:" names the row of the facts that were read from nixpkgs or seen with the real
+programs. Names in toy.json: see tests/toynixos.py.
 """
 
+import errno
 import fcntl
+import hashlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-ACTIVATED = (
-    0,
-    2,
-    3,
-    4,
-)  # as in NixOS: activation script, daemon-reload or units failed; any other: not activated
+# Fact: exit codes. 2: the activation script failed; 4: units failed. Any other: nothing was activated.
+ACTIVATED = (0, 2, 4)
+LOCKED, OTHER_INIT = errno.EAGAIN, 100
 FOREVER_S = 3600  # long enough for any test, and nothing is left behind for good
 WAIT_S = 60
+PROFILES = "nix/var/nix/profiles"
+UNIT_KINDS = (".service", ".timer", ".target", ".mount", ".path")
+# What pulls a unit of this kind in. Such links lie in /run: what is left of a system that only a power cut ended is
+# not this machine's any more.
+WANTED_BY = {".timer": "timers.target.wants", ".mount": "local-fs.target.requires"}
 
 Toy = dict[str, Any]
 
@@ -76,58 +85,81 @@ def build() -> int:
         case "hang":
             subprocess.run(["sleep", str(FOREVER_S)], check=False)
             return 1
-    return make_toplevel(Path(given("out")), toy)
+    return Builder(Path(given("out")), toy).make()
 
 
-def make_toplevel(out: Path, toy: Toy) -> int:
-    # Simulated, it is made aside, but must know its name in the store. (In Nix both are the same.)
-    final = given("final") or str(out)
-    python = given("python") or sys.executable
+class Builder:
+    """Makes a toplevel."""
 
-    def write(name: str, text: str, *, executable: bool = False) -> None:
-        path = out / name
+    def __init__(self, out: Path, toy: Toy) -> None:
+        self.out, self.toy = out, toy
+        # Simulated, it is made aside, but must know its name in the store. (In Nix both are the same.)
+        self.final = given("final") or str(out)
+        self.python = given("python") or sys.executable
+
+    def write(self, name: str, text: str, *, executable: bool = False) -> None:
+        path = self.out / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
         path.chmod(0o755 if executable else 0o644)
 
-    own = Path(__file__).read_text(encoding="utf-8")
-    write("nixos-version", f"{toy.get('label', 'v1')}\n")
-    write("init-interface-version", "systemd 2\n")
-    write("toy.json", json.dumps(toy, indent=2, sort_keys=True) + "\n")
-    write("bin/switch-to-configuration", f"#!{python} -I\n{own}", executable=True)
-    for name, variable in (("kernel", "kernel"), ("initrd", "initrd"), ("kernel-modules", "modules")):
-        (out / name).symlink_to(given(variable))
-    if "inhibitors" in toy:
-        write("switch-inhibitors", toy["inhibitors"])
-    for name, text in toy.get("units", {}).items():
-        if not (toy.get("no_timer") and name.endswith(".timer")):
-            write(f"etc/systemd/system/{name}", text)
-    if toy.get("no_bento"):
+    def make(self) -> int:
+        toy, own = self.toy, Path(__file__).read_text(encoding="utf-8")
+        self.write("nixos-version", f"{toy.get('label', 'v1')}\n")
+        self.write("init-interface-version", f"{toy.get('init', 'systemd 2')}\n")
+        self.write("toy.json", json.dumps(toy, indent=2, sort_keys=True) + "\n")
+        self.write("bin/switch-to-configuration", f"#!{self.python} -I\n{own}", executable=True)
+        self.write("init", f"#!/bin/sh\nexec {self.final}/bin/switch-to-configuration stage-2\n", executable=True)
+        # Fact: not only kernels. They take effect at a boot only, too.
+        params = toy.get("kernel_params", ["loglevel=4", "panic=30", "boot.panic_on_fail"])
+        self.write("kernel-params", " ".join(params))
+        for name, variable in (("kernel", "kernel"), ("initrd", "initrd"), ("kernel-modules", "modules")):
+            (self.out / name).symlink_to(given(variable))
+        # Fact: specialisations. Each is a system of its own, that the parent links to.
+        for name, path in json.loads(given("specialisations") or "{}").items():
+            (self.out / "specialisation").mkdir(exist_ok=True)
+            (self.out / "specialisation" / name).symlink_to(path)
+        if "inhibitors" in toy:
+            self.write("switch-inhibitors", json.dumps(toy["inhibitors"]) + "\n")
+        for name, text in toy.get("units", {}).items():
+            if not (toy.get("no_timer") and name.endswith(".timer")):
+                self.write(f"etc/systemd/system/{name}", text)
+        return self.make_bento()
+
+    def make_bento(self) -> int:
+        toy = self.toy
+        if toy.get("leaves"):  # services.bento.enable = false, in a system that had it
+            self.write("etc/bento/left", "")
+        if toy.get("no_bento") or toy.get("leaves"):
+            return 0
+        settings = {"boot_loader": boot_loader(toy)} | toy.get("client_json", {})
+        self.write("etc/bento/client.json", json.dumps(settings, indent=2) + "\n")
+        command = "sw/bin/bento-client"
+        if toy.get("broken_client"):
+            self.write(command, "#!/bin/sh\necho 'bento: error: broken on purpose' >&2\nexit 1\n", executable=True)
+            return 0
+        client = given("client")
+        if not client:
+            say('error: no Bento client: neither utils/bento_client.py nor "client" in toy.json')
+            return 1
+        script = "sw/lib/bento_client.py"
+        self.write(script, Path(client).read_text(encoding="utf-8"))
+        if toy.get("compiled"):
+            code = "import py_compile, sys; py_compile.compile(sys.argv[1], sys.argv[1] + 'c', doraise=True)"
+            subprocess.run([self.python, "-I", "-S", "-c", code, self.out / script], check=True)
+            script += "c"
+        words = [self.python, "-I", "-S", "-X", "utf8", f"{self.final}/{script}"]
+        words += ["--config", f"{self.final}/etc/bento/client.json"]
+        self.write(command, f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', executable=True)
         return 0
-    write("etc/bento/client.json", json.dumps(toy.get("client_json", {}), indent=2) + "\n")
-    if toy.get("broken_client"):
-        write(
-            "sw/bin/bento-client",
-            "#!/bin/sh\necho 'bento: error: broken on purpose' >&2\nexit 1\n",
-            executable=True,
-        )
-        return 0
-    client = given("client")
-    if not client:
-        say('error: no Bento client: neither utils/bento_client.py nor "client" in toy.json')
-        return 1
-    script = "sw/lib/bento_client.py"
-    write(script, Path(client).read_text(encoding="utf-8"))
-    if toy.get("compiled"):
-        code = "import py_compile, sys; py_compile.compile(sys.argv[1], sys.argv[1] + 'c', doraise=True)"
-        subprocess.run([python, "-I", "-S", "-c", code, out / script], check=True)
-        script += "c"
-    words = [python, "-I", "-S", "-X", "utf8", f"{final}/{script}", "--config", f"{final}/etc/bento/client.json"]
-    write("sw/bin/bento-client", f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', executable=True)
-    return 0
 
 
-# --- switch-to-configuration ---
+def boot_loader(toy: Toy) -> list[str]:
+    """Which boot loader the system has, and where it lies: as the module tells the client."""
+    return [toy.get("loader", "systemd-boot"), "/boot"]
+
+
+# --- files of the machine ---
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -143,7 +175,11 @@ def write_file(path: Path, content: bytes) -> None:
     except OSError:
         aside.unlink(missing_ok=True)
         raise
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(directory)
     finally:
@@ -166,14 +202,80 @@ def behaviour(system: Path) -> Toy:
     return toy
 
 
-def must_not_switch(root: Path, top: Path) -> str | None:
-    """Why the system cannot be activated live, as NixOS' pre-switch check decides it: both sides must name inhibitors."""
-    booted, new = root / "run/booted-system/switch-inhibitors", top / "switch-inhibitors"
-    if os.environ.get("NIXOS_NO_CHECK") == "1" or not booted.is_file() or not new.is_file():
-        return None
-    if booted.read_bytes() == new.read_bytes():
-        return None
-    return "Pre-switch check 'switchInhibitors' failed: the new configuration changes switch inhibitors"
+# --- before a switch ---
+
+
+class Refused(Exception):
+    """The switch ends here: exit code, words."""
+
+
+def is_old(toy: Toy) -> bool:
+    """Whether its switch-to-configuration is the Rust one of September 2024."""
+    return str(toy.get("stc")) == "2024"
+
+
+def take_lock(root: Path, toy: Toy) -> None:
+    """Fact: lock. Whoever switches holds it, a person's nixos-rebuild too; first of all, for every action.
+
+    It is kept until this process ends.
+    """
+    path = root / "run/nixos/switch-to-configuration.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if is_old(toy) else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise Refused(LOCKED, "Could not acquire lock") from None
+
+
+def read_inhibitors(system: Path) -> dict[str, str]:
+    path = system / "switch-inhibitors"
+    found: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
+
+
+def check(root: Path, top: Path, toy: Toy, action: str) -> None:
+    """Fact: pre-switch checks. A user's own come with each action; the inhibitors' let boot and dry-activate pass."""
+    if os.environ.get("NIXOS_NO_CHECK") == "1" or is_old(toy):
+        return
+    failed = []
+    # Fact: switch inhibitors. Of the *running* system, a missing file is {}, and only common keys count.
+    old, new = read_inhibitors(root / "run/current-system"), read_inhibitors(top)
+    changed = sorted(name for name in old.keys() & new.keys() if old[name] != new[name])
+    if toy.get("stc") == "bytes":  # an earlier nixpkgs: the booted system's file as it is, where both have one
+        files = [system / "switch-inhibitors" for system in (root / "run/booted-system", top)]
+        contents = {file.read_bytes() for file in files if file.exists()}
+        changed = ["anything"] if len(contents) > 1 else []
+    if changed and action not in ("boot", "dry-activate"):
+        say("There are changes to critical components of the system:")
+        say("\n".join(f"  {name}: {old.get(name)} -> {new.get(name)}" for name in changed))
+        failed.append("switchInhibitors")
+    for name, command in toy.get("pre_switch", {}).items():
+        if subprocess.run(["sh", "-c", command, "sh", str(top), action], stdout=sys.stderr).returncode != 0:
+            failed.append(name)
+    for name in failed:
+        say(f"Pre-switch check '{name}' failed")
+    if failed:
+        raise Refused(1, "Pre-switch checks failed")
+
+
+def check_init(root: Path, top: Path) -> None:
+    """Fact: exit codes, 100. Compared with the running system."""
+    name = "init-interface-version"
+    old = root / "run/current-system" / name
+    if (old.read_text(encoding="utf-8") if old.exists() else "") != (top / name).read_text(encoding="utf-8"):
+        raise Refused(OTHER_INIT, "Warning: this system has another 'init': it will not take effect until you reboot.")
+
+
+def check_asked(root: Path, toy: Toy) -> None:
+    """A switch that ends, before it activates anything, with what a test asks for."""
+    if refuses(root, toy):
+        raise Refused(1, f"error: cannot be reached from a system of label {toy['fails_from']}")
+    if toy.get("switch_hang") == "before":
+        time.sleep(FOREVER_S)
+    asked = int(toy.get("switch_exit", 0))
+    if asked not in ACTIVATED:
+        raise Refused(asked, f"error: activation refused with exit code {asked}")
 
 
 def refuses(root: Path, toy: Toy) -> bool:
@@ -189,23 +291,156 @@ def refuses(root: Path, toy: Toy) -> bool:
     return True
 
 
-def install_boot_loader(root: Path, top: Path, toy: Toy) -> int:
+# --- the boot loader's files ---
+
+
+def generations(root: Path) -> list[int]:
+    """Of the system profile, the oldest first."""
+    found = (re.fullmatch(r"system-(\d+)-link", path.name) for path in (root / PROFILES).iterdir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+class Esp:
+    """What nixpkgs' builder for systemd-boot writes, and how it fails: each kind of it that was found."""
+
+    def __init__(self, root: Path, toy: Toy) -> None:
+        self.root, self.toy = root, toy
+        self.boot = root / "boot"
+        self.entries, self.kernels = self.boot / "loader/entries", self.boot / "EFI/nixos"
+        limit = root / "var/toy-boot-size"
+        self.size = int(limit.read_text(encoding="utf-8")) if limit.exists() else None
+
+    def put(self, path: Path, content: bytes) -> None:
+        """Writes what there is room for, and fails then: as on any disk."""
+        here = (p for p in self.boot.rglob("*") if p.is_file() and p != path)
+        room = len(content) if self.size is None else max(0, self.size - sum(p.stat().st_size for p in here))
+        with open(path, "wb", buffering=0) as file:
+            file.write(content[:room])
+            if room < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            os.fsync(file.fileno())
+
+    def replace(self, path: Path, text: str) -> None:
+        aside = path.with_suffix(".tmp")
+        self.put(aside, text.encode())
+        aside.rename(path)
+        sync_directory(path.parent)
+
+    def name(self, image: Path) -> str:
+        """HASH-NAME-FILE.efi: by the path in the store."""
+        image = image.resolve()
+        return f"{image.parent.name}-{image.name}.efi"
+
+    def copy(self, image: Path) -> str:
+        """Fact: ENOSPC. The builders before September 2025 write to the final name, and never again."""
+        target = self.kernels / self.name(image)
+        if not target.exists():
+            whole = target if self.toy.get("builder") in ("old", "lies") else target.with_suffix(".efi.tmp.")
+            self.put(whole, image.read_bytes())
+            whole.rename(target)
+        return f"/EFI/nixos/{target.name}"
+
+    def write_entry(self, number: int, system: Path, special: str | None) -> str:
+        """Fact: entries. One is found by init=TOPLEVEL/init in its options. Its name."""
+        system = system.resolve()
+        linux, initrd = self.copy(system / "kernel"), self.copy(system / "initrd")
+        label = (system / "nixos-version").read_text(encoding="utf-8").strip()
+        params = (system / "kernel-params").read_text(encoding="utf-8")
+        built = time.strftime("%Y-%m-%d", time.gmtime(system.stat().st_ctime))
+        text = f"title NixOS{f' ({special})' if special else ''}\nsort-key nixos\n"
+        text += f"version Generation {number} NixOS {label}, built on {built}\nlinux {linux}\ninitrd {initrd}\n"
+        text += f"options init={system}/init {params}\n"
+        machine = self.root / "etc/machine-id"
+        if machine.exists() and (found := machine.read_text(encoding="utf-8").strip()):
+            text += f"machine-id {found}\n"
+        name = entry_name(number, special)
+        if self.toy.get("entry_names") == "sha256":
+            name = f"nixos-{hashlib.sha256(text.encode()).hexdigest()}.conf"
+        self.replace(self.entries / name, text)
+        return name
+
+    def remove_old(self, numbers: list[int]) -> None:
+        """What is of no generation any more; also what a copy that failed has left under a name of its own."""
+        known = set()
+        for number in numbers:
+            system = self.root / PROFILES / f"system-{number}-link"
+            known |= {self.name(path / part) for path in specials(system).values() for part in ("kernel", "initrd")}
+        for entry in self.entries.glob("nixos*-generation-*.conf"):
+            found = re.match(r"nixos-generation-(\d+)", entry.name)
+            if found and int(found[1]) not in numbers:
+                entry.unlink()
+        for image in self.kernels.iterdir():
+            if image.name not in known:
+                image.unlink()
+
+    def install(self, top: Path) -> None:
+        """Fact: which generations. All links of the profile, at most configurationLimit of them, the newest."""
+        for directory in (self.entries, self.kernels):
+            directory.mkdir(parents=True, exist_ok=True)
+        numbers = generations(self.root)[-int(self.toy.get("configuration_limit", 0)) :]
+        self.remove_old(numbers)
+        written: set[str] = set()
+        for number in numbers:
+            system = self.root / PROFILES / f"system-{number}-link"
+            try:
+                if behaviour(system).get("boot_einval"):
+                    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+                names = [self.write_entry(number, path, name or None) for name, path in specials(system).items()]
+                written.update(names)
+                # A system that no generation has becomes nobody's default, and nothing is said of it.
+                if system.resolve() == top:
+                    text = f"timeout 5\ndefault {names[0]}\nconsole-mode keep\n"
+                    self.replace(self.boot / "loader/loader.conf", text)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # Fact: EINVAL is swallowed still
+                    raise
+                say(f"ignoring default profile in the list of boot entries because of the following error:\n{error}")
+        if self.toy.get("entry_names") == "sha256":  # after nixpkgs PR 447173
+            for entry in self.entries.glob("nixos-*.conf"):
+                if entry.name not in written:
+                    entry.unlink()
+
+
+def specials(system: Path) -> dict[str, Path]:
+    """The system, as "", and its specialisations."""
+    names = sorted(path.name for path in system.glob("specialisation/*"))
+    return {"": system} | {name: system / "specialisation" / name for name in names}
+
+
+def entry_name(number: int, special: str | None) -> str:
+    return f"nixos-generation-{number}{f'-specialisation-{special}' if special else ''}.conf"
+
+
+def install_extlinux(root: Path, toy: Toy, top: Path) -> None:
+    """The boot loader that can do nothing but boot its default."""
+    esp = Esp(root, toy)
+    esp.kernels.mkdir(parents=True, exist_ok=True)
+    linux, initrd = esp.copy(top / "kernel"), esp.copy(top / "initrd")
+    params = (top / "kernel-params").read_text(encoding="utf-8")
+    text = f"DEFAULT nixos-default\nLABEL nixos-default\n  LINUX {linux}\n  INITRD {initrd}\n  APPEND init={top}/init {params}\n"
+    (root / "boot/extlinux").mkdir(exist_ok=True)
+    esp.replace(root / "boot/extlinux/extlinux.conf", text)
+
+
+def install_boot_loader(root: Path, top: Path, toy: Toy) -> None:
     pause(toy, "boot")
-    if code := int(toy.get("boot_exit", 0)):
-        say("Failed to install bootloader")
-        return code
-    if (root / "nix/var/nix/profiles/system").resolve() != top:
-        say(f"the profile does not point to {top}: a boot loader lists the generations of the profile")
-        return 1
+    code = int(toy.get("boot_exit", 0))
     try:
-        kernel = (top / "kernel").resolve()
-        if not (root / "boot" / kernel.name).exists():
-            write_file(root / "boot" / kernel.name, kernel.read_bytes())
-        write_file(root / "boot/default", f"{top}\n".encode())
+        if code == 0 and toy.get("loader", "systemd-boot") == "systemd-boot":
+            Esp(root, toy).install(top)
+        elif code == 0:
+            install_extlinux(root, toy, top)
     except OSError as error:
-        say(f"Failed to install bootloader: {error}")
-        return 1
-    return 0
+        say(f"Traceback (most recent call last):\nOSError: {error}")
+        if toy.get("builder") == "lies":  # Fact: ENOSPC. With extraInstallCommands, what they return was what counted
+            return
+        code = 17 if is_old(toy) else 1  # Fact: exit codes. That of 2024 gave the errno of something else
+    if code:
+        raise Refused(code, "Failed to install bootloader")
+    pause(toy, "written")
+
+
+# --- systemd ---
 
 
 def systemctl(*words: str) -> bool:
@@ -216,7 +451,7 @@ def unit_texts(directory: Path, owned_by: Path | None = None) -> dict[str, str]:
     """The units in a directory; with owned_by only those that are links into it."""
     if not directory.is_dir():
         return {}
-    paths = [p for p in directory.iterdir() if p.suffix in (".service", ".timer")]
+    paths = [p for p in directory.iterdir() if p.suffix in UNIT_KINDS]
     if owned_by is not None:
         paths = [p for p in paths if p.is_symlink() and owned_by in Path(os.readlink(p)).parents]
     return {p.name: p.read_text(encoding="utf-8") if p.exists() else "" for p in paths}
@@ -226,74 +461,159 @@ def link_units(root: Path, names: Iterable[str], gone: Iterable[str]) -> None:
     directory = root / "etc/systemd/system"
     for name in gone:
         (directory / name).unlink()
+        for wants in WANTED_BY.values():
+            (root / "run/systemd/system" / wants / name).unlink(missing_ok=True)
     for name in names:
         replace_link(directory / name, root / "etc/static/systemd/system" / name)
+        wanted_by = WANTED_BY.get(Path(name).suffix)
+        if wanted_by is not None and (root / "run/systemd/system").is_dir():
+            replace_link(root / "run/systemd/system" / wanted_by / name, directory / name)
 
 
-def set_network(root: Path, toy: Toy) -> bool:
-    broken_kernel = behaviour(root / "run/booted-system").get("kernel") == "broken"
-    state = "down" if toy.get("cut_network") or broken_kernel else "up"
+def is_active(unit: str) -> bool:
+    """Fact: jobs. What only waits for its turn is inactive, so a switch neither sees nor stops it."""
+    argv = ["systemctl", "show", "--property=ActiveState", "--value", unit]
+    return subprocess.run(argv, capture_output=True, text=True, check=False).stdout.strip() != "inactive"
+
+
+def is_booting(root: Path) -> bool:
+    """Fact: boot still under way."""
+    if not (root / "run/systemd/system").is_dir():
+        return (root / "run/toy-booting").exists()
+    argv = ["systemctl", "is-system-running"]
+    state = subprocess.run(argv, capture_output=True, text=True, check=False).stdout.strip()
+    return state not in ("running", "degraded", "maintenance", "")
+
+
+# --- the activation ---
+
+
+def set_network(root: Path) -> None:
+    """A system may cut the line; so may the kernel that was booted, or its parameters, whatever then runs."""
+    booted, running = root / "run/booted-system", behaviour(root / "run/current-system")
+    params = (booted / "kernel-params").read_text(encoding="utf-8").split() if booted.exists() else []
+    broken = behaviour(booted).get("kernel") == "broken" or "toy.no-network" in params
+    state = "down" if running.get("cut_network") or broken else "up"
     write_file(root / "run/toy-network", f"{state}\n".encode())
+
+
+def run_activation_script(root: Path, top: Path, toy: Toy) -> bool:
+    """Fact: after `test`. /run/current-system is set near its end, and a script that gives up before never does."""
+    say("activating the configuration...")
+    with open(root / "var/toy-activations", "a", encoding="utf-8") as log:
+        log.write((top / "nixos-version").read_text(encoding="utf-8"))
+    old = unit_texts(root / "etc/systemd/system", root / "etc/static")
+    new = unit_texts(top / "etc/systemd/system")
+    replace_link(root / "etc/static", top / "etc")
+    write_file(root / "etc/toy", (top / "nixos-version").read_bytes())
+    link_units(root, sorted(new), sorted(old.keys() - new.keys()))
+    for name in ("client.json", "left"):
+        path = root / "etc/bento" / name
+        if (top / "etc/bento" / name).exists():
+            replace_link(path, root / "etc/static/bento" / name)
+        else:
+            path.unlink(missing_ok=True)
+    if toy.get("gives_up"):
+        say("activate: giving up")
+        return False
+    replace_link(root / "run/current-system", top)
+    set_network(root)
     command = toy.get("activation_command")
+    state = (root / "run/toy-network").read_text(encoding="utf-8").strip()
     return not command or subprocess.run(command, shell=True, env=os.environ | {"TOY_NETWORK": state}).returncode == 0
 
 
-def activate(root: Path, top: Path, toy: Toy, *, booting: bool = False) -> int:
-    """What is running becomes this system. Returns NixOS' codes: 2 activation script, 3 reload, 4 units failed."""
+def activate(root: Path, top: Path, toy: Toy) -> int:
+    """What is running becomes this system. Fact: exit codes; 4 overrides 2."""
     live = (root / "run/systemd/system").is_dir()
     old = unit_texts(root / "etc/systemd/system", root / "etc/static")
     new = unit_texts(top / "etc/systemd/system")
-    gone = sorted(old.keys() - new.keys())
-    stopped = [name for name in gone if "X-StopOnRemoval=false" not in old[name]]
-    if live and stopped and not booting:
+    gone = [name for name in sorted(old.keys() - new.keys()) if "X-StopOnRemoval=false" not in old[name]]
+    stopped = [name for name in gone if live and is_active(name)]
+    if stopped:
         say(f"stopping the following units: {', '.join(stopped)}")
         systemctl("stop", *stopped)
-
-    say("activating the configuration...")
-    replace_link(root / "run/current-system", top)
-    replace_link(root / "etc/static", top / "etc")
-    write_file(root / "etc/toy", (top / "nixos-version").read_bytes())
-    link_units(root, sorted(new), gone)
-    client_json = root / "etc/bento/client.json"
-    if (top / "etc/bento/client.json").exists():
-        replace_link(client_json, root / "etc/static/bento/client.json")
-    else:
-        client_json.unlink(missing_ok=True)
-    code = 0 if set_network(root, toy) else 2
-
+    code = 0 if run_activation_script(root, top, toy) else 2
+    failed = list(toy.get("failed_units", ["toy.service"])) if toy.get("switch_exit") == 4 else []
     if live:
+        if toy.get("reexec"):  # Fact: needs. Whoever waits for a job at that moment loses its bus
+            systemctl("daemon-reexec")
         say("reloading systemd...")
-        code = code if systemctl("daemon-reload") else 3
-        changed = [name for name in sorted(old.keys() & new.keys()) if old[name] != new[name]]
-        restart = [name for name in changed if not booting and "X-RestartIfChanged=false" not in new[name]]
-        timers = [name for name in sorted(new) if name.endswith(".timer")]
-        if restart and not systemctl("try-restart", *restart):
-            code = 4
-        if timers and not systemctl("start", *(["--no-block"] if booting else []), *timers):
-            code = 4
+        systemctl("daemon-reload")
+    while is_old(toy) and is_booting(root):
+        time.sleep(0.1)
+    if live:
+        failed += start_units(old, new, toy)
+    if toy.get("switch_hang") == "after":
+        time.sleep(FOREVER_S)
+    if failed:
+        say(f"warning: the following units failed: {', '.join(failed)}")
+        return 4
     return code
 
 
-def switch_live(root: Path, top: Path, toy: Toy) -> int:
+def start_units(old: dict[str, str], new: dict[str, str], toy: Toy) -> list[str]:
+    """Restarts what has changed and starts what is to run; those that failed."""
+    changed = [name for name in sorted(old.keys() & new.keys()) if old[name] != new[name]]
+    restart = [name for name in changed if "X-RestartIfChanged=false" not in new[name]]
+    timers = [name for name in sorted(new) if name.endswith(".timer")]
+    # A new file system is mounted by starting local-fs.target once more. Fact: emergency mode.
+    mounts = ["local-fs.target"] if any(name.endswith(".mount") for name in new) else []
+    starts = [name for name in toy.get("starts", []) if name in new]
+    failed = []
+    if restart and not systemctl("try-restart", *restart):
+        failed += restart
+    for names in (mounts, timers, starts):
+        if names and not systemctl("start", *names):
+            failed += names
+    return failed
+
+
+def stage_2(root: Path, top: Path, toy: Toy) -> int:
+    """What NixOS' init does at a boot."""
+    live = (root / "run/systemd/system").is_dir()
+    replace_link(root / "run/booted-system", top)
+    done = run_activation_script(root, top, toy)
+    if live:
+        new = unit_texts(top / "etc/systemd/system")
+        systemctl("daemon-reload")
+        timers = [name for name in sorted(new) if name.endswith(".timer")]
+        mounts = ["local-fs.target"] if any(name.endswith(".mount") for name in new) else []
+        starts = [name for name in toy.get("starts", []) if name in new]
+        for names in (mounts, timers, starts):
+            if names:
+                systemctl("start", "--no-block", *names)
+    return 0 if done else 2
+
+
+# --- switch-to-configuration ---
+
+
+def usage(toy: Toy) -> Iterator[str]:
+    """The actions. Fact: check. Older ones do not know it."""
+    if not is_old(toy):
+        yield "check"
+    yield from ("switch", "boot", "test", "dry-activate")
+
+
+def switch(root: Path, top: Path, toy: Toy, action: str) -> int:
+    take_lock(root, toy)
+    check(root, top, toy, action)
+    if action == "check":
+        return 0
+    if action in ("boot", "switch"):
+        install_boot_loader(root, top, toy)
+    if action == "boot":
+        return 0
+    if action == "dry-activate":
+        check_init(root, top)
+        say("would activate the configuration...")
+        return 0
     pause(toy, "switch")
-    if refuses(root, toy):
-        say(f"error: cannot be reached from a system of label {toy['fails_from']}")
-        return 1
-    if toy.get("switch_hang") == "before":
-        time.sleep(FOREVER_S)
-    asked = int(toy.get("switch_exit", 0))
-    if asked not in ACTIVATED:
-        if asked == 100:
-            say("The new NixOS configuration has an incompatible 'init'. It takes effect when you reboot.")
-        else:
-            say(f"error: activation refused with exit code {asked}")
-        return asked
+    check_asked(root, toy)
+    check_init(root, top)
     code = activate(root, top, toy)
-    if toy.get("switch_hang") == "after":
-        time.sleep(FOREVER_S)
-    if asked == 4:
-        say(f"warning: the following units failed: {', '.join(toy.get('failed_units', ['toy.service']))}")
-    return asked or code
+    return 2 if toy.get("switch_exit") == 2 else code
 
 
 def switch_to_configuration(action: str) -> int:
@@ -302,32 +622,16 @@ def switch_to_configuration(action: str) -> int:
     toy = behaviour(top)
     root = Path(os.environ.get("TOY_ROOT") or "/").resolve()
     if action == "stage-2":
-        replace_link(root / "run/booted-system", top)
-        return activate(root, top, toy, booting=True)
-    if action not in ("test", "switch", "boot", "dry-activate"):
-        say("Usage: switch-to-configuration [switch|boot|test|dry-activate]")
+        return stage_2(root, top, toy)
+    if action not in usage(toy):
+        say(f"Usage: switch-to-configuration [{'|'.join(usage(toy))}]")
         return 1
-
-    if action != "boot" and (problem := must_not_switch(root, top)):
-        say(problem)
-        return 1
-    if action == "dry-activate":
-        say("would activate the configuration...")
-        return 0
-    lock_path = root / "run/nixos/switch-to-configuration.lock"
-    lock_path.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock_path, "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("Could not acquire lock")
-            return 1
-        code = 0
-        if action in ("boot", "switch"):
-            code = install_boot_loader(root, top, toy)
-        if code == 0 and action in ("test", "switch"):
-            code = switch_live(root, top, toy)
-        return code
+    try:
+        return switch(root, top, toy, action)
+    except Refused as refused:
+        code, words = refused.args
+        say(words)
+        return int(code)
 
 
 if __name__ == "__main__":
