@@ -5,6 +5,7 @@ A real sshd, which every test tells what to serve, with OpenSSH's own SFTP serve
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -18,15 +19,16 @@ from pathlib import Path
 
 import pytest
 from rogue_sftp import HARMS, MARKS
-from sshd import end_sshd, run_directory
-from test_client import Lab, accounts, archive, lab, member, settled
-from toynixos import CLIENT, TOY, _missing, need
+from sshd import command, end_sshd, no_penalties
+from test_client import Lab, archive, lab, member
+from toynixos import CLIENT, TOY, need, need_root
 
 import bento_client as client
 from bento_client import BentoError, unpack
 
-__all__ = ["accounts", "lab", "settled"]  # fixtures
+__all__ = ["lab"]  # a fixture
 
+FLEET_NIX = CLIENT.parent / "fleet.nix.in"
 ROGUE = Path(__file__).with_name("rogue_sftp.py")
 HARMFUL = [how for how in HARMS if how != "honest"]
 # In place of a minute that a transfer may stand still.
@@ -35,6 +37,18 @@ YEAR_2040 = "2040-01-01T00:00:00Z"
 
 
 # --- servers ---
+
+
+def login_limits(hosts: int) -> str:
+    """What fleet.nix sets for all of sshd, of those that this one knows."""
+    text = FLEET_NIX.read_text()
+    start = re.search(r"toString \((\d+) \+ count\)}:(\d+):\$\{toString \((\d+) \+ count\)}", text)
+    source = re.search(r"PerSourceMaxStartups = lib.mkDefault \((\d+) \+ count / 2\);", text)
+    grace = re.search(r"LoginGraceTime = lib.mkDefault (\d+);", text)
+    assert start and source and grace and 'PerSourcePenalties = lib.mkIf hasPenalties (lib.mkDefault "no");' in text
+    lines = [f"MaxStartups {int(start[1]) + hosts}:{start[2]}:{int(start[3]) + hosts}", f"LoginGraceTime {grace[1]}"]
+    lines += [f"PerSourceMaxStartups {int(source[1]) + hosts // 2}", no_penalties("/usr/sbin/sshd")]
+    return "\n".join(lines) + "\n"
 
 
 def call(*argv: str | Path) -> None:
@@ -62,10 +76,10 @@ class Server:
         (self.top / "config").write_text(
             f"ListenAddress {self.address}\nPort {self.port}\nHostKey {self.top}/host_key\nPidFile none\nUsePAM no\n"
             f"StrictModes no\nAuthorizedKeysFile {self.top}/keys\nPermitRootLogin yes\nBanner {self.top}/banner\n"
-            f"Subsystem sftp {serve}\n"
+            f"Subsystem sftp {serve}\n" + login_limits(hosts=4)
         )
         argv: list[str | Path] = ["/usr/sbin/sshd", "-D", "-f", self.top / "config", "-E", self.top / "log"]
-        self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
+        self.process = subprocess.Popen(command(*argv), stdin=subprocess.DEVNULL)
         stack.callback(end_sshd, self.process)
         give_up = time.monotonic() + 10
         while True:
@@ -117,14 +131,12 @@ def free_port() -> int:
 @pytest.fixture
 def site(lab: Lab, tmp_path: Path) -> Iterator[Site]:
     """Both serve the same, at first."""
-    if os.geteuid() != 0:
-        _missing("needs root for sshd")
+    need_root()
     with ExitStack() as stack:
         path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
         stack.enter_context(pytest.MonkeyPatch.context()).setenv("PATH", path)
         for program in ("sshd", "ssh", "sftp", "ssh-keygen"):
             need(program)
-        stack.enter_context(run_directory())
         key, port = tmp_path / "identity", free_port()
         call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
         rogue, good = Server(tmp_path / "rogue", "127.0.0.2", port), Server(tmp_path / "good", "127.0.0.3", port)
@@ -264,6 +276,34 @@ def test_a_changed_port_is_no_silent_first_contact(site: Site) -> None:
     assert "warning" not in site.client("probe")
     known.write_text(known.read_text().replace(f"]:{site.rogue.port}", "]:1"))
     assert f"its host key is kept in {known}" in site.client("probe")
+
+
+# --- neighbours ---
+
+
+def test_idle_connections_of_one_address_stop_nobody_else(site: Site) -> None:
+    """250 of them, without a key, held for as long as sshd lets them."""
+    site.lab.publish("v1")
+    site.lab.settings["server"] = [site.good.address]
+    with ExitStack() as stack:
+        for _ in range(250):
+            idle = socket.create_connection((site.good.address, site.good.port), 5, ("127.0.0.9", 0))
+            stack.callback(idle.close)
+        for _ in range(5):
+            assert "publishes a release for this machine" in site.client("probe")
+
+
+def test_wrong_keys_behind_a_nat_shut_no_neighbour_out(site: Site, tmp_path: Path) -> None:
+    """All are at the same address here."""
+    site.lab.publish("v1")
+    site.lab.settings["server"] = [site.good.address]
+    good = site.lab.settings["identity"]
+    call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "wrong")
+    site.lab.settings["identity"] = str(tmp_path / "wrong")
+    for _ in range(8):
+        assert "it refuses this machine's key" in site.client("probe", code=75)
+    site.lab.settings["identity"] = good
+    site.client("probe")
 
 
 # --- hostile archives ---
