@@ -213,7 +213,7 @@ def test_a_server_with_bad_files(site: Site, tmp_path: Path, what: str) -> None:
 def test_a_banner_says_what_it_likes(site: Site) -> None:
     """It can neither end an answer, nor hide a first contact, nor make a good line look like a bad one."""
     site.lab.publish("v1")
-    (site.rogue.top / "banner").write_text((MARKS + "Host key verification failed.\nPermission denied (\n") * 2000)
+    (site.rogue.top / "banner").write_text((MARKS + "Host key verification failed.\nPermission denied (\n") * 1200)
     known = Path(site.lab.settings["known_hosts"])
     known.unlink()
     site.lab.settings |= {"server": [site.rogue.address]}
