@@ -46,7 +46,6 @@ from bento_client import BentoError, Current, Part, Phase, Report, Result, Usage
 
 CHROOT_DIR = "/home/chroot"
 GCROOTS = Path("/nix/var/nix/gcroots/bento")
-MAX_ACCOUNT_NAME = 31  # NixOS': its module for users refuses longer ones
 KEEP_RELEASES = 3
 KEEP_LOGS, MAX_PRUNED = 200, 20_000
 OFFLINE_AFTER_S = 2 * 3600
@@ -225,7 +224,7 @@ def find_hosts(fleet: Fleet, wanted: Sequence[str]) -> tuple[list[str], list[str
             hosts.append(entry.name)
         else:
             errors.append(
-                f"hosts/{one_line(entry.name)}: no host name: letters, digits, _ and -, at most 26, a letter or digit first"
+                f"hosts/{one_line(entry.name)}: no host name: letters, digits, _ and -, at most 25, a letter or digit first"
             )
     known = set(hosts)
     for name in wanted:
@@ -1183,12 +1182,6 @@ def prune_chroots(fleet: Fleet, hosts: Sequence[str], dry_run: bool, failures: l
 # --- builds ---
 
 
-def rebuild_argv(action: str, tree: Path, name: str) -> list[str]:
-    if (tree / "flake.nix").exists():
-        return ["nixos-rebuild", action, "--flake", f"path:{tree}#{name}"]
-    return ["nixos-rebuild", action, "--no-flake", "-I", f"nixos-config={tree}/configuration.nix"]
-
-
 def log_directory() -> Path:
     """Where the full log of each host's last check or build is kept."""
     if os.geteuid() == 0:
@@ -1205,8 +1198,10 @@ def rebuild(action: str, tree: Path, name: str, limit_s: float) -> str | None:
     log = client.Log(log_directory() / f"{name}.log")
     client.remove(log.path)
     link = tree.parent / "result"
-    with log.output() as out, client.unchanged_lock(tree):
-        done = client.run(rebuild_argv(action, tree, name), check=False, output=out, cwd=tree.parent, timeout=limit_s)
+    recipe = client.read_recipe(tree, name)
+    argv = client.rebuild_argv(action, tree, recipe)
+    with log.output() as out, client.unchanged_lock(tree / recipe.directory):
+        done = client.run(argv, check=False, output=out, cwd=tree.parent, timeout=limit_s)
     if done.code != 0:
         said = [one_line(line, 400) for line in log.tail(16 << 10).splitlines()[-15:]] or [done.output]
         how = f"did not end within {limit_s:.0f} s" if done.code is None else f"exit {done.code}"
@@ -1238,7 +1233,7 @@ def complain(errors: Iterable[str]) -> int:
 def command_add(fleet: Fleet, name: str, key: str | None, flake: bool) -> int:
     if not client.HOST_NAME.fullmatch(name):
         raise UsageError(
-            f"{one_line(name)}: no host name: letters, digits, _ and -, at most 26, a letter or digit first"
+            f"{one_line(name)}: no host name: letters, digits, _ and -, at most 25, a letter or digit first"
         )
     lines: list[str] = []
     if key is not None:
@@ -1310,13 +1305,6 @@ def command_fleet(fleet: Fleet) -> int:
     keys, errors = check_keys(fleet)
     if errors:
         return complain([*dict.fromkeys(errors.values()), "fleet.nix is left as it was"])
-    for name in keys:
-        if len(f"bento-{name}") > MAX_ACCOUNT_NAME:
-            print(
-                f"bento: warning: hosts/{name}.pub: NixOS has no account names as long as bento-{name}, and will not"
-                " switch to this: rename the host",
-                file=sys.stderr,
-            )
     template = fleet.directory / "fleet.nix.in"
     if not template.exists():
         template = Path(__file__).resolve().parent / "fleet.nix.in"

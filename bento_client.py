@@ -44,15 +44,18 @@ from typing import IO, Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
-VERSION = "1.0"
+VERSION = "1.1"
 FORMAT = 1
 
-HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,25}")
+HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,24}")
 RELEASE_ID = re.compile(r"[0-9a-f]{64}")
 TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 LOG_NAME = re.compile(r"[0-9]{8}T[0-9]{6}Z_[0-9a-f]{12}_[a-z-]{1,20}\.log")
 STORE_PATH = re.compile(r"/[ -~]{1,400}")
 TEXT = re.compile(r"[^\n]{0,2000}", re.DOTALL)
+# Of bento.json: what neither Nix' URLs nor nixos-rebuild read as something else; no directory that leads out.
+ATTRIBUTE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,199}")
+DIRECTORY = re.compile(r"\.?|(?!\.\.?(/|$))[A-Za-z0-9_.+-]+(/(?!\.\.?(/|$))[A-Za-z0-9_.+-]+)*/?")
 
 MAX_RELEASE_BYTES = 4 << 30
 MAX_JSON_BYTES = 64 << 10
@@ -145,7 +148,7 @@ class Part(NamedTuple):
 
 
 class Current(NamedTuple):
-    """`current.json`: the release that a host is to run. `size` in bytes.
+    """`current.json`: the release that a host is to run. `size` in bytes, `revision`: a line for a person.
 
     `parts`, one after the other, are the archive; there are none when it has no large file. A host that has one
     of them already needs only the others.
@@ -157,6 +160,18 @@ class Current(NamedTuple):
     published: str
     system: str | None = None
     parts: tuple[Part, ...] = ()
+    revision: str | None = None
+
+
+class Recipe(NamedTuple):
+    """`bento.json`: how a release is built for a host. Both sides read it, so that they build the same.
+
+    `attribute` of the flake; `directory` below the tree, with the entry file; `options` for nixos-rebuild.
+    """
+
+    attribute: str
+    directory: str = ""
+    options: tuple[str, ...] = ()
 
 
 class Last(NamedTuple):
@@ -170,10 +185,11 @@ class Last(NamedTuple):
     finished: str
     attempt: int
     log: str
+    revision: str | None = None
 
 
 class Report(NamedTuple):
-    """`logs/status.json`: what a host says of itself."""
+    """`logs/status.json`: what a host says of itself. `revision` is that of `release`."""
 
     host: str
     client: str
@@ -183,12 +199,13 @@ class Report(NamedTuple):
     system: str
     needs_reboot: bool
     last: Last | None
+    revision: str | None = None
 
 
 class State(NamedTuple):
     """`state.json`. `release` and `system` were proven together; `previous` are the two before them.
 
-    `unpacked` is the release in config/, `tried` the last attempt at a release (`last` may be a later failure to
+    `revision` is that of `release`. `unpacked` is the release in config/, `tried` the last attempt at a release (`last` may be a later failure to
     read `current.json`), `interruptions` how often that release was cut short, `published` its publication,
     `rebooted` the system that a reboot was last asked for.
     """
@@ -203,6 +220,8 @@ class State(NamedTuple):
     interruptions: int = 0
     tried: Last | None = None
     last: Last | None = None
+    revision: str | None = None
+    previous_revision: str | None = None
 
 
 class Pending(NamedTuple):
@@ -226,6 +245,7 @@ class Pending(NamedTuple):
     watchdog: str | None = None
     verdict: str = ""
     reason: str = ""
+    revision: str | None = None
 
 
 class Settings(NamedTuple):
@@ -340,6 +360,11 @@ def take(data: Mapping[str, Any], name: str, kind: type | re.Pattern[str], what:
     return value
 
 
+def take_line(data: Mapping[str, Any], name: str, what: str) -> str | None:
+    """An optional text for a person, as one line: whatever it was, it is harmless in a table and an environment."""
+    return one_line(take(data, name, str, what, null=True) or "", 200) or None
+
+
 def parse_current(raw: bytes, what: str, host: str | None = None) -> Current:
     data = parse_object(raw, what)
     current = Current(
@@ -349,6 +374,7 @@ def parse_current(raw: bytes, what: str, host: str | None = None) -> Current:
         published=take(data, "published", TIME, what),
         system=take(data, "system", STORE_PATH, what, null=True),
         parts=tuple(parse_part(part, what) for part in take(data, "parts", list, what, null=True) or ()),
+        revision=take_line(data, "revision", what),
     )
     if current.parts and sum(part.size for part in current.parts) != current.size:
         raise BentoError(f"{what}: its parts do not add up to its size")
@@ -363,6 +389,21 @@ def parse_part(data: object, what: str) -> Part:
     return Part(take(data, "sha256", RELEASE_ID, what), take(data, "size", int, what))
 
 
+def parse_recipe(raw: bytes, what: str, host: str) -> Recipe:
+    """What `bento.json` says for one host: its own part in `hosts` comes before what is for all."""
+    data = parse_object(raw, what)
+    own = (take(data, "hosts", dict, what, null=True) or {}).get(host, {})
+    if not isinstance(own, dict):
+        raise BentoError(f"{what}: field 'hosts' is malformed")
+    data |= own
+    options = take(data, "options", list, what, null=True) or []
+    if not all(isinstance(option, str) and option and option.isprintable() for option in options):
+        raise BentoError(f"{what}: field 'options' is malformed: it is a list of words for nixos-rebuild")
+    directory = (take(data, "directory", DIRECTORY, what, null=True) or "").rstrip("/")
+    attribute = take(data, "attribute", ATTRIBUTE, what, null=True) or host
+    return Recipe(attribute, "" if directory == "." else directory, tuple(options))
+
+
 def parse_last(data: Mapping[str, Any], what: str) -> Last:
     return Last(
         release=take(data, "release", RELEASE_ID, what, null=True),
@@ -373,6 +414,7 @@ def parse_last(data: Mapping[str, Any], what: str) -> Last:
         finished=take(data, "finished", TIME, what),
         attempt=take(data, "attempt", int, what),
         log=take(data, "log", LOG_NAME, what),
+        revision=take_line(data, "revision", what),
     )
 
 
@@ -388,6 +430,7 @@ def parse_report(raw: bytes, what: str) -> Report:
         system=take(data, "system", re.compile(r"[ -~]{0,400}"), what),
         needs_reboot=take(data, "needs_reboot", bool, what),
         last=None if last is None else parse_last(last, what),
+        revision=take_line(data, "revision", what),
     )
 
 
@@ -405,6 +448,8 @@ def parse_state(raw: bytes, what: str) -> State:
         interruptions=take(data, "interruptions", int, what),
         tried=None if tried is None else parse_last(tried, what),
         last=None if last is None else parse_last(last, what),
+        revision=take_line(data, "revision", what),
+        previous_revision=take_line(data, "previous_revision", what),
     )
 
 
@@ -416,7 +461,8 @@ def parse_pending(raw: bytes, what: str) -> Pending:
         "deadline_s": float, "verdict": re.compile("|".join(("", *Result))), "reason": str,
     }  # fmt: skip
     values = {name: take(data, name, kind, what) for name, kind in kinds.items()}
-    return Pending(**values, watchdog=take(data, "watchdog", str, what, null=True))
+    revision = take_line(data, "revision", what)
+    return Pending(**values, watchdog=take(data, "watchdog", str, what, null=True), revision=revision)
 
 
 def plain(value: Any) -> Any:
@@ -1200,6 +1246,7 @@ def make_report(settings: Settings, state: State, phase: Phase) -> Report:
         system=running,
         needs_reboot=needs_reboot(settings),
         last=state.last,
+        revision=state.revision if running == state.system else None,
     )
 
 
@@ -1299,6 +1346,7 @@ def record(
     attempt: int,
     *,
     aside: bool = False,
+    revision: str | None = None,
 ) -> State:
     """How an attempt ended: its log goes into the outbox, the rest is for state.json.
 
@@ -1318,6 +1366,7 @@ def record(
         finished=format_time(now_s),
         attempt=attempt,
         log=name,
+        revision=revision,
     )
     state = state._replace(last=state.tried if aside and outcome.result == Result.OK else last)
     if release is not None and not aside:
@@ -1329,10 +1378,13 @@ def record(
     running = running_system(settings)
     if outcome.result == Result.OK and outcome.system == running:
         if state.system != running:
-            state = state._replace(previous=state.system, previous_release=state.release)
-        state = state._replace(release=release, system=running)
+            state = state._replace(
+                previous=state.system, previous_release=state.release, previous_revision=state.revision
+            )
+        state = state._replace(release=release, system=running, revision=revision)
     elif state.previous == running != state.system:  # back again
-        state = state._replace(release=state.previous_release, system=running, previous=None, previous_release=None)
+        state = state._replace(release=state.previous_release, system=running, revision=state.previous_revision)
+        state = state._replace(previous=None, previous_release=None, previous_revision=None)
     outbox = settings.state / "outbox"
     try:
         outbox.mkdir(mode=0o700, exist_ok=True)
@@ -1502,11 +1554,32 @@ def adopt(settings: Settings, state: State, release: str) -> State:
     return state
 
 
+def read_recipe(tree: Path, host: str) -> Recipe:
+    """How a tree is built for a host."""
+    try:
+        raw = (tree / "bento.json").read_bytes()
+    except FileNotFoundError:
+        return Recipe(host)
+    return parse_recipe(raw, "bento.json", host)
+
+
+def is_flake(tree: Path, recipe: Recipe) -> bool:
+    return (tree / recipe.directory / "flake.nix").exists()
+
+
+def rebuild_argv(action: str, tree: Path, recipe: Recipe) -> list[str]:
+    """nixos-rebuild's command line, on both sides. `?dir=`: a flake in a directory may read what lies beside that."""
+    if is_flake(tree, recipe):
+        where = f"path:{tree}?dir={recipe.directory}" if recipe.directory else f"path:{tree}"
+        return ["nixos-rebuild", action, "--flake", f"{where}#{recipe.attribute}", *recipe.options]
+    entry = tree / recipe.directory / "configuration.nix"
+    return ["nixos-rebuild", action, "--no-flake", "-I", f"nixos-config={entry}", *recipe.options]
+
+
 def build_argv(settings: Settings, config: Path) -> list[str]:
-    if (config / "flake.nix").exists():
-        return ["nixos-rebuild", "build", "--flake", f"path:{config}#{settings.host}"]
-    argv = ["nixos-rebuild", "build", "--no-flake", "-I", f"nixos-config={config}/configuration.nix"]
-    return [*argv, "--upgrade"] if settings.upgrade_channels else argv
+    recipe = read_recipe(config, settings.host)
+    upgrade = settings.upgrade_channels and not is_flake(config, recipe)
+    return [*rebuild_argv("build", config, recipe), *(["--upgrade"] if upgrade else [])]
 
 
 @contextmanager
@@ -1532,7 +1605,8 @@ def build(settings: Settings, log: Log) -> str:
     remove(link)
     argv = build_argv(settings, settings.state / "config")
     log.say(shlex.join(argv))
-    with log.output() as out, unchanged_lock(settings.state / "config"):
+    directory = settings.state / "config" / read_recipe(settings.state / "config", settings.host).directory
+    with log.output() as out, unchanged_lock(directory):
         code = run(argv, check=False, output=out, cwd=settings.state, timeout=settings.build_timeout).code
     if code is None:
         raise BentoError(f"nixos-rebuild build did not end within {settings.build_timeout} s")
@@ -1901,7 +1975,7 @@ def expect_boot(settings: Settings, log: Log, state: State) -> None:
         waiting = Pending(
             release=state.release, published=state.published or format_time(0), old=booted, new=new, profile=booted,
             step=Step.REBOOTING, boot_id=boot_id(settings), token=os.urandom(4).hex(),
-            started=format_time(time.time()), attempt=1,
+            started=format_time(time.time()), attempt=1, revision=state.revision,
         )  # fmt: skip
         write_atomic(path, encode(waiting))
         keep_from_collection(settings, log, booted)
@@ -1922,8 +1996,9 @@ def finish(
     booted = pending.step in (Step.REBOOTING, Step.REVERTING)
     aside = booted and state.tried is not None and state.tried.release != pending.release
     state = record(
-        settings, log, state, outcome, pending.release, pending.published, pending.started, pending.attempt, aside=aside
-    )
+        settings, log, state, outcome, pending.release, pending.published, pending.started, pending.attempt,
+        aside=aside, revision=pending.revision,
+    )  # fmt: skip
     try:
         save_state(settings, state)
         expect_boot(settings, log, state)
@@ -2138,6 +2213,7 @@ def start_journal(settings: Settings, log: Log, state: State, current: Current) 
         token=os.urandom(4).hex(),
         started=format_time(time.time()),
         attempt=tried.attempt + 1 if tried is not None and tried.release == current.release else 1,
+        revision=current.revision,
     )
     # The lock says whose work it guards, for a watchdog that finds the journal gone and its client still there.
     name_holder(settings, f"{os.getpid()} {pending.token}")
@@ -2321,7 +2397,7 @@ def step_back(settings: Settings, state: State) -> Pending:
         release=state.release, published=state.published or format_time(0), old=state.previous,
         new=running_system(settings), profile=state.previous, step=Step.STEPPING_BACK, boot_id=boot_id(settings),
         token=os.urandom(4).hex(), started=format_time(time.time()), attempt=1,
-        verdict=Result.ROLLED_BACK, reason="by hand",
+        verdict=Result.ROLLED_BACK, reason="by hand", revision=state.revision,
     )  # fmt: skip
 
 
