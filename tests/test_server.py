@@ -184,7 +184,7 @@ def check_tree(tar: Path, tree: Path) -> None:
 
 def check_tidy(chroot: Path, releases: set[str]) -> None:
     """Asserts that there is nothing in a chroot but what has to be."""
-    assert set(os.listdir(chroot)) == {"current.json", "config", "releases", "logs"}
+    assert set(os.listdir(chroot)) == {"current.json", "config", "releases", "history", "logs"}
     assert set(os.listdir(chroot / "releases")) == releases | {f"{release}.tar" for release in releases}
     current = json.loads((chroot / "current.json").read_bytes())["release"]
     assert os.readlink(chroot / "config") == f"releases/{current}"
@@ -480,7 +480,7 @@ def test_what_hosts_share_is_on_disk_once(site: Site) -> None:
         assert len(inodes(site, name, "a", "b", "c")) == 1
     assert len(inodes(site, "configuration.nix", "a", "b", "c")) == 3
     assert len(inodes(site, "configuration.nix", "like-1", "like-2")) == 1
-    assert set(os.listdir(site.chroots)) == {".lock", "a", "b", "c", "like-1", "like-2"}
+    assert set(os.listdir(site.chroots)) == {".lock", ".store", "a", "b", "c", "like-1", "like-2"}
     # A release of later has its own copies: what is published is never linked to again.
     site.host("d", {"configuration.nix": "{ }\n"})
     (site.fleet / "hosts/d/utils").symlink_to("../../utils")
@@ -719,7 +719,7 @@ def test_a_bad_host_name(name: str, site: Site) -> None:
         " letters, digits, _ and -, at most 25, a letter or digit first"
     ]
     check_chroot(site.chroots / "good")
-    assert set(os.listdir(site.chroots)) == {".lock", "good"}
+    assert set(os.listdir(site.chroots)) == {".lock", ".store", "good"}
 
 
 def test_other_files_in_hosts_are_no_hosts(site: Site) -> None:
