@@ -44,13 +44,15 @@ import time
 import traceback
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import bento_client as client
 from bento_client import BentoError, Current, Part, Phase, Recipe, Report, Result, UsageError, format_time, one_line
+
+T = TypeVar("T")
 
 CHROOT_DIR = "/home/chroot"
 GCROOTS = Path("/nix/var/nix/gcroots/bento")
@@ -78,6 +80,8 @@ MAX_SHARED = 16
 MAX_DEPTH = 100
 # Of names that belong together, so many are shown.
 SHOWN = 5
+# So much of a revision is shown in the table.
+REVISION_WIDTH = 30
 KEEP_HISTORY, MAX_HISTORY_BYTES, LAST_HISTORY_BYTES = 1000, 1 << 20, 4 << 10
 CHROOT_NAMES = {"current.json", "config", "releases", "history", "logs"}
 RELEASE_NAME = re.compile(r"[0-9a-f]{64}(\.tar|\.parts)?")
@@ -186,6 +190,14 @@ class Row(NamedTuple):
     @property
     def other_client(self) -> bool:
         return self.report is not None and self.report.client != client.VERSION
+
+    @property
+    def revision(self) -> str | None:
+        """Of the release that the host runs: as it was published, else as the host says."""
+        if self.report is None or self.report.release is None:
+            return None
+        same = self.current is not None and self.current.release == self.report.release
+        return self.current.revision if same and self.current is not None else self.report.revision
 
     @property
     def ahead_s(self) -> float | None:
@@ -911,7 +923,7 @@ def local_inputs(members: Sequence[Member], recipe: Recipe) -> list[str]:
     found = []
     for member in members:
         if member.name == name:
-            with suppress(OSError, ValueError, AttributeError, RecursionError):
+            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 for node, value in json.loads(Path(member.path).read_bytes())["nodes"].items():
                     locked = value.get("locked", {})
                     place = str(locked.get("path") if locked.get("type") == "path" else locked.get("url"))
@@ -1089,6 +1101,8 @@ def format_table(
     columns = [("HOST", name_width), ("STATE", 11), ("RUNS", 7), ("SINCE", 5), ("SEEN", 5)]
     if width >= name_width + 80:
         columns.insert(3, ("SYSTEM", 8))
+    if wide := width >= name_width + 120 and any(row.revision for row in rows):
+        columns[2] = ("RUNS", 8 + REVISION_WIDTH)
     summary = textwrap.wrap(format_summary(rows), width)
     shown = rows
     if height is not None and len(rows) > height - 1 - len(summary):
@@ -1098,6 +1112,8 @@ def format_table(
     lines = [clip((gutter + " ".join(f"{title:<{size}}" for title, size in columns) + "  NOTES").rstrip(), width)]
     for row in shown:
         cells = row_cells(row, now_s)
+        if wide and row.revision is not None:
+            cells["RUNS"] += f" {clip(row.revision, REVISION_WIDTH)}"
         text = " ".join(f"{cells[title]:<{size}}" for title, size in columns)
         line = clip(f"{text}  {'; '.join(notes(row, now_s))}".rstrip(), width - len(gutter))
         if decorated:
@@ -1319,6 +1335,7 @@ def row_json(row: Row) -> dict[str, object]:
         "other_client": row.other_client,
         "published": published or None,
         "release": row.report.release if row.report else None,
+        "revision": row.revision,
         "system": row.report.system if row.report else None,
         "client": row.report.client if row.report else None,
         "phase": row.report.phase if row.report else None,
@@ -1351,18 +1368,13 @@ def populate_lock(fleet: Fleet, *, wait: bool = False) -> Iterator[None]:
         os.close(descriptor)
 
 
-def find_owner(fleet: Fleet, name: str) -> Owner | None:
+def find_owner(name: str) -> Owner | None:
     """Whom the host's chroot belongs to; None when we are not root. BentoError when the account is missing."""
     if os.geteuid() != 0:
         return None
     try:
         return Owner(pwd.getpwnam(f"bento-{name}").pw_uid, grp.getgrnam("bento").gr_gid)
     except KeyError as error:
-        if not (fleet.directory / f"hosts/{name}.pub").exists():
-            raise BentoError(
-                f"it has no account here, because it has no key: there is no hosts/{name}.pub:"
-                f" run 'bento.py add {name} --key FILE'"
-            ) from None
         raise BentoError(
             f"the account or group {error.args[0].split(':')[-1].strip()} does not exist here: run 'bento.py fleet',"
             " include fleet.nix in this server's configuration and switch to it"
@@ -1423,10 +1435,8 @@ class Store:
 
     def add(self, release: Release) -> Release:
         """Makes sure that a release is here. The one that it is, if files have changed since they were read."""
-        if (found := self.find(release.id)) is not None:
-            if release.id not in self.parts:
-                data = client.parse_object(Path(f"{found}.json").read_bytes(), f"{found}.json")
-                self.parts[release.id] = tuple(client.parse_part(part, f"{found}.json") for part in data["parts"])
+        found = self.find(release.id)
+        if found is not None and (release.id in self.parts or self.verify(found, release)):
             return release
         self.directory.mkdir(mode=0o700, exist_ok=True)
         if not self.parts:  # the first of this run
@@ -1439,6 +1449,21 @@ class Store:
             return self.write(release, aside)
         finally:  # on a full disk, the first thing that is needed is room
             client.remove(aside)
+
+    def verify(self, found: Path, release: Release) -> bool:
+        """Whether what an earlier run has left is what it was: a chroot may have been damaged, whose files it shares."""
+        try:
+            data = client.parse_object(Path(f"{found}.json").read_bytes(), f"{found}.json")
+            parts = tuple(client.parse_part(part, f"{found}.json") for part in data["parts"])
+            sizes = [os.stat(f"{found}.parts/{part.sha256}").st_size == part.size for part in parts]
+            good = all(sizes) and found.is_dir() and client.hash_file(Path(f"{found}.tar")) == release.id
+        except (BentoError, OSError, KeyError, TypeError):
+            good = False
+        if good:
+            self.parts[release.id] = parts
+        else:
+            self.discard(release.id)
+        return good
 
     def write(self, release: Release, aside: Path) -> Release:
         parts: tuple[Part, ...] = ()
@@ -1479,12 +1504,16 @@ class Store:
                 if name.startswith("."):
                     client.remove(self.directory / name)
             for release in {name.partition(".")[0] for name in names if not name.startswith(".")}:
-                try:
-                    unused = os.stat(self.directory / f"{release}.tar").st_nlink == 1
-                except FileNotFoundError:
-                    unused = True
-                if unused or not (self.directory / f"{release}.json").exists():
-                    self.discard(release)
+                self.drop(self.directory, release)
+
+    def drop(self, directory: Path, release: str) -> None:
+        """Gives the room of a release back, if nobody has it: on a full disk, it is the next host's."""
+        try:
+            unused = os.stat(directory / f"{release}.tar").st_nlink == 1
+        except FileNotFoundError:
+            unused = True
+        if unused or not (directory / f"{release}.json").exists():
+            self.discard(release)
 
 
 def link_tree(source: Path, target: Path, members: Sequence[Member], private: str = "") -> None:
@@ -1793,17 +1822,18 @@ def keep_from_collection(name: str, system: str) -> None:
 
 
 class Progress:
-    """Says on stderr what the hosts are at: on a terminal in lines that are drawn over, elsewhere one a change."""
+    """Says on stderr what the hosts are at: on a terminal in lines that are drawn over, elsewhere one a change, unless
+    it is `quiet` there: cron mails what is on stderr."""
 
-    def __init__(self) -> None:
-        self.live = sys.stderr.isatty()
+    def __init__(self, quiet: bool) -> None:
+        self.live, self.quiet = sys.stderr.isatty(), quiet
         self.running: dict[str, tuple[str, float]] = {}
         self.drawn = 0
         self.due_s = time.monotonic() + 1
 
     def set(self, name: str, phase: str) -> None:
         self.running[name] = (phase, time.monotonic())
-        if not self.live:
+        if not self.live and not self.quiet:
             print(f"{name}: {phase}", file=sys.stderr)
 
     def tell(self, name: str, phase: str, *, at_once: bool) -> None:
@@ -1837,15 +1867,17 @@ class Progress:
 class Work:
     """A check, a build, or a publication under way: what it is to do, and what has become of it.
 
-    `lock`: for what is read, and for the store, when several builds go on.
+    `lock`: for what is read, and for the store, when several builds go on. `users`: how many hosts still need a
+    directory, where each release is only needed for their builds.
     """
 
     def __init__(self, fleet: Fleet, plan: Plan, store: Store) -> None:
         self.fleet, self.plan, self.store = fleet, plan, store
         self.failures: list[Failure] = []
         self.counts = {"published": 0, "unchanged": 0}
-        self.progress = Progress()
+        self.progress = Progress(quiet=plan.publish)
         self.lock = threading.RLock()
+        self.users: Counter[str] = Counter()
 
     def add(self, job: Job) -> Job:
         """The job with its release in the store: for all that share it the one that is there now."""
@@ -1868,7 +1900,10 @@ class Work:
             print(json.dumps({"host": name, "result": "failed", "error": text}), flush=True)
 
     def tell(self, job: Job, result: str, words: str, system: str | None = None) -> None:
-        self.progress.draw()
+        if self.plan.jobs > 1:  # the others go on
+            self.progress.draw()
+        else:
+            self.progress.clear()
         if self.plan.as_json:
             told = {"host": job.name, "result": result, "release": job.release.id, "size": job.release.size}
             print(json.dumps(told | {"revision": job.revision, "system": system}), flush=True)
@@ -1879,7 +1914,17 @@ class Work:
 def examine(work: Work, name: str) -> Job:
     """What there is to publish for a host, and whether it is published already."""
     fleet, plan = work.fleet, work.plan
-    owner = find_owner(fleet, name) if plan.publish and not plan.dry_run else None
+    owner = None
+    if plan.publish and not plan.dry_run:
+        try:
+            owner = find_owner(name)
+        except BentoError:
+            if (fleet.directory / f"hosts/{name}.pub").exists():
+                raise
+            raise BentoError(
+                f"it has no account here, for it has no key: there is no hosts/{name}.pub:"
+                f" 'bento.py add {name} --key FILE' makes one"
+            ) from None
     release, recipe = read_release(fleet, name)
     chroot, before = fleet.chroot(name), None
     try:
@@ -1913,7 +1958,7 @@ def check_client(chroot: Path, name: str) -> None:
 
 def build_one(work: Work, name: str) -> tuple[Job, str | None] | Exception:
     """One host's check or build, from the very bytes that are published, in a tree of its own."""
-    directory = work.store.directory / f".build-{name}"
+    directory, job = work.store.directory / f".build-{name}", None
     try:
         with work.lock:
             work.progress.set(name, "reading")
@@ -1925,10 +1970,14 @@ def build_one(work: Work, name: str) -> tuple[Job, str | None] | Exception:
             assert found is not None and work.plan.action is not None
             client.remove(directory)
             directory.mkdir(mode=0o755)
+            if work.plan.publish:
+                prepare_chroot(work.fleet.chroot(name), job.owner)
             # The tree's name matters: a channel configuration that says ./. gets it into a store path. And Nix may
             # write to a flake.lock.
             link_tree(found, directory / "config", job.release.members, private="flake.lock")
         work.progress.set(name, "building" if work.plan.action == "build" else "checking")
+        if work.plan.jobs == 1:
+            work.progress.draw()
         system = rebuild(work.plan.action, directory / "config", name, work.plan.limit_s)
         if system is not None:
             keep_from_collection(name, system)
@@ -1936,19 +1985,38 @@ def build_one(work: Work, name: str) -> tuple[Job, str | None] | Exception:
     except Exception as error:
         return error
     finally:
-        with suppress(OSError):
+        with suppress(OSError), work.lock:
             client.remove(directory)
+            top = os.path.realpath(work.fleet.host(name))
+            work.users[top] -= 1
+            if job is not None and work.users[top] == 0:
+                work.store.discard(job.release.id)
 
 
-def build_all(work: Work, names: Sequence[str]) -> Iterator[tuple[Job, str | None, float]]:
+def build_all(work: Work, names: Sequence[str]) -> Generator[tuple[Job, str | None, float], None, None]:
     """Checks or builds hosts, several at once; each that has passed, with its system and how long it took."""
-    from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-
     started: dict[str, float] = {}
 
     def begin(name: str) -> tuple[Job, str | None] | Exception:
         started[name] = time.monotonic()
         return build_one(work, name)
+
+    for name, result in in_turn(work, names, begin) if work.plan.jobs == 1 else at_once(work, names, begin):
+        if isinstance(result, Exception):
+            work.fail(name, result)
+        else:
+            yield *result, time.monotonic() - started[name]
+
+
+def in_turn(work: Work, names: Sequence[str], begin: Callable[[str], T]) -> Iterator[tuple[str, T]]:
+    for name in names:
+        result = begin(name)
+        work.progress.end(name)
+        yield name, result
+
+
+def at_once(work: Work, names: Sequence[str], begin: Callable[[str], T]) -> Iterator[tuple[str, T]]:
+    from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
     with ThreadPoolExecutor(max_workers=work.plan.jobs) as pool:
         jobs = {pool.submit(begin, name): name for name in names}
@@ -1959,19 +2027,12 @@ def build_all(work: Work, names: Sequence[str]) -> Iterator[tuple[Job, str | Non
                 for job in done:
                     work.progress.end(jobs[job])
                 work.progress.draw()
-                for job in done:
-                    result = job.result()
-                    if isinstance(result, Exception):
-                        work.fail(jobs[job], result)
-                    else:
-                        yield *result, time.monotonic() - started[jobs[job]]
+                yield from ((jobs[job], job.result()) for job in done)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(client.children):
                 client.end_group(process)
             raise
-        finally:
-            work.progress.clear()
 
 
 # --- commands ---
@@ -2068,7 +2129,8 @@ def scaffold(fleet: Fleet, host: Path, flake: bool) -> list[Path]:
     if flake:
         (aside / "flake.nix").write_text(FLAKE.replace("@HOST@", host.name))
     os.rename(aside, host)
-    print(f"hosts/{host.name}/: made; put the machine's own configuration there and set the server's name")
+    copied = ", and utils/, a copy of Bento's" if made else ""
+    print(f"hosts/{host.name}/: made{copied}; put the machine's own configuration there and set the server's name")
     return [host, *made]
 
 
@@ -2082,7 +2144,6 @@ def find_utils(fleet: Fleet) -> tuple[str, list[Path]]:
     utils.mkdir()
     for name in ("bento.nix", "bento_client.py"):
         (utils / name).write_bytes((bento / name).read_bytes())
-    print(f"utils/: made, a copy of {bento}; copy it again when that is new")
     return f"{fleet.real}/utils", [utils]
 
 
@@ -2119,8 +2180,6 @@ FLAKE = """\
 
 def command_fleet(fleet: Fleet) -> int:
     """Writes fleet.nix. With one bad key it writes nothing: a host that were left out would be locked out."""
-    if fleet.directory.is_dir():
-        (fleet.directory / "hosts").mkdir(exist_ok=True)
     keys, errors = check_keys(fleet)
     warn(left_out_keys(fleet))
     if errors:
@@ -2144,20 +2203,18 @@ def command_rebuild(fleet: Fleet, wanted: Sequence[str], plan: Plan) -> int:
     import tempfile
 
     hosts, errors = find_hosts(fleet, wanted)
-    with tempfile.TemporaryDirectory(prefix="bento-") as directory:
+    with ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="bento-"))
         work = Work(fleet, plan, Store(Path(directory, "store"), archives=False))
-        users = Counter(os.path.realpath(fleet.host(name)) for name in hosts)
-        for job, system, took_s in build_all(work, hosts):
+        work.users.update(os.path.realpath(fleet.host(name)) for name in hosts)
+        built = stack.enter_context(closing(build_all(work, hosts)))
+        for job, system, took_s in built:
             if system is not None:
                 note_system(fleet, job.name, job.release.id, system)
             result = "evaluates" if system is None else "built"
             words = f"{job.release.id[:12]} {system or result} ({client.duration(took_s)})"
             work.tell(job, result, words, system)
-            top = os.path.realpath(fleet.host(job.name))
-            users[top] -= 1
-            if not users[top]:  # nobody else needs its files
-                with work.lock:
-                    work.store.discard(job.release.id)
+    work.progress.clear()
     warn(fleet.source.warnings())
     return complain([*errors, *group_failures(work.failures)])
 
@@ -2282,10 +2339,11 @@ def note_system(fleet: Fleet, name: str, release: str, system: str) -> None:
 def populate_hosts(work: Work, names: Sequence[str]) -> None:
     """Publishes what is new, many hosts at a time, or each host when it has passed its build."""
     if work.plan.action is not None and not work.plan.dry_run:
-        for job, system, _ in build_all(work, names):
-            with work.lock:
-                placed = attempt(work, job.name, job, system)
-                announce(work, [placed] if placed else [])
+        with closing(build_all(work, names)) as built:
+            for job, system, _ in built:
+                with work.lock:
+                    placed = attempt(work, job.name, job, system)
+                    announce(work, [placed] if placed else [])
         return
     for first in range(0, len(names), BATCH):
         jobs = []
@@ -2320,6 +2378,8 @@ def attempt(work: Work, name: str, job: Job | None = None, system: str | None = 
             return job._replace(release=job.release._replace(members=())), current
     except Exception as error:
         work.fail(name, error)
+        if job is not None and not work.plan.dry_run:
+            work.store.drop(work.store.new, job.release.id)
     return None
 
 
@@ -2347,6 +2407,7 @@ def announce(work: Work, placed: Sequence[tuple[Job, Current]]) -> None:
 def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: bool) -> int:
     if prune and wanted:
         raise UsageError("--prune goes with the whole fleet, not with single hosts")
+    find_hosts(fleet, wanted)
     if os.geteuid() != 0:
         print("not root: files keep their owner; sshd serves them only when root publishes", file=sys.stderr)
     os.umask(0o022)
@@ -2489,29 +2550,43 @@ def list_log(logs: int, name: str, came_s: float) -> str:
     return line
 
 
+def list_publication(published: Published) -> str:
+    when = published.time.replace("-", "").replace(":", "")
+    return f"{when}  {published.release[:12]}  published" + (f"  {published.revision}" if published.revision else "")
+
+
 def command_log(fleet: Fleet, name: str, show_list: bool, release: str | None) -> int:
-    """What the host uploaded, made harmless for a terminal. The newest log unless asked for another."""
+    """What the host uploaded, made harmless for a terminal. The newest log unless asked for another; or a list of all,
+    with what was published for it, and when."""
     find_hosts(fleet, [name])
     where = fleet.chroot(name) / "logs"
-    none = f"{name}: no log{' of that release' if release else ''} in {where}: it has not reported one yet"
-    try:
-        logs = open_logs(fleet.chroot(name))
-    except OSError:
-        raise BentoError(none) from None
-    try:
+    history = read_history(fleet.chroot(name)) if show_list else []
+    lines = [
+        (client.parse_time(published.time), list_publication(published))
+        for published in history
+        if published.release.startswith(release or "")
+    ]
+    of_that = " of that release" if release else ""
+    none = BentoError(f"{name}: no log{of_that} in {where}: it has not reported one yet")
+    text, more = None, False
+    with suppress(FileNotFoundError), ExitStack() as stack:
+        try:
+            logs = open_logs(fleet.chroot(name))
+        except NotADirectoryError:
+            raise none from None
+        stack.callback(os.close, logs)
         found, more = find_logs(logs, release)
-        if more:
-            print(f"{name}: more than {MAX_LOG_ENTRIES} files in {where}: not all were looked at", file=sys.stderr)
-        if not found:
-            raise BentoError(none)
         if show_list:
-            for came_s, log in found:
-                print(list_log(logs, log, came_s))
-            return 0
-        raw, _ = read_untrusted(logs, found[0][1], MAX_LOG_BYTES)
-    finally:
-        os.close(logs)
-    for line in raw[:MAX_LOG_BYTES].decode(errors="replace").splitlines():
+            lines += [(came_s, list_log(logs, log, came_s)) for came_s, log in found]
+        elif found:
+            text = read_untrusted(logs, found[0][1], MAX_LOG_BYTES)[0][:MAX_LOG_BYTES].decode(errors="replace")
+    if more:
+        print(f"{name}: more than {MAX_LOG_ENTRIES} files in {where}: not all were looked at", file=sys.stderr)
+    if text is None and not lines:
+        raise none
+    for _, line in sorted(lines, key=lambda line: line[0], reverse=True):
+        print(line)
+    for line in text.splitlines() if text is not None else ():
         print("".join(c if c.isprintable() or c == "\t" else "?" for c in line))
     return 0
 
@@ -2523,8 +2598,8 @@ def add_hosts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("hosts", nargs="*", metavar="NAME", help="hosts (default: all)")
 
 
-def add_jobs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-j", "--jobs", type=int, default=2, metavar="N", help="so many builds at once (default 2)")
+def add_builds(parser: argparse.ArgumentParser, jobs: int) -> None:
+    parser.add_argument("-j", "--jobs", type=int, default=jobs, metavar="N", help=f"so many at once (default {jobs})")
     parser.add_argument("--json", action="store_true", help="a line of JSON a host, for programs")
 
 
@@ -2569,14 +2644,14 @@ def make_parser() -> argparse.ArgumentParser:
     command("fleet", "write fleet.nix, the server's users and chroots, from hosts/*.pub")
     for name, text in (("check", "evaluate each host's configuration"), ("build", "build each host's configuration")):
         parser_ = command(name, text)
-        add_jobs(parser_)
+        add_builds(parser_, 2)
         parser_.add_argument("--timeout", type=float, default=BUILD_LIMIT_S, metavar="SECONDS", help="for each host")
         add_hosts(parser_)
     populate = command("populate", "publish what has changed")
     group = populate.add_mutually_exclusive_group()
     group.add_argument("--check", action="store_true", help="only hosts whose configuration evaluates")
     group.add_argument("--build", action="store_true", help="only hosts whose configuration builds")
-    add_jobs(populate)
+    add_builds(populate, 1)
     populate.add_argument("--dry-run", action="store_true", help="only say what would be done")
     populate.add_argument("--wait", action="store_true", help="for another populate, instead of giving up")
     populate.add_argument(
