@@ -462,21 +462,28 @@ def is_work_tree(directory: str) -> bool:
     return all(os.path.lexists(f"{git_dir}/{part}") for part in parts)
 
 
-def git(root: str, *words: str, as_owner: bool = False, given: bytes | None = None) -> bytes:
+def git(root: str, *words: str, given: bytes | None = None, writing: bool = False) -> bytes:
     """What git says of a work tree, which may be anybody's, and we root: nothing that its settings name is run.
 
-    There is no monitor, no hook and no protocol to fetch by; a command that looks at content would run its filters, so
-    none is used. Git asks whose a work tree is only when it has to find it. What a hook has set is not meant for us.
-    `as_owner`: so that all that it writes belongs to whom the repository belongs to.
+    There is no monitor, no hook and no protocol to fetch by; what reads the content of files would run its filters, and
+    is only used in `writing`, without them, and as whom the repository belongs to, so that all of it stays theirs. Git
+    asks whose a work tree is only when it has to find it. What a hook has set in the environment is not meant for us.
     """
-    argv = ["git", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", f"--git-dir={root}/.git"]
-    argv += [f"--work-tree={root}", *words]
+    argv = ["git", f"--git-dir={root}/.git", f"--work-tree={root}", *words]
+    settings = {"core.fsmonitor": "false", "core.hooksPath": "/dev/null"}
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     environment |= {"GIT_ALLOW_PROTOCOL": "none", "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
-    owner = os.stat(f"{root}/.git")
-    if as_owner and os.geteuid() == 0 != owner.st_uid:
-        argv = ["setpriv", f"--reuid={owner.st_uid}", f"--regid={owner.st_gid}", "--clear-groups", *argv]
-        environment |= {"HOME": "/nonexistent", "XDG_CONFIG_HOME": "/nonexistent"}
+    if writing:
+        named = git(root, "config", "--null", "--name-only", "--list").split(b"\0")
+        filters = [os.fsdecode(name) for name in named if name.startswith(b"filter.")]
+        settings |= {name: "false" if name.endswith(".required") else "" for name in filters}
+        owner = os.stat(f"{root}/.git")
+        if os.geteuid() == 0 != owner.st_uid:
+            argv = ["setpriv", f"--reuid={owner.st_uid}", f"--regid={owner.st_gid}", "--clear-groups", *argv]
+            environment |= {"HOME": "/nonexistent", "XDG_CONFIG_HOME": "/nonexistent"}
+    environment["GIT_CONFIG_COUNT"] = str(len(settings))
+    for number, (name, value) in enumerate(settings.items()):
+        environment |= {f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": value}
     if client.verbose:
         print(f"+ {shlex.join(argv)}", file=sys.stderr)
     try:
@@ -491,8 +498,8 @@ def git(root: str, *words: str, as_owner: bool = False, given: bytes | None = No
 
 def read_work_tree(root: str) -> WorkTree:
     files, directories, others = set[str](), {""}, set[str]()
-    words = ("ls-files", "-z", "-t", "--cached", "--others", "--exclude-standard", "--directory")
-    for item in git(root, *words).split(b"\0"):
+    words = ("-z", "-t", "--cached", "--others", "--exclude-standard", "--directory", "--no-empty-directory")
+    for item in git(root, "ls-files", *words).split(b"\0")[:-1]:
         path = os.fsdecode(item[2:])
         (others if item[:1] == b"?" else files).add(path)
         while item[:1] != b"?" and (path := path.rpartition("/")[0]) not in directories:
@@ -501,40 +508,42 @@ def read_work_tree(root: str) -> WorkTree:
 
 
 def read_revision(root: str) -> str | None:
-    """The commit that a work tree is at, for a person; `+`: and something else. None when there is no commit yet.
-
-    A file that was only touched counts as changed if its content cannot be compared without a filter.
-    """
+    """The commit that a work tree is at, for a person; `+`: and something else. None when there is no commit yet."""
     try:
         line = git(root, "rev-list", "--max-count=1", "--format=%h %s", "HEAD", "--").decode(errors="replace")
     except BentoError:
         return None
     commit, _, subject = line.splitlines()[-1].partition(" ")
-    staged = git(root, "diff-index", "--cached", "--name-only", "--ignore-submodules=dirty", "HEAD", "--")
-    changed = git(root, "diff-files", "-z", "--ignore-submodules=dirty")
-    dirty = bool(staged) or any(itertools.starmap(functools.partial(differs, root), parse_raw(changed)))
+    staged = git(root, "diff-index", "--cached", "--name-only", "HEAD", "--")
+    listed = git(root, "ls-files", "-z", "--stage", "--debug")
+    dirty = bool(staged) or any(differs(root, *found.groups()) for found in INDEXED.finditer(listed))
     return one_line(f"{commit}{'+' if dirty else ''} {subject}", 200)
 
 
-def parse_raw(listed: bytes) -> Iterator[tuple[str, str, str]]:
-    """Of each path that may have changed: its modes, its object, and itself."""
-    fields = listed.split(b"\0")
-    for words, path in zip(fields[::2], fields[1::2], strict=False):
-        before, after, blob, *_ = words.decode().lstrip(":").split()
-        yield f"{before} {after}", blob, os.fsdecode(path)
+# Of a file in the index: its mode, its object, its name, when it was changed, and its size.
+INDEXED = re.compile(
+    rb"(\d{6}) ([0-9a-f]+) \d\t([^\0]*)\0  ctime: .*\n  mtime: (\d+:\d+)\n  dev: .*\n  uid: .*\n  size: (\d+)\t.*\n"
+)
 
 
-def differs(root: str, modes: str, blob: str, path: str) -> bool:
-    """Whether a file is another than the one in the index; Git only sees that its times are."""
-    before, after = modes.split()
-    if before == after == "120000":
-        return (
-            git(root, "hash-object", "--stdin", given=os.fsencode(os.readlink(f"{root}/{path}"))).decode().strip()
-            != blob
-        )
-    if before != after or not before.startswith("100"):
+def differs(root: str, mode: bytes, blob: bytes, name: bytes, changed: bytes, size: bytes) -> bool:
+    """Whether a file is another than the one in the index. A file that was touched is compared as it lies there: what
+    Git's own comparison would do, run the tree's filters, is not for us."""
+    path = f"{root}/{os.fsdecode(name)}"
+    try:
+        found = os.lstat(path)
+    except OSError:
         return True
-    return git(root, "hash-object", "--no-filters", "--", path).decode().strip() != blob
+    if mode == b"160000":
+        return is_work_tree(path) and git(path, "rev-parse", "HEAD").strip() != blob
+    if f"{found.st_mtime_ns // 10**9}:{found.st_mtime_ns % 10**9} {found.st_size}".encode() == changed + b" " + size:
+        return mode[:3] == b"100" and bool(found.st_mode & 0o100) != (mode == b"100755")
+    if mode == b"120000":
+        content = os.fsencode(os.readlink(path)) if stat.S_ISLNK(found.st_mode) else b""
+        return git(root, "hash-object", "--stdin", given=content).strip() != blob
+    if not stat.S_ISREG(found.st_mode) or bool(found.st_mode & 0o100) != (mode == b"100755"):
+        return True
+    return git(root, "hash-object", "--no-filters", "--", os.fsdecode(name)).strip() != blob
 
 
 def make_known(paths: Sequence[Path]) -> None:
@@ -543,7 +552,7 @@ def make_known(paths: Sequence[Path]) -> None:
         if root is not None and shutil.which("git"):
             # The parent's real name: what is a link itself is known as one.
             names = [os.path.relpath(f"{os.path.realpath(path.parent)}/{path.name}", root) for path in group]
-            git(root, "add", "--intent-to-add", "--force", "--", *names, as_owner=True)
+            git(root, "add", "--intent-to-add", "--force", "--", *names, writing=True)
 
 
 def find_root(directory: str) -> str | None:
@@ -1604,7 +1613,7 @@ def read_history(chroot: Path | str, limit: int = MAX_HISTORY_BYTES) -> list[Pub
     except FileNotFoundError:
         return []
     for line in raw.splitlines():
-        with suppress(ValueError, RecursionError, BentoError, TypeError):  # cut, or of a later version
+        with suppress(ValueError, RecursionError, BentoError, AttributeError):  # cut, or of a later version
             data = json.loads(line)
             take = functools.partial(client.take, data, what="history")
             found = (

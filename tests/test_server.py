@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toynixos import TOY, _missing, latin_1, need, need_nix, write_config
+from toynixos import TOY, _missing, latin_1, need, need_nix, need_root, write_config
 
 import bento
 import bento_client as client
@@ -2761,6 +2761,392 @@ def test_the_newest_log_is_the_one_that_came_last(hostile: Site) -> None:
         "20211123T101502Z  aaaaaaaaaaaa  ok  (came 2020-11-23T10:14:02Z)",
         "99999999T999999Z  cccccccccccc  ok",
     ]
+
+
+# --- work trees ---
+
+
+def git(where: Path, *words: str, **environment: str) -> str:
+    argv = [need("git"), "-c", "user.name=a", "-c", "user.email=a@b", "-c", "protocol.file.allow=always", "-C", str(where)]
+    env = os.environ | {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull} | environment
+    return subprocess.run([*argv, *words], env=env, check=True, capture_output=True, text=True).stdout
+
+
+def commit(where: Path, message: str = "first") -> None:
+    if not (where / ".git").exists():
+        git(where, "init", "-q", "-b", "main")
+    git(where, "add", "-A")
+    git(where, "commit", "-q", "-m", message)
+
+
+def names(site: Site, name: str = "a") -> list[str]:
+    with tarfile.open(site.tar(name)) as archive:
+        return archive.getnames()
+
+
+def test_a_release_is_what_git_tracks(site: Site) -> None:
+    directory = site.host("a", CONFIGURATION | {"changed": "old\n", "gone": "x", "sub/in": "x", "lost/x": "x", "kept~": "x"})
+    (site.fleet / ".gitignore").write_text("*.key\nignored/\n")
+    commit(site.fleet)
+    (directory / "changed").write_text("new\n")
+    (directory / "gone").unlink()
+    shutil.rmtree(directory / "lost")
+    (directory / "lost").mkdir()
+    (directory / "empty").mkdir()
+    for name in (".env", "id_rsa", "x.key", "ignored/x", ".direnv/x", "sub/out", "other/1", "other/2", "added"):
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(f"{name}\n")
+    os.mkfifo(directory / "fifo")
+    (directory / ".#x").symlink_to("me@here.1")
+    git(site.fleet, "add", "-N", "hosts/a/added")
+    (site.fleet / "hosts/b").symlink_to("a")
+    ran = site.run("populate")
+    assert ran.code == 0
+    # A FIFO is nothing to Git.
+    assert ran.errors == [
+        f"bento: warning: {site.fleet}: 6 names untracked, left out: 'git add' what belongs to a host:"
+        " hosts/a/.#x, hosts/a/.direnv, hosts/a/.env, hosts/a/id_rsa, hosts/a/other, …"
+    ]
+    assert names(site) == ["added", "changed", "configuration.nix", "kept~", "sub", "sub/in"]
+    assert (site.chroots / "a/config/changed").read_text() == "new\n"
+
+
+def test_a_flake_sees_the_same(real_nix: None, site: Site) -> None:
+    """In the owner's own nixos-rebuild, of the work tree as it is."""
+    directory = site.host("a", {"flake.nix": "{ outputs = _: { }; }\n", "changed": "old\n", "sub/in": "x", "gone": "x"})
+    (directory / "link").symlink_to("sub/in")
+    commit(site.fleet / "hosts/a")
+    (directory / "changed").write_text("new\n")
+    (directory / "gone").unlink()
+    for name in ("out", "sub/out", "added"):
+        (directory / name).write_text("x\n")
+    git(directory, "add", "-N", "added")
+    assert site.run("populate").code == 0
+    argv = ["nix", "--extra-experimental-features", "nix-command flakes", "flake", "metadata", "--json", f"git+file://{directory}"]
+    done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | {"HOME": str(site.top)}, check=True)
+    seen, tree = Path(json.loads(done.stdout)["path"]), site.chroots / "a/config"
+    assert sorted(str(path.relative_to(seen)) for path in seen.rglob("*")) == sorted(
+        str(path.relative_to(tree)) for path in tree.rglob("*")
+    )
+    assert (seen / "changed").read_bytes() == (tree / "changed").read_bytes()
+
+
+@pytest.mark.parametrize("entry", ["flake.nix", "configuration.nix", "nix/flake.nix"])
+def test_an_entry_file_that_git_does_not_know(entry: str, site: Site) -> None:
+    directory = site.host("a", {"bento.json": '{"format": 1, "directory": "nix"}' if "/" in entry else '{"format": 1}', "x": "x"})
+    commit(site.fleet)
+    (directory / "nix").mkdir()
+    (directory / entry).write_text("{ }\n")
+    site.host("new")
+    ran = site.run("populate")
+    assert [line for line in ran.errors if "error" in line] == [
+        f"bento: error: a: hosts/a/{entry}: Git does not know it: 'git add' it, and what belongs to it",
+        "bento: error: new: hosts/new/configuration.nix: Git does not know it: 'git add' it, and what belongs to it",
+    ]
+
+
+def test_submodules_are_part_of_it(site: Site) -> None:
+    inner, outer = site.top / "inner", site.top / "outer"
+    for where, files in ((inner, ("deep", "x~")), (outer, ("file",))):
+        where.mkdir()
+        for name in files:
+            (where / name).write_text(f"{name}\n")
+        commit(where)
+    git(outer, "submodule", "--quiet", "add", str(inner), "inner")
+    commit(outer)
+    directory = site.host("a")
+    commit(site.fleet)
+    for name in ("here", "empty"):
+        git(site.fleet, "submodule", "--quiet", "add", str(outer), f"hosts/a/{name}")
+    git(site.fleet, "submodule", "--quiet", "update", "--init", "--recursive")
+    commit(site.fleet)
+    git(site.fleet, "submodule", "--quiet", "deinit", "hosts/a/empty")
+    (directory / "here/inner/out").write_text("untracked\n")
+    clone = directory / "clone"  # a repository that lies about is no submodule
+    git(site.top, "clone", "-q", str(inner), str(clone))
+    ran = site.run("populate")
+    assert (ran.code, ran.errors) == (0, [
+        f"bento: warning: {site.fleet}: 1 name untracked, left out: 'git add' what belongs to a host: hosts/a/clone",
+        f"bento: warning: {directory}/here/inner: 1 name untracked, left out: 'git add' what belongs to a host: out",
+    ])  # fmt: skip
+    assert names(site) == [
+        "configuration.nix", "empty", "here", "here/.gitmodules", "here/file", "here/inner", "here/inner/deep", "here/inner/x~",
+    ]  # fmt: skip
+    for number in range(27):
+        (directory / f"link{number}").symlink_to(f"empty/modules/{number}")
+    git(site.fleet, "add", "hosts/a/link*")
+    ran = site.run("populate")
+    assert ran.code == 0
+    assert [line for line in ran.errors if "dangling" in line] == [
+        f"bento: warning: {site.fleet}: 27 dangling links into submodules that are not there, left out: run"
+        " 'git submodule update --init' there: hosts/a/link0, hosts/a/link1, hosts/a/link10, hosts/a/link11, hosts/a/link12, …"
+    ]
+
+
+def test_each_file_by_the_work_tree_it_lies_in(site: Site) -> None:
+    """A host that is a link to a tree elsewhere, with links back; and links to what Git does not know."""
+    other = site.top / "other"
+    for name in ("configuration.nix", "sub/in", "sub/out", "lone/x"):
+        (other / name).parent.mkdir(parents=True, exist_ok=True)
+        (other / name).write_text("x\n")
+    (site.fleet / "common").mkdir()
+    for name in ("common/in", "common/out"):
+        (site.fleet / name).write_text("x\n")
+    links = {"common": site.fleet / "common", "file": other / "sub/in", "bad": other / "sub/out", "worse": other / "lone"}
+    for name, target in links.items():
+        (other / name).symlink_to(target)
+    (site.fleet / "hosts/a").symlink_to(other)
+    git(other, "init", "-q")
+    git(other, "add", "configuration.nix", "sub/in", *links)
+    git(site.fleet, "init", "-q")
+    git(site.fleet, "add", "common/in", "hosts/a")
+    ran = site.run("populate")
+    assert (ran.code, ran.errors) == (0, [
+        f"bento: warning: 2 dangling links left out: hosts/a/bad -> {other}/sub/out, hosts/a/worse -> {other}/lone",
+        f"bento: warning: {site.fleet}: 1 name untracked, left out: 'git add' what belongs to a host: common/out",
+        f"bento: warning: {other}: 2 names untracked, left out: 'git add' what belongs to a host: lone, sub/out",
+    ])  # fmt: skip
+    assert names(site) == ["common", "common/in", "configuration.nix", "file", "sub", "sub/in"]
+
+
+def test_one_call_of_git_a_work_tree(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    share(site, *(f"h{number:03}" for number in range(100)))
+    commit(site.fleet)
+    calls = site.top / "calls"
+    write_program(site.top / "bin/git", f'echo "$@" >>{calls}\nexec {need("git")} "$@"\n')
+    monkeypatch.setenv("PATH", f"{site.top}/bin:{os.environ['PATH']}")
+    site.publish()
+    assert calls.read_text().count("ls-files") == 2 and calls.read_text().count("\n") == 4
+    calls.unlink()
+    assert "102 unchanged" in site.publish().out
+    assert calls.read_text().count("\n") == 1
+
+
+def test_without_git(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = site.host("a", CONFIGURATION | {".env": "x", ".jj/x": "x", "x~": "x"})
+    commit(site.fleet)
+    for name in (".svn", ".hg", ".x.swp"):
+        (directory / name).write_text("x")
+    monkeypatch.setenv("PATH", str(site.top))
+    site.publish()
+    assert names(site) == [".env", "configuration.nix"]
+
+
+def test_a_work_tree_that_git_cannot_read(site: Site) -> None:
+    """Nothing of it is published, rather than all."""
+    site.host("a", CONFIGURATION | {".env": "x"})
+    site.host("b")
+    commit(site.fleet)
+    (site.fleet / ".git/index").write_bytes(b"garbage")
+    ran = site.run("populate")
+    assert ran.code == 1 and len(ran.errors) == 1
+    assert ran.errors[0].startswith(f"bento: error: 2 hosts (a, b): {site.fleet}: git ls-files: ")
+
+
+@pytest.mark.parametrize("who", ["root", "somebody"])
+def test_nothing_that_a_work_tree_names_is_run(who: str, real_root: None, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read by root, from a hook of another repository."""
+    marker = site.top / "was run"
+    program = f"sh -c 'touch \"{marker}\"; cat'"
+    directory = site.host("a", CONFIGURATION | {"secret": "x\n", ".gitattributes": "* filter=evil diff=evil\n"})
+    (directory / "module").mkdir()
+    (directory / "module/x").write_text("x\n")
+    commit(directory / "module")
+    git(site.fleet, "init", "-q")
+    git(site.fleet, "submodule", "--quiet", "add", "./hosts/a/module", "hosts/a/module")
+    commit(site.fleet)
+    for where in (site.fleet, directory / "module"):
+        for name, value in {
+            "core.fsmonitor": program, "core.hooksPath": str(site.top / "hooks"), "filter.evil.clean": program,
+            "filter.evil.smudge": program, "filter.evil.process": program, "filter.evil.required": "true",
+            "diff.evil.command": program, "diff.evil.textconv": program, "diff.external": program, "core.pager": program,
+            "log.showSignature": "true", "gpg.program": program, "core.sshCommand": program, "core.editor": program,
+            "alias.ls-files": f"!{program}", "core.alternateRefsCommand": program, "core.worktree": "/",
+        }.items():  # fmt: skip
+            if name != "core.worktree" or where == site.fleet:
+                git(where, "config", name, value)
+    for hook in ("post-index-change", "pre-auto-gc", "reference-transaction", "fsmonitor-watchman"):
+        write_program(site.top / "hooks" / hook, f'touch "{marker}"\n')
+    os.utime(directory / "secret", (5, 5))
+    (directory / "module/x").write_text("changed\n")
+    if who == "somebody":
+        subprocess.run(["chown", "-R", "12345:12345", site.fleet], check=True)
+    monkeypatch.setenv("GIT_DIR", str(site.top / "nowhere"))
+    monkeypatch.setenv("GIT_INDEX_FILE", str(site.top / "no index"))
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
+    monkeypatch.setenv("GIT_CONFIG_KEY_0", "core.fsmonitor")
+    monkeypatch.setenv("GIT_CONFIG_VALUE_0", program)
+    ran = site.publish()
+    assert names(site) == [".gitattributes", "configuration.nix", "module", "module/x", "secret"]
+    assert (site.current().revision or "").endswith(" first") and "+" not in (site.current().revision or "")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    parents = [path for path in site.top.parents if path.stat().st_mode & 0o55 != 0o55]
+    for path in (parents := [site.top, *parents]):  # pytest lets nobody else in
+        path.chmod(0o711)
+    try:
+        ran = site.run("add", "b", "--key", str(write_key(site)))
+    finally:
+        for path in parents:
+            path.chmod(0o700)
+    assert ran.code == 0, ran.err
+    assert not marker.exists()
+    for name in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_CONFIG_COUNT"):
+        monkeypatch.delenv(name)
+    assert {path.stat().st_uid for path in (site.fleet / ".git").rglob("*")} == {12345 if who == "somebody" else 0}
+    options = (f"--git-dir={site.fleet}/.git", f"--work-tree={site.fleet}", "-c", "core.fsmonitor=")
+    listed = git(site.fleet, *options, "ls-files", "hosts/b*", "utils")
+    assert listed.split() == ["hosts/b.pub", *sorted(["hosts/b/configuration.nix", "hosts/b/utils"]), "utils/bento.nix", "utils/bento_client.py"]
+
+
+def write_key(site: Site, name: str = "b") -> Path:
+    (site.top / "key").write_text(f"{key(name)}\n")
+    return site.top / "key"
+
+
+@pytest.fixture
+def real_root() -> None:
+    need_root()  # here: before `site` hides it
+
+
+# --- revisions ---
+
+
+def test_the_revision(site: Site) -> None:
+    directory = site.host("a", CONFIGURATION | {"x": "x\n"})
+    (directory / "link").symlink_to("x")
+    site.host("b")
+    commit(site.fleet, "make\tit \x1b[31mred\n\nand more")
+    short = git(site.fleet, "rev-parse", "--short", "HEAD").strip()
+    site.publish()
+    assert site.current().revision == f"{short} make it [31mred"
+    for path in (directory / "x", directory / "link"):  # only touched
+        os.utime(path, (5, 5), follow_symlinks=False)
+    site.host("b", CONFIGURATION | {"untracked": "x"})
+    (directory / "y").write_text("y\n")
+    git(site.fleet, "add", "hosts/a/y")
+    git(site.fleet, "commit", "-q", "-m", "y")
+    assert site.run("populate").code == 0
+    short = git(site.fleet, "rev-parse", "--short", "HEAD").strip()
+    assert site.current().revision == f"{short} y"
+    (directory / "x").write_text("z\n")
+    assert site.run("populate").code == 0
+    assert site.current().revision == f"{short}+ y"
+    git(site.fleet, "add", "-A")
+    (directory / "z").symlink_to("x")
+    git(site.fleet, "add", "-N", "hosts/a/z")
+    site.publish("--revision", "for\nthe weekend")
+    assert site.current().revision == "for the weekend"
+    lines = [json.loads(line) for line in (site.chroots / "a/history").read_text().splitlines()]
+    assert [list(line) for line in lines] == [["time", "release", "revision", "system"]] * 4
+    assert (lines[-1]["time"], lines[-1]["release"]) == (site.current().published, site.current().release)
+    assert [line["revision"] for line in lines][1:] == [f"{short} y", f"{short}+ y", "for the weekend"]
+    listed = site.run("log", "a", "--list").out.splitlines()
+    assert len(listed) == 4 and listed[0].endswith("  published  for the weekend")
+
+
+def test_a_revision_without_a_commit(site: Site) -> None:
+    site.host("a")
+    git(site.fleet, "init", "-q")
+    git(site.fleet, "add", "-A")
+    site.publish()
+    assert site.current().revision is None
+    assert json.loads((site.chroots / "a/current.json").read_text())["revision"] is None
+
+
+def test_what_was_published_and_what_came_of_it(site: Site) -> None:
+    """`log --list` answers what changed on a host last Tuesday."""
+    host = site.host("a")
+    for number in range(2):
+        (host / "configuration.nix").write_text(f"{{ }} # {number}\n")
+        site.publish("--revision", f"number {number}")
+        log = f"20201123T10150{number}Z_{site.current().release[:12]}_ok.log"
+        (site.chroots / "a/logs" / log).write_text("ok\n")
+        os.utime(site.chroots / "a/logs" / log, (time.time() + number - 0.5,) * 2)
+    listed = [line.split("  ")[2] for line in site.run("log", "a", "--list").out.splitlines()]
+    assert sorted(listed) == ["ok", "ok", "published", "published"]
+    assert site.run("log", "a", "--list", "--release", site.current().release).out.count("number 1") == 1
+    # A host that has never reported.
+    shutil.rmtree(site.chroots / "a/logs")
+    assert [line.split("  ")[-1] for line in site.run("log", "a", "--list").out.splitlines()] == ["number 1", "number 0"]
+    assert site.run("log", "a").code == 1
+
+
+def test_the_history_has_an_end(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bento, "KEEP_HISTORY", 3)
+    host = site.host("a")
+    for number in range(5):
+        (host / "configuration.nix").write_text(f"{{ }} # {number}\n")
+        site.publish("--revision", str(number))
+    lines = (site.chroots / "a/history").read_text().splitlines()
+    assert [json.loads(line)["revision"] for line in lines] == ["2", "3", "4"]
+    # What is not ours, or cut, is passed over.
+    with open(site.chroots / "a/history", "a") as file:
+        file.write('{"time": "2026"\n[]\n{"from": "next year"}\n')
+    (host / "configuration.nix").write_text("{ } # more\n")
+    site.publish("--revision", "more")
+    lines = (site.chroots / "a/history").read_text().splitlines()
+    assert [json.loads(line)["revision"] for line in lines] == ["3", "4", "more"]
+
+
+def test_a_kill_before_the_history(site: Site) -> None:
+    """The next run writes what is missing, once."""
+    site.host("a")
+    site.publish("--revision", "one")
+    (site.chroots / "a/history").unlink()
+    for _ in range(2):
+        site.publish()
+        (line,) = (site.chroots / "a/history").read_text().splitlines()
+        assert json.loads(line)["revision"] == "one"
+
+
+def test_status_shows_what_runs() -> None:
+    now_s = client.parse_time("2026-11-23T10:25:02Z")
+    up = CURRENT._replace(revision="1a2b3c4 mail: a new certificate, and more")
+    report = REPORT._replace(last=LAST, revision="what the host says")
+    rows = [
+        bento.make_row(name, (current, report, now_s, ""), now_s, 7200)
+        for name, current in (("same", up), ("other", up._replace(release="b" * 64)))
+    ]
+    wide = bento.format_table(rows, now_s, 140).splitlines()
+    assert "aaaaaaa 1a2b3c4 mail: a new certifica… " in wide[1]
+    assert "aaaaaaa what the host says " in wide[2]
+    assert "mail" not in bento.format_table(rows, now_s, 100)
+    assert [bento.row_json(row)["revision"] for row in rows] == [up.revision, report.revision]
+
+
+def test_a_chroot_of_version_1_0(site: Site) -> None:
+    """Without store and history: nothing is published anew, and the next release finds its way."""
+    host = site.host("a")
+    (site.fleet / "hosts/b").symlink_to("a")
+    for number in range(3):
+        (host / "configuration.nix").write_text(f"{{ }} # {number}\n")
+        site.publish()
+    for name in "ab":
+        chroot = site.chroots / name
+        subprocess.run(["cp", "-a", chroot / "releases", chroot / "copies"], check=True)
+        shutil.rmtree(chroot / "releases")
+        (chroot / "copies").rename(chroot / "releases")
+        (chroot / "history").unlink()
+        releases = sorted(path for path in (chroot / "releases").glob("*.tar") if path.stem != site.current().release)
+        for when, path in enumerate([*releases, site.tar(name)]):
+            os.utime(path, (1e9 + when, 1e9 + when))
+        data = json.loads((chroot / "current.json").read_text())
+        (chroot / "current.json").write_text(json.dumps({k: v for k, v in data.items() if k != "revision"}))
+    shutil.rmtree(site.chroots / ".store")
+    (site.chroots / ".copies").mkdir()
+    (site.chroots / ".lock").chmod(0o644)
+    before = site.current()
+    assert site.publish().out == "2 hosts: 0 published, 2 unchanged, 0 failed\n"
+    assert site.current() == before
+    assert not (site.chroots / ".copies").exists() and stat.S_IMODE((site.chroots / ".lock").stat().st_mode) == 0o600
+    after = snapshot(site.chroots / "a")
+    site.publish()
+    assert snapshot(site.chroots / "a") == after
+    (host / "configuration.nix").write_text("{ } # new\n")
+    site.publish()
+    for name in "ab":
+        check_tidy(site.chroots / name, {site.current(name).release, before.release, releases[-1].stem})
+    assert len(inodes(site, "ID.tar", "a", "b")) == 1
 
 
 # --- command line ---
