@@ -2309,7 +2309,7 @@ def update_host(fleet: Fleet, host: str, name: str | None, work: Path, done: set
 def update_lock(tree: Path, directory: str, name: str | None) -> None:
     """Nix 2.19 changed how the flake and the input to update are given."""
     found = re.search(r"(\d+)\.(\d+)", client.run(["nix", "--version"], timeout=60).output)
-    url = f"path:{tree}" + (f"?dir={directory}" if directory else "")
+    url = client.flake_url(tree, directory)
     if found is not None and (int(found[1]), int(found[2])) >= (2, 19):
         argv = ["flake", "update", *([name] if name else []), "--flake", url]
     else:
@@ -2491,6 +2491,7 @@ def command_status(
         client.write_atomic(Path(output), text.encode(), 0o644)
     if not terminal:  # cron mails what is on stderr
         errors += [f"{row.host}: {row.state}: {'; '.join(notes(row, now_s))}" for row in rows if row.needs_a_person]
+    warn(unknown_keys(fleet, [row.host for row in rows]))
     return max(complain(errors), int(any(row.needs_a_person for row in rows)))
 
 

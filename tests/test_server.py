@@ -3149,6 +3149,446 @@ def test_a_chroot_of_version_1_0(site: Site) -> None:
     assert len(inodes(site, "ID.tar", "a", "b")) == 1
 
 
+# --- the owner's own repository ---
+
+
+def own_bento(site: Site, where: str) -> list[str]:
+    """A copy of Bento in the owner's repository, and how it is started."""
+    for name in ("bento.py", "bento_client.py", "fleet.nix.in", "utils/bento.nix"):
+        target = site.fleet / where / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(REPO / name, target)
+    (site.fleet / where / "utils/bento_client.py").symlink_to("../bento_client.py")
+    start = "import os, sys; os.geteuid = lambda: 1000; import bento; sys.exit(bento.main(sys.argv[1:]))"
+    return [sys.executable, "-c", start, "--fleet", ".", "--chroot-dir", str(site.chroots)]
+
+
+def test_bento_in_the_owners_repository(site: Site) -> None:
+    """As a submodule: the hosts link to it, Git knows what is made, and it is published."""
+    argv = own_bento(site, "lib/bento")
+    commit(site.fleet / "lib/bento")
+    git(site.fleet, "init", "-q")
+    git(site.fleet, "submodule", "--quiet", "add", "./lib/bento", "lib/bento")
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"PYTHONPATH": str(site.fleet / "lib/bento")}
+        done = subprocess.run([*argv, *words], cwd=site.fleet, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    shutil.rmtree(site.fleet / "hosts")
+    run("add", "a")
+    run("add", "b", "--flake", "--key", str(write_key(site)))
+    run("fleet")
+    assert os.readlink(site.fleet / "hosts/a/utils") == "../../lib/bento/utils"
+    assert git(site.fleet, "ls-files", "hosts", "fleet.nix").split() == [
+        "fleet.nix", "hosts/a/configuration.nix", "hosts/a/utils", "hosts/b.pub", "hosts/b/configuration.nix",
+        "hosts/b/flake.nix", "hosts/b/utils",
+    ]  # fmt: skip
+    assert run("populate").stderr.splitlines() == [NOT_ROOT]
+    assert names(site) == ["configuration.nix", "utils", "utils/bento.nix", "utils/bento_client.py"]
+
+
+def test_bento_beside_the_owners_repository(site: Site) -> None:
+    """A flake input in the Nix store, say: the hosts get a copy in the fleet's directory."""
+    git(site.fleet, "init", "-q")
+    for name in "ab":
+        assert site.run("add", name).code == 0
+    assert os.readlink(site.fleet / "hosts/b/utils") == "../../utils"
+    assert (site.fleet / "utils/bento_client.py").read_bytes() == (REPO / "bento_client.py").read_bytes()
+    site.publish()
+    assert names(site) == ["configuration.nix", "utils", "utils/bento.nix", "utils/bento_client.py"]
+
+
+def test_add_a_link(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.host("x", {"flake.nix": "{ }\n"})
+    (site.fleet / "hosts/x").rename(site.fleet / "all")
+    (site.top / "other").mkdir()
+    (site.top / "other/flake.nix").write_text("{ }\n")
+    monkeypatch.chdir(site.fleet)
+    ran = site.run("add", "a", "--link", "all", "--key", str(write_key(site, "a")))
+    assert (ran.code, ran.out.splitlines()[:2]) == (0, ["hosts/a: made, a link to ../all", "hosts/a.pub: 1 key"])
+    assert site.run("add", "b", "--link", "../other").out.splitlines()[0] == f"hosts/b: made, a link to {site.top}/other"
+    assert site.run("add", "c", "--link", "..").out.splitlines()[0] == "hosts/c: made, a link to ../.."
+    assert (site.run("add", "d", "--link", "gone").code, os.path.lexists(site.fleet / "hosts/d")) == (1, False)
+    assert site.run("add", "d", "--link", "all", "--flake").code == 2
+    site.publish("a", "b")
+
+
+def test_a_fleet_in_the_flakes_own_repository(site: Site) -> None:
+    """What it says of hosts is not part of what they are."""
+    (site.fleet / "fleet/hosts/own").mkdir(parents=True)
+    (site.fleet / "fleet/utils").mkdir()
+    for name in ("flake.nix", "fleet/utils/bento.nix", "fleet/hosts/own/configuration.nix", "fleet/hosts/waves", "fleet/hosts/a.pub"):
+        (site.fleet / name).write_text(f"{key('a')}\n" if name.endswith("pub") else "{ }\n")
+    shutil.rmtree(site.fleet / "hosts")
+    for name, target in (("a", "../.."), ("b", "a"), ("c", "../..")):
+        (site.fleet / "fleet/hosts" / name).symlink_to(target)
+    commit(site.fleet)
+    site.fleet /= "fleet"
+    assert site.publish().out.splitlines()[-1] == "4 hosts: 4 published, 0 unchanged, 0 failed"
+    assert names(site) == [
+        "flake.nix", "fleet", "fleet/hosts", "fleet/hosts/own", "fleet/hosts/own/configuration.nix", "fleet/utils",
+        "fleet/utils/bento.nix",
+    ]  # fmt: skip
+    (site.fleet / "hosts/a.sig").write_text("signed\n")
+    (site.fleet / "hosts/a.pub").write_text(f"{key('b')}\n")
+    git(site.fleet, "add", "-A")
+    assert "4 unchanged" in site.publish().out
+
+
+def test_the_keys_that_the_server_does_not_know(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "abc":
+        site.host(name)
+    assert site.run("add", "a", "--key", str(write_key(site, "a"))).code == 0
+    assert site.run("fleet").code == 0
+    site.publish()
+    for name in "bc":
+        assert site.run("add", name, "--key", str(write_key(site, name))).code == 0
+    word = "bento: warning: this server does not know the keys of 2 hosts yet (b, c): run 'bento.py fleet', and switch this server to it"
+    for command in ("populate", "status"):
+        ran = site.run(command)
+        assert (ran.code, ran.errors) == (0, [word])
+    assert site.run("fleet").code == 0
+    assert site.publish().errors == []
+    (site.top / "keys").mkdir()
+    monkeypatch.setattr(bento, "AUTHORIZED_KEYS", site.top / "keys")
+    for name in "ab":
+        (site.top / "keys" / f"bento-{name}").write_text(f"restrict {key(name)}\n")
+    assert site.run("populate").errors == [
+        "bento: warning: this server does not know the keys of 1 host yet (c): switch this server to fleet.nix"
+    ]
+
+
+LOCK = {
+    "nodes": {
+        "root": {"inputs": {"a": "a", "b": "b", "c": "c", "d": "d"}},
+        "a": {"locked": {"type": "github", "owner": "x", "repo": "y", "rev": "1"}},
+        "b": {"locked": {"type": "path", "path": "/srv/secrets"}},
+        "c": {"locked": {"type": "git", "url": "file:///srv/repo"}},
+        "d": {"locked": {"type": "path", "path": "./sub"}},
+    }
+}
+
+
+def test_an_input_that_only_this_server_has(site: Site) -> None:
+    site.host("a", {"flake.nix": "{ }\n", "flake.lock": json.dumps(LOCK)})
+    ran = site.run("populate")
+    assert (ran.code, ran.errors) == (0, [
+        "bento: warning: only this server can build a flake with an input in its own files:"
+        " hosts/a: b (/srv/secrets), hosts/a: c (file:///srv/repo)"
+    ])  # fmt: skip
+    assert site.publish().errors == []  # said when it is published
+
+
+def test_update_leaves_the_work_tree_alone(site: Site) -> None:
+    """Nix gets what is tracked, not the repository's own files and what lies about, and the lock finds its way back."""
+    directory = site.host("a", {"flake.nix": "{ }\n", "sub/flake.nix": "{ }\n"})
+    site.host("b", {"bento.json": '{"format": 1, "directory": "sub"}', "sub/flake.nix": "{ }\n"})
+    commit(site.fleet)
+    (directory / ".env").write_text("secret\n")
+    write_program(
+        site.top / "bin/nix",
+        'for word; do case $word in path:*) url=${word#path:};; esac; done\ncase $1 in --version) echo "nix (Nix) 2.24.1"; exit;; esac\n'
+        f'tree=${{url%%\\?*}}; echo "$url" | sed "s,.*/,," >>{site.top}/urls; ls -A "$tree" >>{site.top}/seen\n'
+        'dir=${url#"$tree"}; echo "{\\"nodes\\": {\\"root\\": {}}}" >"$tree/${dir#?dir=}/flake.lock"\n',
+    )
+    done = run_outside(site, "update", PATH=f"{site.top}/bin:{os.environ['PATH']}")
+    assert (done.returncode, done.stdout) == (0, "hosts/a: nothing moved\nhosts/b: nothing moved\n"), done.stderr
+    assert (site.top / "urls").read_text() == "config\nconfig?dir=sub\n"
+    assert (site.top / "seen").read_text().split() == ["flake.nix", "sub", "bento.json", "sub"]
+    assert json.loads((directory / "flake.lock").read_text()) == {"nodes": {"root": {}}}
+    assert git(site.fleet, "ls-files", "hosts/a/flake.lock", "hosts/b/sub/flake.lock").split() == [
+        "hosts/a/flake.lock", "hosts/b/sub/flake.lock",
+    ]  # fmt: skip
+
+
+# --- how a release is built ---
+
+
+@pytest.mark.parametrize(
+    ("entry", "version", "where"),
+    [
+        ("flake.nix", "nix (Nix) 2.24.0", "path:DIR/config?dir=nix#{}"), ("flake.nix", "nix (Nix) 3.1", "path:DIR/config?dir=nix#{}"),
+        ("flake.nix", "nix (Nix) 2.18.5", "path:DIR/config/nix#{}"), ("flake.nix", "nix (Lix, like Nix) 2.91.0", "path:DIR/config/nix#{}"),
+        ("flake.nix", "", "path:DIR/config/nix#{}"), ("configuration.nix", "", "nixos-config=DIR/config/nix/configuration.nix"),
+    ],
+)  # fmt: skip
+def test_bento_json_is_for_both_sides(
+    entry: str, version: str, where: str, site: Site, toys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the server runs, the host runs: attribute, directory, options, for a tree that hosts share."""
+    recipe = {"format": 1, "directory": "nix", "options": ["--impure"], "hosts": {
+        "a": {"attribute": "web1.example.org", "options": ["--accept-flake-config", "--option", "cores", "1"]},
+    }}  # fmt: skip
+    site.host("x", {"bento.json": json.dumps(recipe), f"nix/{entry}": "{ }\n"})
+    (site.fleet / "hosts/x").rename(site.fleet / "all")
+    for name in "ab":
+        (site.fleet / "hosts" / name).symlink_to("../all")
+    write_program(site.top / "bin/nixos-rebuild", f'for word; do echo "$word"; done >>{site.top}/words\n')
+    write_program(site.top / "bin/nix", f'echo "{version}"\n')
+    monkeypatch.setenv("PATH", f"{site.top}/bin:{os.environ['PATH']}")
+    site.publish("--check")
+    words = (site.top / "words").read_text()
+    wanted = f"dry-build {'--flake' if 'flake' in entry else '--no-flake -I'} {where}"
+    options = {"a": "--accept-flake-config --option cores 1", "b": "--impure"}
+    attributes = {"a": "web1.example.org", "b": "b"}
+    found = re.sub(r"(path:|nixos-config=)/\S+?/config(?=[/?])", r"\1DIR/config", " ".join(words.split()))
+    assert found == " ".join(f"{wanted.format(attributes[name])} {options[name]}" for name in "ab")
+    for name in "ab":
+        (site.top / name).mkdir()
+        client.unpack(site.tar(name), site.top / name / "config")
+        settings = client.Settings(server=("s",), host=name, state_dir=str(site.top / name), upgrade_channels=True)
+        argv = " ".join(client.build_argv(settings, site.top / name / "config")).replace(f"{site.top}/{name}/", "DIR/")
+        upgrade = "" if "flake" in entry else " --upgrade"
+        assert argv == f"nixos-rebuild {wanted.replace('dry-', '').format(attributes[name])} {options[name]}{upgrade}"
+
+
+def test_a_flake_in_a_directory_with_nix(real_nix: None, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a dotted name, as nixos-rebuild quotes it."""
+    made = 'derivation { name = "nixos-system-x"; system = "x86_64-linux"; builder = "/bin/sh"; args = [ "-c" "echo made > $out" ]; }'
+    site.host("a", {
+        "bento.json": '{"format": 1, "directory": "nix", "attribute": "web1.example.org"}',
+        "nix/flake.nix": '{ outputs = _: { nixosConfigurations."web1.example.org".config.system.build.toplevel = import ./x.nix; }; }\n',
+        "nix/x.nix": made,
+    })  # fmt: skip
+    write_program(
+        site.top / "bin/nixos-rebuild",
+        'name=${3#*#}\nexec nix --extra-experimental-features "nix-command flakes" build --option sandbox false'
+        ' --option build-users-group "" --option substitute false --out-link result'
+        ' "${3%%#*}#nixosConfigurations.\\"$name\\".config.system.build.toplevel"\n',
+    )
+    monkeypatch.setenv("PATH", f"{site.top}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("HOME", str(site.top))
+    site.publish("--build")
+    system = site.current().system
+    assert system is not None and Path(system).read_text() == "made\n"
+    assert build_as_the_host(site, "a", site.top / "work") == system
+    check_chroot(site.chroots / "a")  # without the lock that Nix made
+
+
+def test_a_host_whose_client_does_not_know_bento_json(site: Site) -> None:
+    site.host("a")
+    site.publish()
+    before = site.current()
+    site.host("a", {"bento.json": '{"format": 1, "hosts": {"b": {"attribute": "x"}}}'})
+    site.write_report(client="1.0")
+    site.publish()  # nothing in it is for this host
+    for version, good in (("1.0", False), ("0.9", False), ("?", False), ("1.1", True), ("1.10", True), ("2.0", True)):
+        site.host("a", {"bento.json": '{"format": 1, "options": ["--impure"]}', "version": version})
+        site.write_report(client=version)
+        ran = site.run("populate")
+        assert ran.code == (0 if good else 1)
+        assert ran.errors == [] if good else ran.errors[0].startswith(
+            f"bento: error: a: its client, version {version}, does not know bento.json and would build something else"
+        )  # fmt: skip
+    assert site.current() != before
+    site.host("new", {"bento.json": '{"format": 1, "options": ["--impure"]}'} | CONFIGURATION)
+    site.publish("new")
+    site.host("bad", {"bento.json": '{"format": 2}'} | CONFIGURATION)
+    assert site.run("populate", "bad").errors == [
+        "bento: error: bad: hosts/bad/bento.json: format 2, this version of Bento knows format 1: update Bento on this machine"
+    ]
+
+
+# --- in CI, and in hooks ---
+
+
+def test_wait_for_another_populate(site: Site) -> None:
+    """A second push, while the first is published, is published after it."""
+    site.host("a")
+    with bento.populate_lock(bento.Fleet(site.fleet, site.chroots)):
+        argv = [sys.executable, "-c", AS_ANYBODY, *site.argv("populate", "--wait")]
+        process = subprocess.Popen(argv, env=os.environ | {"PYTHONPATH": str(REPO)}, stdout=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while "flock" not in Path(f"/proc/{process.pid}/wchan").read_text() and not waits_for_lock(process.pid):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        site.host("late")
+    assert process.communicate(timeout=60)[0].splitlines()[-1] == "2 hosts: 2 published, 0 unchanged, 0 failed"
+    assert stat.S_IMODE((site.chroots / ".lock").stat().st_mode) == 0o600
+
+
+def waits_for_lock(pid: int) -> bool:
+    return any(f" {pid} " in line and "->" in line for line in Path("/proc/locks").read_text().splitlines())
+
+
+def test_json(site: Site, toys: Path) -> None:
+    toy_host(site, "a")
+    toy_host(site, "bad", build="eval-error")
+    site.host("worse", {"x": "x"})
+
+    def told(*words: str) -> list[dict[str, Any]]:
+        return sorted((json.loads(line) for line in site.run(*words).out.splitlines()), key=lambda told: str(told["host"]))
+
+    good, bad, worse = told("check", "--json")
+    assert good == {
+        "host": "a", "result": "evaluates", "release": good["release"], "size": good["size"], "revision": None, "system": None,
+    }  # fmt: skip
+    assert (bad["result"], bad["error"].splitlines()[-1]) == ("failed", "  error: The option `services.toy' does not exist.")
+    assert worse == {"host": "worse", "result": "failed", "error": "hosts/worse: neither flake.nix nor configuration.nix in it"}
+    assert [line["result"] for line in told("build", "a", "--json")] == ["built"]
+    results = {
+        ("--dry-run",): "would-publish", ("--build", "--revision", "r"): "published", (): "unchanged", ("--dry-run", "--check"): "unchanged",
+    }  # fmt: skip
+    for words, result in results.items():
+        (line,) = told("populate", "a", "--json", *words)
+        assert line["result"] == result
+    assert (line["release"], line["revision"]) == (site.current().release, "r")
+
+
+def test_one_line_for_the_same_error(site: Site, toys: Path) -> None:
+    write_config(site.fleet / "all", flake=True, host={f"h{n}": {} for n in range(7)}, build="eval-error")
+    for number in range(7):
+        (site.fleet / "hosts" / f"h{number}").symlink_to("../all")
+    toy_host(site, "own", build="eval-error")
+    ran = site.run("populate", "--check")
+    assert ran.out == "8 hosts: 0 published, 0 unchanged, 8 failed\n"
+    (error,) = [line for line in ran.errors if line.startswith("bento: error: ")]
+    assert error.startswith("bento: error: 8 hosts (h0, h1, h2, h3, h4, …): nixos-rebuild dry-build: exit 1;")
+    for name in ("x", "y"):  # other places to look at
+        site.host(name).joinpath("configuration.nix").unlink()
+    assert site.run("populate", "x", "y").errors == [
+        f"bento: error: {name}: hosts/{name}: neither flake.nix nor configuration.nix in it" for name in "xy"
+    ]
+
+
+def test_a_dry_run_needs_no_accounts(site: Site, toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy_host(site, "no-such-account")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(bento, "log_directory", lambda: site.top / "log")
+    assert site.run("populate", "--dry-run").out.splitlines()[-1] == "1 host: 1 would be published, 0 unchanged, 0 failed"
+    assert site.run("check").code == 0
+    assert not site.chroots.exists()
+
+
+def test_a_dry_run_of_what_it_may_not_read(real_root: None, site: Site) -> None:
+    """A person's, on the server."""
+    site.host("a")
+    site.publish()
+    for path in [site.top, *site.top.parents]:
+        if path.stat().st_mode & 0o5 != 0o5:
+            path.chmod(path.stat().st_mode | 0o5)
+    argv = [need("setpriv"), "--reuid=12345", "--regid=12345", "--clear-groups", sys.executable, str(REPO / "bento.py")]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([*argv, *site.argv("populate", "--dry-run")], env=environment, capture_output=True, text=True, cwd="/")
+    assert done.stdout.splitlines()[-1:] == ["1 host: 1 would be published, 0 unchanged, 0 failed"], done.stderr
+
+
+@pytest.mark.parametrize("step", ["examine", "place", "reveal"])
+def test_an_error_of_bentos_own_stops_one_host(step: str, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "abc":
+        site.host(name)
+    real = getattr(bento, step)
+
+    def broken(*arguments: Any) -> Any:
+        if any(getattr(each, "name", each) == "b" for each in arguments):
+            raise ZeroDivisionError("by chance")
+        return real(*arguments)
+
+    monkeypatch.setattr(bento, step, broken)
+    ran = site.run("populate")
+    assert (ran.code, ran.errors) == (
+        1, ["bento: error: b: ZeroDivisionError: by chance (this is an error in Bento: -v shows where)"],
+    )  # fmt: skip
+    assert ran.out.splitlines()[-1] == "3 hosts: 2 published, 0 unchanged, 1 failed"
+    ran = site.run("-v", "populate")
+    assert "Traceback (most recent call last)" in ran.err and "in broken" in ran.err
+    monkeypatch.undo()
+
+
+def test_a_clock_at_the_end_of_time(site: Site) -> None:
+    host = site.host("a")
+    site.publish()
+    data = json.loads((site.chroots / "a/current.json").read_text())
+    (site.chroots / "a/current.json").write_text(json.dumps(data | {"published": "9999-12-31T23:59:59Z"}))
+    (host / "configuration.nix").write_text("{ } # new\n")
+    site.publish()
+    assert site.current().published == "9999-12-31T23:59:59Z" and site.current().release != data["release"]
+    assert site.run("status").code == 0
+
+
+# --- pruning ---
+
+
+def without_fleet(site: Site, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setenv("BENTO_DIR", str(site.fleet))
+    return ["--chroot-dir", str(site.chroots), "populate", "--prune"]
+
+
+def test_prune_of_another_fleet(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a copy that lies about: the owner's chroots stay, and nothing of it is published."""
+    for name in ("one", "two", "three"):
+        site.host(name)
+    site.publish()
+    shutil.rmtree(site.fleet / "hosts")
+    site.host("example")
+    site.host("one")
+    before = snapshot(site.chroots)
+    words = (
+        f"bento: error: --prune would remove 2 of 3 chroots in {site.chroots}, so nothing was done:"
+        f" if {site.fleet} is their fleet, say so with --fleet\n"
+    )
+    for more in ([], ["--dry-run"]):
+        assert bento.main([*without_fleet(site, monkeypatch), *more]) == 1
+        assert site.capsys.readouterr().err.removeprefix(f"{NOT_ROOT}\n").endswith(words)
+        after = snapshot(site.chroots)
+        assert {path: after[path] for path in after if ".lock" not in path} == {
+            path: before[path] for path in before if ".lock" not in path
+        }
+    site.host("two")
+    assert bento.main(without_fleet(site, monkeypatch)) == 0  # one of three may be gone
+    assert not (site.chroots / "three").exists()
+    shutil.rmtree(site.fleet / "hosts/two")
+    shutil.rmtree(site.fleet / "hosts/one")
+    assert site.publish("--prune").out.count("removed") == 2  # as it was said which fleet
+
+
+def test_prune_removes_only_what_is_ours(site: Site) -> None:
+    site.host("a")
+    site.publish()
+    release = site.current().release
+    foreign = {
+        "app": ("releases/20261125/index.html",), "mixed": (f"releases/{release}.tar", "releases/notes"), "empty": (),
+        "more": (f"releases/{release}.tar", "photos/x.jpg"), "bare": (f"{release}.tar",),
+    }  # fmt: skip
+    for name, files in foreign.items():
+        (site.chroots / name / "releases").mkdir(parents=True)
+        for file in files:
+            (site.chroots / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (site.chroots / name / file).write_text("x")
+    shutil.copytree(site.chroots / "a", site.chroots / "gone", symlinks=True)
+    assert site.publish("--prune").out.startswith(f"gone: removed {site.chroots}/gone\n1 host: ")
+    assert set(os.listdir(site.chroots)) == {".lock", ".store", "a", *foreign}
+
+
+def test_prune_ends_what_is_open(real_root: None, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "gone"):
+        site.host(name)
+    site.publish()
+    shutil.rmtree(site.fleet / "hosts/gone")
+    user = types.SimpleNamespace(pw_uid=64321)
+    monkeypatch.setattr(pwd, "getpwnam", lambda name: user if name == "bento-gone" else pwd.getpwuid(0))
+    monkeypatch.setattr(bento, "GCROOTS", site.top / "roots")
+    monkeypatch.setattr(bento, "find_owner", lambda name: None)
+    sleep = f"import os, time; os.setuid({user.pw_uid}); print(flush=True); time.sleep(600)"
+    session = subprocess.Popen([sys.executable, "-c", sleep], stdout=subprocess.PIPE)
+    other = subprocess.Popen([sys.executable, "-c", sleep.replace("64321", "64322")], stdout=subprocess.PIPE)
+    try:
+        for process in (session, other):
+            assert process.stdout is not None
+            process.stdout.readline()
+        monkeypatch.setattr(os, "geteuid", lambda: 0)
+        site.publish("--prune", "--dry-run")
+        assert session.poll() is None
+        site.publish("--prune")
+        assert session.wait(timeout=30) == -signal.SIGKILL and other.poll() is None
+    finally:
+        for process in (session, other):
+            process.kill()
+            process.wait()
+
+
 # --- command line ---
 
 
