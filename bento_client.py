@@ -710,8 +710,9 @@ def failed_units(output: str) -> list[str]:
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Replaces `path` so that a reader, or a power cut, sees the old content or the new, whole."""
-    aside = path.with_name(f".{path.name}.new")
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    # A name that nobody can have made a link of, and that is cleared away if we are killed.
+    aside = path.with_name(f".tmp-{os.getpid()}-{os.urandom(6).hex()}")
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     try:
         with open(descriptor, "wb") as file:
             os.fchmod(descriptor, mode)
@@ -2484,10 +2485,21 @@ def is_flake(tree: Path, recipe: Recipe) -> bool:
     return (tree / recipe.directory / "flake.nix").exists()
 
 
+def flake_url(tree: Path, directory: str) -> str:
+    """A flake's address for Nix. With `?dir=` it may read what lies beside its directory, as it may in its owner's
+    repository; Nix before 2.24, and Lix, have no such thing for a path."""
+    if not directory:
+        return f"path:{tree}"
+    said = run(["nix", "--version"], check=False, timeout=60).output
+    found = re.search(r"\(Nix\) (\d+)\.(\d+)", said)
+    whole = found is not None and (int(found[1]), int(found[2])) >= (2, 24)
+    return f"path:{tree}?dir={directory}" if whole else f"path:{tree}/{directory}"
+
+
 def rebuild_argv(action: str, tree: Path, recipe: Recipe) -> list[str]:
-    """nixos-rebuild's command line, on both sides. `?dir=`: a flake in a directory may read what lies beside that."""
+    """nixos-rebuild's command line, on both sides."""
     if is_flake(tree, recipe):
-        where = f"path:{tree}?dir={recipe.directory}" if recipe.directory else f"path:{tree}"
+        where = flake_url(tree, recipe.directory)
         return ["nixos-rebuild", action, "--flake", f"{where}#{recipe.attribute}", *recipe.options]
     entry = tree / recipe.directory / "configuration.nix"
     return ["nixos-rebuild", action, "--no-flake", "-I", f"nixos-config={entry}", *recipe.options]
