@@ -699,6 +699,45 @@ def explain_ssh(output: str) -> tuple[str, bool]:
     return (said[-1] if said else "sftp ended without a word"), True
 
 
+BY_BENTO = re.compile(r"[0-9TZ:-]{20} bento: ")
+# What only says that something above it failed.
+CONSEQUENCES = re.compile(
+    r"error: (\d+ dependenc|some (substitutes|outputs)|build of|cannot build .*nixos-system-|Command '\[)"
+    r"|.*returned non-zero exit status|.*Pre-switch checks? .*failed|warning: |.*dependency failed|.*For full logs",
+    re.IGNORECASE,
+)
+PRIVATE = re.compile(
+    r"(ssh: |fatal: .*(not found|unable|Authentication)|.*Permission denied \(|.*Host key verification)"
+)
+
+
+def find_cause(output: str) -> str:
+    """Why a program failed, as a person would name it: the first error that does not follow from another."""
+    lines = [line.rstrip() for line in output.splitlines() if line.strip()]
+    for number, line in enumerate(lines):
+        text = line.strip()
+        if text.endswith("Failed assertions:"):
+            more = [each.strip() for each in lines[number + 1 :] if not CONSEQUENCES.match(each.strip())]
+            return one_line(" ".join(more))
+        if PRIVATE.match(text):
+            return one_line(text)
+        if text.startswith("error:") and len(text) > len("error:") and not CONSEQUENCES.match(text):
+            return one_line(" ".join(filter(None, (text, builder_words(lines[number + 1 :])))))
+    plain = [line.strip() for line in lines if not CONSEQUENCES.match(line.strip())]
+    return one_line((plain or [line.strip() for line in lines] or ["no output"])[-1])
+
+
+def builder_words(lines: Sequence[str]) -> str:
+    """The last line of a builder's own log, which Nix shows with > in front, below the error that names the package."""
+    said = []
+    for line in lines:
+        if line.startswith("error:"):
+            break
+        if line.lstrip().startswith("> "):
+            said.append(line.strip()[2:].strip())
+    return f"({said[-1]})" if said else ""
+
+
 def failed_units(output: str) -> list[str]:
     """The units that switch-to-configuration names as failed, from its output."""
     found = re.findall(r"the following (?:units|user units) failed: (.*)", output)
@@ -971,11 +1010,11 @@ class Log:
     def size(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0
 
-    def last_words(self) -> str:
-        """The last line that a program, not Bento, wrote here; its last error message if there is one."""
-        said = [line for line in self.tail(8192).splitlines() if line.strip() and " bento: " not in line]
-        errors = [line for line in said if line.lstrip().startswith("error:") and len(line.strip()) > len("error:")]
-        return one_line((errors or said or ["no output"])[-1])
+    def cause(self) -> str:
+        """Why what was last run failed, from what programs, not Bento, wrote here."""
+        said = self.tail(1 << 18).splitlines()
+        start = max((number for number, line in enumerate(said) if BY_BENTO.match(line)), default=-1)
+        return find_cause("\n".join(said[start + 1 :]))
 
     def hand_over(self, path: Path) -> None:
         """Moves the log to `path`, with the middle of a huge one left out, so that it is always worth uploading."""
@@ -1913,6 +1952,11 @@ class Machine:
                 code = run_in_unit(argv, f"bento-switch-{token}-{os.urandom(3).hex()}", out, limit_s)
         return Done(code, self.log.tail(max(0, min(self.log.size() - before, 1 << 18))))
 
+    def has_begun(self) -> bool:
+        """Whether the last switch got as far as to change anything, by its own words. True where there are none left."""
+        said = self.log.tail().rpartition("switch-to-configuration test: ")[2]
+        return not said or "the following units:" in said or "activating the configuration" in said
+
     def end_switches(self, token: str) -> None:
         """Ends what an attempt started and left, with the jobs that it queued: a unit that waits for one that hangs would
         start after the way back. Not during a boot or a shutdown, when the jobs are others'.
@@ -2170,10 +2214,12 @@ def record(machine: Machine, pending: Pending, outcome: Outcome) -> None:
     older = pending.trial and state.tried is not None and not again
     changes: dict[str, Any] = {"last": state.tried if older and outcome.result == Result.OK else last}
     if release is not None and not older:
-        before = (state.interruptions, state.doubts) if again else (0, 0)
+        interruptions, doubts = (state.interruptions, state.doubts) if again else (0, 0)
+        interruptions += outcome.result == Result.INTERRUPTED
+        doubts += 1 if outcome.doubt else 2 * (outcome.result == Result.ROLLED_BACK)  # what is sure is not tried again
         changes |= {
             "tried": last, "published": pending.published, "costly": outcome.costly,
-            "interruptions": before[0] + (outcome.result == Result.INTERRUPTED), "doubts": before[1] + (1 if outcome.doubt else 2 * (outcome.result == Result.ROLLED_BACK)),
+            "interruptions": interruptions, "doubts": doubts,
         }  # fmt: skip
     if outcome.result in (Result.POSTPONED, Result.INTERRUPTED):
         changes["rebooted"] = None
@@ -2540,7 +2586,7 @@ def build(settings: Settings, log: Log) -> str:
     if code is None:
         raise BentoError(f"nixos-rebuild build did not end within {settings.build_timeout} s")
     if code != 0:
-        raise BentoError(f"nixos-rebuild build: exit {code}: {log.last_words()}")
+        raise BentoError(f"nixos-rebuild build: exit {code}: {log.cause()}")
     new = os.path.realpath(link)
     if not Path(new, "bin/switch-to-configuration").exists():
         raise BentoError(f"nixos-rebuild build left no system in {link}")
@@ -2761,7 +2807,7 @@ def make_default(machine: Machine, system: str, pending: Pending) -> str | None:
         return f"the system profile could not be set: {error}"
     done = machine.switch(system, "boot", pending.token)
     if done.code != 0:
-        return f"the boot loader could not be written ({how_ended(done.code)}): {machine.log.last_words()}"
+        return f"the boot loader could not be written ({how_ended(done.code)}): {machine.log.cause()}"
     fault = machine.loader.entry_fault(system)
     if fault is None and trial:
         try_once(machine, system, good)
@@ -2808,7 +2854,7 @@ def find_way_back(pending: Pending, facts: Facts, owner: str, good: str) -> tupl
     if pending.boot_id != facts.boot_id:
         away = facts.running == pending.new and facts.running != pending.profile
         return default, pending.profile if away else None
-    began = pending.switched and facts.running == owner
+    began = pending.switched and facts.running == owner  # units may be stopped that are to run
     return default, pending.old if began or facts.running == pending.new else None
 
 
@@ -2843,6 +2889,7 @@ def go_back(machine: Machine, pending: Pending, outcome: Outcome) -> Outcome | N
         pending = advance(machine, pending, machine.settings.activation_timeout + machine.settings.confirm_timeout)
     machine.end_switches(pending.token)
     facts, owner = machine.facts(pending.new, pending.profile), owner_of(pending.old, [pending.profile])[0]
+    pending = pending._replace(switched=pending.switched and (facts.running == pending.new or machine.has_begun()))
     default, system = find_way_back(pending, facts, owner, machine.good)
     trouble = None if default is None else make_default(machine, default, pending)
     came = Switched.LIVE if system is None else activate_again(machine, pending, system)
@@ -2853,7 +2900,7 @@ def go_back(machine: Machine, pending: Pending, outcome: Outcome) -> Outcome | N
         return blame(machine, pending, outcome)
     if facts.booted == pending.new or came == Switched.NEEDS_BOOT:
         return go_back_by_boot(machine, pending, outcome)
-    words = f"going back to {system} failed ({came}: {machine.log.last_words()}): tried again at the next run"
+    words = f"going back to {system} failed ({came}: {machine.log.cause()}): tried again at the next run"
     return Outcome(Result.ROLLBACK_FAILED, f"{outcome.reason}; and {words}")
 
 
@@ -2888,7 +2935,7 @@ def take_over(machine: Machine, pending: Pending) -> Outcome | None:
     if before != new:
         done = machine.switch(new, "test", pending.token)
         switched = judge_switch(done.code, done.output, is_new=machine.running == new, is_old=machine.running == before)
-        words = f"switch-to-configuration test: {how_ended(done.code)}: {machine.log.last_words()}"
+        words = f"switch-to-configuration test: {how_ended(done.code)}: {find_cause(done.output)}"
         if switched == Switched.REFUSED:
             return give_up(machine, pending, Outcome(Result.POSTPONED, f"not activated: {words}", costly=True))
         if switched == Switched.FAILED:
@@ -2922,7 +2969,10 @@ def wait_for_boot(machine: Machine, pending: Pending) -> Outcome | None:
 def activate(machine: Machine, pending: Pending) -> Outcome | None:
     """take_over, with the journal and the watchdog around it, and a way back from our own failures too."""
     if machine.is_switching():
-        return Outcome(Result.POSTPONED, "not activated: another switch-to-configuration is at work on this machine")
+        return Outcome(
+            Result.POSTPONED,
+            "not activated: somebody else holds the lock of switch-to-configuration: tried again later",
+        )
     if not machine.has_systemd:
         machine.log.say("systemd does not run here: no watchdog guards this activation")
     try:
@@ -2964,12 +3014,11 @@ def align_trial(machine: Machine) -> None:
 
     A person's new default ends a trial, and so does its proof.
     """
-    new = machine.on_trial
+    new, good = machine.on_trial, machine.good
     if new is None:
         end_trial(machine)
-    elif machine.state.armed and machine.loader.entry_fault(machine.good) is None:
-        if lead_back_to(machine, machine.good):
-            try_once(machine, new, machine.good)
+    elif machine.state.armed and machine.loader.entry_fault(good) is None and lead_back_to(machine, good):
+        try_once(machine, new, good)
 
 
 def can_fall_back(machine: Machine, good: str, token: str) -> bool:
@@ -3061,6 +3110,7 @@ def settle_earlier(machine: Machine) -> bool:
     if outcome is None:
         return False
     conclude(machine, pending, outcome)
+    align_trial(machine)
     return True
 
 
@@ -3224,6 +3274,10 @@ def update(machine: Machine, *, force: bool) -> int:
         machine.remember(good=facts.default, good_release=None, good_revision=None)  # a person's, and known to boot
     assert machine.session is not None
     if action == Action.NOTHING:
+        if machine.state.tried is not None and facts.running not in (machine.state.system, machine.default):
+            why = f"release {current.release[:12]} is deployed, but another system runs: {facts.running}"
+        elif facts.running != facts.default:
+            why = f"release {current.release[:12]} waits for the next boot" if machine.on_trial else why
         print(why)
         if state.last is not None and state.last.release is None:  # the server's files are in order again
             machine.remember(last=state.tried)
@@ -3284,16 +3338,11 @@ def command_run(settings: Settings, *, force: bool) -> int:
 
 def refuse_volatile(settings: Settings) -> None:
     """The state must outlive a boot: the key, and the journal that leads back from a system that does not do its job."""
-    if settings.root != "/":
-        return
-    kind = ""
+    mount = None
     with suppress(OSError):
-        mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-        state = os.path.realpath(settings.state)
-        over = [m for m in mounts if f"{state}/".startswith(f"{m[4].rstrip('/')}/")]
-        kind = max(over, key=lambda m: len(m[4]))[mounts[0].index("-") + 1] if over else ""
-    if kind in ("tmpfs", "ramfs"):
-        raise BentoError(f"{settings.state} is on a {kind}, and gone at the next boot: make this directory persistent")
+        mount = mount_of(settings, settings.state)
+    if mount is not None and mount.kind in ("tmpfs", "ramfs"):
+        raise BentoError(f"{settings.state} is on a {mount.kind}, and gone at the next boot: persist this directory")
 
 
 def upgrade(machine: Machine) -> None:
