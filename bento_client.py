@@ -2132,11 +2132,24 @@ def is_flake(tree: Path, recipe: Recipe) -> bool:
     return (tree / recipe.directory / "flake.nix").exists()
 
 
+def flake_url(tree: Path, directory: str) -> str:
+    """A flake's address for Nix. With `?dir=` it may read what lies beside its directory, as it may in its owner's
+    repository; Nix before 2.24, and Lix, have no such thing for a path."""
+    if not directory:
+        return f"path:{tree}"
+    said = run(["nix", "--version"], check=False, timeout=60).output
+    found = re.search(r"\(Nix\) (\d+)\.(\d+)", said)
+    whole = found is not None and (int(found[1]), int(found[2])) >= (2, 24)
+    return f"path:{tree}?dir={directory}" if whole else f"path:{tree}/{directory}"
+
+
 def rebuild_argv(action: str, tree: Path, recipe: Recipe) -> list[str]:
-    """nixos-rebuild's command line, on both sides. `?dir=`: a flake in a directory may read what lies beside that."""
+    """nixos-rebuild's command line, on both sides."""
     if is_flake(tree, recipe):
-        where = f"path:{tree}?dir={recipe.directory}" if recipe.directory else f"path:{tree}"
-        return ["nixos-rebuild", action, "--flake", f"{where}#{recipe.attribute}", *recipe.options]
+        return [
+            "nixos-rebuild", action, "--flake", f"{flake_url(tree, recipe.directory)}#{recipe.attribute}",
+            *recipe.options,
+        ]  # fmt: skip
     entry = tree / recipe.directory / "configuration.nix"
     return ["nixos-rebuild", action, "--no-flake", "-I", f"nixos-config={entry}", *recipe.options]
 
