@@ -9,8 +9,8 @@ release once, for the chroots to link to, and .lock.
 
 Exit codes: 0 done, 1 something failed (each failure on stderr) or a host needs a person, 2 usage.
 
-Sections: constants, types, hosts and keys, work trees, releases, states of hosts, publication, builds, commands,
-command line.
+Sections: constants, types, hosts and keys, work trees, releases, states of hosts, publication, signatures, builds,
+commands, command line.
 """
 
 from __future__ import annotations
@@ -256,6 +256,7 @@ class Job(NamedTuple):
     before: Current | None
     unchanged: bool
     revision: str | None
+    signature: Signature | None = None
 
 
 # --- hosts and keys ---
@@ -275,7 +276,7 @@ def find_hosts(fleet: Fleet, wanted: Sequence[str]) -> tuple[list[str], list[str
     """The hosts to work on, and an error for each name in hosts/ that no host can have."""
     hosts, errors = [], []
     for entry in scan_hosts(fleet):
-        if entry.name.endswith(".pub") or entry.is_file(follow_symlinks=False):
+        if entry.name.endswith((".pub", ".sig")) or entry.is_file(follow_symlinks=False):
             continue
         if client.HOST_NAME.fullmatch(entry.name):
             hosts.append(entry.name)
@@ -1464,8 +1465,7 @@ class Store:
         try:
             data = client.parse_object(Path(f"{found}.json").read_bytes(), f"{found}.json")
             parts = tuple(
-                client.read_record(Part, client.as_object(part, "parts", f"{found}.json"), f"{found}.json")
-                for part in data["parts"]
+                client.read_record(Part, client.as_object(part, "parts", ""), f"{found}.json") for part in data["parts"]
             )
             sizes = [os.stat(f"{found}.parts/{part.sha256}").st_size == part.size for part in parts]
             good = all(sizes) and found.is_dir() and client.hash_file(Path(f"{found}.tar")) == release.id
@@ -1622,7 +1622,7 @@ def read_history(chroot: Path | str, limit: int = MAX_HISTORY_BYTES) -> list[Pub
             found = (
                 take("time", client.TIME),
                 take("release", client.RELEASE_ID),
-                one_line(take("revision", str, null=True) or "", 200) or None,
+                one_line(str(data.get("revision") or ""), 200) or None,
             )
             lines.append(Published(*found, take("system", client.STORE_PATH, null=True)))
     return lines
@@ -1666,6 +1666,7 @@ def place(chroot: Path, store: Store, job: Job, system: str | None, now_s: float
     finally:
         client.remove(aside)
     current = Current(job.name, release.id, release.size, published, system, parts, job.revision)
+    current = with_signature(current, job.signature)
     new = chroot / ".current.json.new"
     new.write_bytes(client.encode(current))
     new.chmod(0o644)
@@ -1725,12 +1726,18 @@ def prune_releases(chroot: Path, current: str, history: Sequence[Published]) -> 
 
 
 def prune_logs(chroot: Path) -> None:
-    """Removes the oldest of what a host left beyond a generous number of logs, in several runs if it left very many."""
+    """Removes the oldest of what a host left beyond a generous number of logs, and what is neither a log nor a report, in
+    several runs if it left very many: each makes room in what the next one looks at."""
     with suppress(OSError), os.scandir(f"{chroot}/logs") as entries:
-        names = sorted(e.name for e in itertools.islice(entries, MAX_PRUNED) if client.LOG_NAME.fullmatch(e.name))
-        for name in names[:-KEEP_LOGS]:
-            with suppress(OSError):  # a directory of such a name, say
-                os.unlink(f"{chroot}/logs/{name}")
+        names = sorted(entry.name for entry in itertools.islice(entries, MAX_PRUNED))
+        logs = [name for name in names if client.LOG_NAME.fullmatch(name)]
+        # A dot in front: under way, or cut short.
+        uploads = [name for name in names if client.LOG_NAME.fullmatch(name.removeprefix(".")) and name not in logs]
+        ours = {"status.json", ".status.json", ".announcement", *logs[-KEEP_LOGS:], *uploads[-KEEP_LOGS:]}
+        for name in names:
+            if name not in ours:
+                with suppress(OSError):  # a directory, say
+                    os.unlink(f"{chroot}/logs/{name}")
 
 
 def is_chroot(path: Path) -> bool:
@@ -1796,6 +1803,100 @@ def prune_chroots(gone: Sequence[Path], dry_run: bool, failures: list[Failure]) 
         print(f"{path.name}: {'would remove' if dry_run else 'removed'} {path}")
 
 
+# --- signatures ---
+
+ARMOR = "-----BEGIN SSH SIGNATURE-----\n"
+VALID_DAYS = 30
+
+
+class Signature(NamedTuple):
+    """`hosts/NAME.sig`: the signed text, what it says, and the signature as ssh-keygen writes it."""
+
+    text: str
+    signed: client.Signed
+    armored: str
+
+
+def read_signature(fleet: Fleet, name: str) -> Signature | None:
+    """What the administrator signed for a host; None where nothing is."""
+    path, where = fleet.directory / "hosts" / f"{name}.sig", f"hosts/{name}.sig"
+    try:
+        content = client.read_limited(path, client.MAX_JSON_BYTES).decode("utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BentoError(f"{where}: cannot be read: {one_line(str(error))}") from None
+    text, armor, rest = content.partition(ARMOR)
+    if not armor:
+        raise BentoError(f"{where}: no signature in it: 'bento.py sign {name} --key FILE' makes it anew")
+    return Signature(text, client.parse_signed(text, where), armor + rest)
+
+
+def check_signature(fleet: Fleet, name: str, release: Release) -> Signature | None:
+    """The host's signature, if it is of this very release. BentoError when it is of another one: that is not for the
+    host, which would refuse it."""
+    found = read_signature(fleet, name)
+    if found is None or (found.signed.host, found.signed.release, found.signed.size) == (
+        name,
+        release.id,
+        release.size,
+    ):
+        return found
+    about = f"hosts/{name}.sig is for release {found.signed.release[:12]}, and this is {release.id[:12]}"
+    if found.signed.host != name:
+        about = f"hosts/{name}.sig is for host {found.signed.host!r}"
+    names = differing(fleet.chroot(name) / "releases" / f"{found.signed.release}.tar", release.members)
+    shown = ", ".join(one_line(name, 80) for name in names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
+    differs = f" (they differ in {shown})" if names else ""
+    raise BentoError(f"not signed: {about}{differs}: 'bento.py sign {name} --key FILE', where the key is")
+
+
+def with_signature(current: Current, found: Signature | None) -> Current:
+    """What is published of a release beside the signature that it has, or has not, in hosts/."""
+    system = check_system(found, current.system)
+    text, armored = (found.text, found.armored) if found is not None else (None, None)
+    return current._replace(system=system, signed=text, signature=armored)
+
+
+def check_system(found: Signature | None, system: str | None) -> str | None:
+    """The system to publish beside the release: what was built here has to be what was signed."""
+    if found is None or found.signed.system is None:
+        return system
+    if system is not None and system != found.signed.system:
+        raise BentoError(f"not signed: this was built to {system}, and {found.signed.system} is signed")
+    return found.signed.system
+
+
+def differing(tar: Path, members: Sequence[Member]) -> list[str]:
+    """In which members a release that lies here differs from those of this checkout; none if it does not lie here."""
+    try:
+        there = dict(digest_tar(tar))
+        here = {m.name: "directory" if m.is_directory else digest_member(m) for m in members}
+    except (OSError, BentoError):
+        return []
+    return sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+
+
+def digest_tar(tar: Path) -> Iterator[tuple[str, str]]:
+    with open(tar, "rb") as file:
+        while (entry := client.read_entry(file)) is not None:
+            if entry.size is None:
+                yield entry.name, "directory"
+                continue
+            digest, left = hashlib.sha256(), entry.size
+            while left:
+                chunk = client.read_exactly(file, min(left, 1 << 20))
+                digest.update(chunk)
+                left -= len(chunk)
+            client.read_exactly(file, -entry.size % tarfile.BLOCKSIZE)
+            yield entry.name, f"{entry.executable} {digest.hexdigest()}"
+
+
+def digest_member(member: Member) -> str:
+    content = hashlib.sha256(content_of(member.block, member.size)).hexdigest() if member.block else None
+    return f"{member.executable} {content or client.hash_file(Path(member.path))}"
+
+
 # --- builds ---
 
 
@@ -1811,7 +1912,9 @@ def rebuild(action: str, tree: Path, name: str, limit_s: float) -> str | None:
 
     BentoError with the end of the log when that fails or takes longer than `limit_s` seconds.
     """
-    log_directory().mkdir(parents=True, exist_ok=True)
+    # What a build says may be nobody else's business.
+    log_directory().mkdir(mode=0o750, parents=True, exist_ok=True)
+    os.chmod(log_directory(), 0o750)
     log = client.Log(log_directory() / f"{name}.log")
     client.remove(log.path)
     argv = client.rebuild_argv(action, tree, client.read_recipe(tree, name))
@@ -1938,6 +2041,7 @@ def examine(work: Work, name: str) -> Job:
                 f" 'bento.py add {name} --key FILE' makes one"
             ) from None
     release, recipe = read_release(fleet, name)
+    signature = check_signature(fleet, name, release) if plan.publish else None
     chroot, before = fleet.chroot(name), None
     try:
         before = read_published(chroot, name) if plan.publish else None
@@ -1948,13 +2052,13 @@ def examine(work: Work, name: str) -> Job:
         if not plan.dry_run:  # which is for anybody
             raise
     if before is not None and before.release == release.id and is_whole(chroot, before):
-        return Job(name, release, owner, before, True, before.revision)
+        return Job(name, release, owner, before, True, before.revision, signature)
     for found in local_inputs(release.members, recipe):
         fleet.source.leave_out("local", "", f"hosts/{name}: {found}")
     if plan.publish and recipe != Recipe(name):
         check_client(chroot, name)
     top = os.path.realpath(f"{fleet.real_hosts}/{name}")
-    return Job(name, release, owner, before, False, plan.revision or fleet.source.revision(top))
+    return Job(name, release, owner, before, False, plan.revision or fleet.source.revision(top), signature)
 
 
 def check_client(chroot: Path, name: str) -> None:
@@ -2231,6 +2335,80 @@ def command_rebuild(fleet: Fleet, wanted: Sequence[str], plan: Plan) -> int:
     return complain([*errors, *group_failures(work.failures)])
 
 
+class Vow(NamedTuple):
+    """What `sign` was asked to vouch for. `key`: a private key's file, or a public one's whose private half an agent or a
+    security key has. `revoked`: fingerprints."""
+
+    key: str
+    days: int = VALID_DAYS
+    build: bool = False
+    unsign: bool = False
+    revoked: tuple[str, ...] = ()
+
+
+def command_sign(fleet: Fleet, wanted: Sequence[str], vow: Vow) -> int:
+    """Signs what `hosts/` holds now, wherever the same commit is checked out: a release has the same name everywhere."""
+    import tempfile  # most commands need none, and status is mostly start-up
+
+    hosts, errors = find_hosts(fleet, wanted)
+    failures: list[Failure] = []
+    with tempfile.TemporaryDirectory(prefix="bento-") as made:
+        work, texts = Path(made), {}
+        for name in hosts:
+            try:
+                texts[name] = vow_text(fleet, name, vow, work)
+                (work / name).write_text(texts[name], "utf-8")
+            except (BentoError, OSError) as error:
+                failures.append(Failure(name, str(error)))
+        if texts:
+            make_signatures(vow.key, work, list(texts))
+        for name, text in texts.items():
+            armored = (work / f"{name}.sig").read_bytes()
+            client.write_atomic(fleet.directory / "hosts" / f"{name}.sig", text.encode() + armored, 0o644)
+            signed = client.parse_signed(text, name)
+            print(f"{name}: signed {signed.release[:12]}, until {signed.expires}")
+    return complain([*errors, *group_failures(failures)])
+
+
+def vow_text(fleet: Fleet, name: str, vow: Vow, work: Path) -> str:
+    """The text to sign for a host."""
+    release, _ = read_release(fleet, name)
+    before, now_s = None, time.time()
+    with suppress(BentoError):  # a damaged one is made anew
+        before = read_signature(fleet, name)
+    system = before.signed.system if before is not None and before.signed.release == release.id else None
+    if vow.build:
+        tree = work / f"{name}.build" / "config"
+        tree.parent.mkdir()
+        write_release(release.members, None, tree)
+        system = rebuild("build", tree, name, BUILD_LIMIT_S)
+    # To the full day, so that whoever signs the same on this day writes the same.
+    day_s = 24 * 3600
+    expires = format_time((now_s // day_s + vow.days + 1) * day_s)
+    serial = max(int(now_s), before.signed.serial + 1 if before is not None else 0)
+    return client.format_signed(
+        client.Signed(name, release.id, release.size, system, serial, expires, vow.unsign, vow.revoked)
+    )
+
+
+def make_signatures(key: str, work: Path, names: Sequence[str]) -> None:
+    """Has ssh-keygen sign these files, with its questions for a passphrase or a touch going to the person."""
+    if not Path(key).is_file():
+        raise UsageError(f"--key {key}: no such file: it is an SSH key, which 'ssh-keygen -t ed25519' makes")
+    argv = ["ssh-keygen", "-q", "-Y", "sign", "-f", os.path.abspath(key), "-n", client.NAMESPACE, *names]
+    try:
+        done = subprocess.run(argv, cwd=work, check=False)
+    except OSError as error:
+        raise BentoError(f"cannot run ssh-keygen: {error.strerror}; is OpenSSH on PATH?") from None
+    missing = [name for name in names if not (work / f"{name}.sig").exists()]
+    if done.returncode != 0 or missing:
+        raise BentoError(f"ssh-keygen could not sign with {key}: exit {done.returncode}: nothing is signed")
+
+
+def read_revoked(path: str | None) -> tuple[str, ...]:
+    return tuple(sorted(client.read_signers(Path(path)))) if path else ()
+
+
 def command_diff(fleet: Fleet, wanted: Sequence[str]) -> int:
     """What would change on each host between the system it reports and the one built here from its release."""
     hosts, failures = find_hosts(fleet, wanted)
@@ -2373,9 +2551,9 @@ def attempt(work: Work, name: str, job: Job | None = None, system: str | None = 
         if job.unchanged and job.before is not None:
             if not work.plan.dry_run:
                 prepare_chroot(chroot, job.owner)
-                if system is not None and system != job.before.system:
-                    text = client.encode(job.before._replace(system=system))
-                    client.write_atomic(chroot / "current.json", text, 0o644)
+                current = with_signature(job.before._replace(system=system or job.before.system), job.signature)
+                if current != job.before:
+                    client.write_atomic(chroot / "current.json", client.encode(current), 0o644)
                 tidy(chroot, job.before)
                 prune_logs(chroot)
             work.counts["unchanged"] += 1
@@ -2386,6 +2564,7 @@ def attempt(work: Work, name: str, job: Job | None = None, system: str | None = 
         else:
             prepare_chroot(chroot, job.owner)
             job = work.add(job)
+            check_system(check_signature(work.fleet, name, job.release), system)  # files may have changed meanwhile
             current = place(chroot, work.store, job, system, time.time())
             return job._replace(release=job.release._replace(members=())), current
     except Exception as error:
@@ -2687,6 +2866,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_hosts(status)
     add_hosts(command("diff", "what would change between the running and the built system"))
+    sign = command("sign", "sign the releases of this checkout, for hosts that take signed ones only")
+    sign.add_argument("--key", required=True, metavar="FILE", help="an SSH key, or the public half of an agent's")
+    sign.add_argument("--days", type=int, default=VALID_DAYS, metavar="N", help="vouched for so long (default 30)")
+    sign.add_argument("--build", action="store_true", help="build each, and sign the system's store path, too")
+    sign.add_argument("--unsign", action="store_true", help="the new system may do without signatures from then on")
+    sign.add_argument("--revoke", metavar="FILE", help="public keys whose signatures count no more")
+    add_hosts(sign)
     update = command("update", "update the flakes' lock files, and say what moved")
     update.add_argument("input", nargs="?", metavar="INPUT", help="only this input")
     log = command("log", "what a host uploaded last")
@@ -2708,6 +2894,9 @@ def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:
         return command_rebuild(fleet, options.hosts, plan)
     if command == "diff":
         return command_diff(fleet, options.hosts)
+    if command == "sign":
+        vow = Vow(options.key, options.days, options.build, options.unsign, read_revoked(options.revoke))
+        return command_sign(fleet, options.hosts, vow)
     if command == "update":
         return command_update(fleet, options.input)
     if command == "populate":
