@@ -63,8 +63,8 @@ def test_a_switch_that_is_refused_for_a_while(host: Host, server: Server, kind: 
     before = activations(host)
     behaviour: dict[str, Any] = {}
     if kind == "lock":
-        lock = "/run/nixos/switch-to-configuration.lock"
-        host.run("systemd-run", "--quiet", "--unit=person", "flock", lock, "sleep", "600")
+        script = "mkdir -p /run/nixos && exec flock /run/nixos/switch-to-configuration.lock sleep 600"
+        host.run("systemd-run", "--quiet", "--unit=person", "sh", "-c", script)
         host.wait_for(lambda: is_active(host, "person"))
         words = "lock"
     else:
