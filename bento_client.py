@@ -586,10 +586,10 @@ def decide(
         return Action.NOTHING, f"up to date with release {current.release[:12]}"
     # Nobody can tell an outage that ended in time for the old system from a release that cut the line.
     pause_s = retry_pause_s(tried.result, tried.attempt, costly=state.costly)
-    in_doubt = tried.result == Result.ROLLED_BACK and state.doubts == 1
-    if in_doubt:
+    if tried.result == Result.ROLLED_BACK and state.doubts == 1:
         pause_s = LONGEST_PAUSE_S
-    if tried.result in (Result.ROLLED_BACK, Result.ROLLBACK_FAILED) and not in_doubt:
+    waits = parse_time(tried.finished) + pause_s > now_s or state.doubts != 1
+    if tried.result in (Result.ROLLED_BACK, Result.ROLLBACK_FAILED) and waits:
         return (
             Action.NOTHING,
             f"release {current.release[:12]} was rolled back ({tried.reason}): waiting for a new release",
@@ -1644,12 +1644,6 @@ class Machine:
         found = {int(match[1]): link for link in links if (match := pattern.fullmatch(link.name))}
         return {number: os.path.realpath(link) for number, link in sorted(found.items())}
 
-    def set_default(self, system: str) -> None:
-        """A new generation of the profile. The one that is known to boot stays one, for only those have boot entries."""
-        if self.good not in (system, *self.generations().values()):
-            self.nix_env("--set", self.good)
-        self.nix_env("--set", system)
-
     def undo_default(self, system: str, failed: str) -> None:
         """Back to an earlier generation; the failed one goes, for it would push a good one out of the boot menu."""
         numbers = {found: number for number, found in self.generations().items()}
@@ -1886,7 +1880,7 @@ def record(machine: Machine, pending: Pending, outcome: Outcome) -> None:
         before = (state.interruptions, state.doubts) if again else (0, 0)
         changes |= {
             "tried": last, "published": pending.published, "costly": outcome.costly,
-            "interruptions": before[0] + (outcome.result == Result.INTERRUPTED), "doubts": before[1] + outcome.doubt,
+            "interruptions": before[0] + (outcome.result == Result.INTERRUPTED), "doubts": before[1] + (1 if outcome.doubt else 2 * (outcome.result == Result.ROLLED_BACK)),
         }  # fmt: skip
     if outcome.result in (Result.POSTPONED, Result.INTERRUPTED):
         changes["rebooted"] = None
@@ -2340,28 +2334,40 @@ def runs_bento(system: str) -> bool:
 # --- commit ---
 
 
-def commit(machine: Machine, pending: Pending, note: str = "") -> Outcome | None:
-    """Makes the new system the boot default. Its next boot is a trial: the boot loader is told to start it once, and the
-    last system that is known to boot after that. In this order, a cut leaves no default that has never booted.
+def make_default(machine: Machine, system: str, pending: Pending) -> str | None:
+    """Makes a system the boot default, forward or back; None, or why it is not. Unless a boot has proven it, its next boot
+    is a trial: the boot loader is told to start it once, and after that the last system that is known to boot. In this
+    order, a cut leaves no default that has never booted.
     """
-    new, good = pending.new, machine.good
+    good = machine.good
+    trial = system != good and runs_bento(system) and can_fall_back(machine, good, pending.token)
+    try:
+        trial = trial and lead_back_to(machine, good)
+        if system == pending.new:
+            machine.nix_env("--set", system)
+        elif machine.default != system:
+            machine.undo_default(system, pending.new)
+    except BentoError as error:
+        return f"the system profile could not be set: {error}"
+    done = machine.switch(system, "boot", pending.token)
+    if done.code != 0:
+        return f"the boot loader could not be written ({how_ended(done.code)}): {machine.log.last_words()}"
+    fault = machine.loader.entry_fault(system)
+    if fault is None and trial:
+        try_once(machine, system, good)
+    elif fault is None:
+        end_trial(machine)
+    return fault
+
+
+def commit(machine: Machine, pending: Pending, note: str = "") -> Outcome | None:
     pending = pending._replace(step=Step.COMMITTING, committed=True)
     pending = advance(machine, pending, 2 * machine.settings.activation_timeout)
-    trial = good != new and runs_bento(new) and lead_back_to(machine, good)
-    machine.keep(good)
-    machine.set_default(new)
-    done = machine.switch(new, "boot", pending.token)
-    if done.code != 0:  # it still says what it said
-        words = f"the boot loader could not be written ({how_ended(done.code)}): {machine.log.last_words()}"
-        return go_back(machine, pending._replace(committed=False), Outcome(Result.POSTPONED, words, costly=True))
-    if (fault := machine.loader.entry_fault(new)) is not None:
-        words = f"the boot loader cannot start the new system: {fault}"
-        return go_back(machine, pending, Outcome(Result.POSTPONED, words, costly=True))
-    if trial:
-        try_once(machine, new, good)
-    else:
-        end_trial(machine)
-    return Outcome(Result.OK, note, new)
+    machine.keep(machine.good)
+    trouble = make_default(machine, pending.new, pending)
+    if trouble is not None:
+        return go_back(machine, pending, Outcome(Result.POSTPONED, trouble, costly=True))
+    return Outcome(Result.OK, note, pending.new)
 
 
 def unfit_for_boot(machine: Machine, pending: Pending) -> str | None:
@@ -2382,34 +2388,18 @@ def unfit_for_boot(machine: Machine, pending: Pending) -> str | None:
 # --- the way back ---
 
 
-def find_way_back(pending: Pending, facts: Facts, owner: str) -> tuple[str | None, str | None]:
+def find_way_back(pending: Pending, facts: Facts, owner: str, good: str) -> tuple[str | None, str | None]:
     """What to make the boot default again, and what to activate again; None where that is well, or a person's choice.
 
     `owner`: the system that `pending.old` belongs to. After a boot, what ran before is not what to go back to.
     """
-    mine = facts.default in (pending.new, pending.profile)
+    mine = facts.default in (pending.new, pending.profile, good)
     default = pending.profile if mine and (pending.committed or facts.default != pending.profile) else None
     if pending.boot_id != facts.boot_id:
         away = facts.running == pending.new and facts.running != pending.profile
         return default, pending.profile if away else None
     began = pending.switched and facts.running == owner
     return default, pending.old if began or facts.running == pending.new else None
-
-
-def restore_default(machine: Machine, pending: Pending, default: str | None) -> str | None:
-    """Makes the boot default what it was before; None, or why it is not."""
-    if default is None:
-        return None
-    try:
-        if machine.default != default:
-            machine.undo_default(default, pending.new)
-        done = machine.switch(default, "boot", pending.token)
-        # A boot loader that could not be written in the commit can hardly be written now, and need not be.
-        if done.code != 0 and pending.committed:
-            return f"the boot loader could not be written ({how_ended(done.code)}: {machine.log.last_words()})"
-        return machine.loader.entry_fault(default) if pending.committed else None
-    except (OSError, BentoError) as error:
-        return str(error)
 
 
 def activate_again(machine: Machine, pending: Pending, system: str) -> Switched:
@@ -2443,13 +2433,12 @@ def go_back(machine: Machine, pending: Pending, outcome: Outcome) -> Outcome | N
         pending = advance(machine, pending, machine.settings.activation_timeout + machine.settings.confirm_timeout)
     machine.end_switches(pending.token)
     facts, owner = machine.facts(pending.new, pending.profile), owner_of(pending.old, [pending.profile])[0]
-    default, system = find_way_back(pending, facts, owner)
-    trouble = restore_default(machine, pending, default)
+    default, system = find_way_back(pending, facts, owner, machine.good)
+    trouble = None if default is None else make_default(machine, default, pending)
     came = Switched.LIVE if system is None else activate_again(machine, pending, system)
     if trouble is not None:
         words = f"the boot default could not be set back to {pending.profile}: {trouble}: tried again at the next run"
         return Outcome(Result.ROLLBACK_FAILED, f"{outcome.reason}; and {words}")
-    align_trial(machine)
     if came == Switched.LIVE:
         return blame(machine, pending, outcome)
     if facts.booted == pending.new or came == Switched.NEEDS_BOOT:
@@ -2568,19 +2557,31 @@ def align_trial(machine: Machine) -> None:
     new = machine.on_trial
     if new is None:
         end_trial(machine)
-    elif machine.state.armed and lead_back_to(machine, machine.good):
-        try_once(machine, new, machine.good)
+    elif machine.state.armed and machine.loader.entry_fault(machine.good) is None:
+        if lead_back_to(machine, machine.good):
+            try_once(machine, new, machine.good)
+
+
+def can_fall_back(machine: Machine, good: str, token: str) -> bool:
+    """Whether a trial is possible: there is a boot entry to fall back to, and will be. A garbage collection takes it."""
+    if machine.loader.trial_way().startswith("none"):
+        return False
+    with best_effort(machine.log):
+        if good not in machine.generations().values():
+            machine.nix_env("--set", good)
+        if machine.loader.entry_fault(good) is not None:
+            machine.nix_env("--set", good)
+            machine.switch(good, "boot", token)
+    return machine.loader.entry_fault(good) is None
 
 
 def lead_back_to(machine: Machine, good: str) -> bool:
     """Makes the system that is known to boot the standing default, before another becomes it. False: no trial here."""
-    loader = machine.loader
-    if loader.trial_way().startswith("none") or loader.entry_fault(good) is not None:
-        return False
     try:
+        before = machine.loader.armed().default
         if not machine.state.armed:  # before it is changed: what a person had set is put back
-            machine.remember(armed=True, set_before=loader.armed().default)
-        loader.prefer(good)
+            machine.remember(armed=True, set_before=before)
+        machine.loader.prefer(good)
         return True
     except (OSError, BentoError) as error:
         machine.log.say(f"the next boot cannot be a trial: {error}")
@@ -2588,15 +2589,14 @@ def lead_back_to(machine: Machine, good: str) -> bool:
 
 
 def try_once(machine: Machine, new: str, good: str) -> None:
-    """The other half. Where it cannot be done, or the way back is no entry any more, the new system is a plain default."""
-    try:
-        if machine.loader.entry_fault(good) is None:
-            machine.loader.try_once(new)
-            return
+    """The other half. Where the way back is no entry any more, the new system is a plain default; where only this half
+    fails, the next boot is that of the old one."""
+    if machine.loader.entry_fault(good) is not None:
         machine.log.say("the next boot cannot be a trial: the boot loader has no entry of the last system any more")
-    except (OSError, BentoError) as error:
-        machine.log.say(f"the next boot cannot be a trial: {error}")
-    end_trial(machine)
+        end_trial(machine)
+        return
+    with best_effort(machine.log):
+        machine.loader.try_once(new)
 
 
 def end_trial(machine: Machine) -> None:

@@ -552,6 +552,15 @@ def _(machine: ToyMachine) -> None:
         assert running(machine) == system
 
 
+@fact("inhibitors: an earlier nixpkgs compared the bytes of the booted system's file")
+def _(machine: ToyMachine) -> None:
+    first = build(machine, inhibitors="dbus 1")
+    commit(machine, first)
+    machine.power_cycle()
+    assert switch(machine, build(machine, label="v2", inhibitors={"other": "1"}, stc="bytes"), "test")[0] == 1
+    assert switch(machine, build(machine, label="v3", stc="bytes"), "test")[0] == 0
+
+
 @fact("inhibitors: boot and dry-activate do not check")
 def _(machine: ToyMachine) -> None:
     assert switch(machine, build(machine, inhibitors="dbus 1"), "test")[0] == 0
@@ -674,6 +683,15 @@ def _(machine: ToyMachine) -> None:
     assert "default nixos-generation-2.conf" in (machine.root / "boot/loader/loader.conf").read_text()
 
 
+@fact("entries: after nixpkgs PR 447173 they are named by what is in them")
+def _(machine: ToyMachine) -> None:
+    for label in ("v1", "v2"):
+        commit(machine, build(machine, label=label, entry_names="sha256"))
+    assert list(machine.entries().values()) == ["v2", "v1", "v0"]
+    assert all(re.fullmatch("nixos-[0-9a-f]{64}.conf", name) for name in machine.entries())
+    assert machine.power_cycle() == ["boots v2"]
+
+
 @fact("which generations: all links, at most configurationLimit of them, newest first; their kernels go with them")
 def _(machine: ToyMachine) -> None:
     for number in range(1, 5):
@@ -770,7 +788,7 @@ def _(machine: ToyMachine) -> None:
     entries = machine.root / "boot/loader/entries"
     (entries / "nixos-generation-2.conf").rename(entries / "nixos-generation-2+1.conf")
     assert machine.power_cycle() == ["panics v1", "boots v0"]
-    assert sorted(machine.entries()) == ["nixos-generation-1.conf", "nixos-generation-2+0-1.conf"]
+    assert sorted(os.listdir(entries)) == ["nixos-generation-1.conf", "nixos-generation-2+0-1.conf"]
 
 
 @fact("one boot: extlinux can do nothing")

@@ -74,7 +74,8 @@ BEHAVIOURS = {
     "build_touch": "file made when the build begins (a system that is in the store already is not built)",
     "build_wait": "file that the build then waits for, at most 60 s",
     # activating: test, switch
-    "stc": '"2024": a switch-to-configuration that waits for the lock and for the end of the boot, and checks nothing',
+    "stc": '"2024": a switch-to-configuration that waits for the lock and for the end of the boot, and checks nothing;'
+    ' "bytes": one that compares the files of inhibitors, that of the booted system',
     "switch_exit": "2, 4: activates, then exits so; any other but 0: does not activate, and exits so",
     "failed_units": "list, named in the warning of switch_exit 4",
     "gives_up": "the activation script ends before it has set /run/current-system: exit 2, which a switch_exit 4 hides",
@@ -88,12 +89,15 @@ BEHAVIOURS = {
     "reexec": "systemd executes itself anew in the switch",
     # the boot loader: boot, switch
     "loader": '"systemd-boot" (default) or "extlinux"',
+    "entry_names": '"sha256": entries are named by their content',
     "configuration_limit": "how many generations get an entry (default 0: all)",
     "builder": '"old": writes kernels to their final name, never again; "lies": and exits 0 if that fails; default: today\'s',
     "boot_einval": "writing an entry of this system fails with EINVAL, and nobody is told",
     "boot_exit": "exit code, the boot default stays",
     "boot_touch": "as build_touch, before the boot default is written",
     "boot_wait": "as build_wait",
+    "written_touch": "as build_touch, when the boot default is written",
+    "written_wait": "as build_wait",
     # Bento
     "no_bento": "neither sw/bin/bento-client nor etc/bento",
     "leaves": "no_bento, and etc/bento/left: its configuration says services.bento.enable = false",
@@ -339,18 +343,17 @@ class ToyMachine:
 
     def boot_label(self) -> str:
         """Of the system that the boot loader would start next."""
-        entries = esp.read_entries(self.root / "boot")
-        once = esp.find(entries, esp.read_variable(self.root, "LoaderEntryOneShot"))
-        return self._label_of(once or esp.choose_default(self.root, entries))
+        return self._label_of(esp.next_boot(self.root))
 
     def fallback_label(self) -> str:
         """Of the system that it would start after that."""
         return self._label_of(esp.choose_default(self.root, esp.read_entries(self.root / "boot")))
 
     def _label_of(self, entry: esp.Entry | None) -> str:
-        options = entry.options if entry else (self.root / "boot/extlinux/extlinux.conf").read_text(encoding="utf-8")
-        found = re.search(r"init=(\S+)/init\b", options)
-        return _label(Path(found[1])) if found else "-"
+        conf = self.root / "boot/extlinux/extlinux.conf"
+        options = entry.options if entry else conf.read_text(encoding="utf-8").replace("\n", " ")
+        system = esp.system_of(options)
+        return _label(Path(system)) if system else "-"
 
     def entries(self) -> dict[str, str]:
         """The boot menu: entry -> label of its system."""
@@ -360,6 +363,10 @@ class ToyMachine:
         """The labels of the profile's generations, the oldest first."""
         links = sorted(self.profile.parent.glob("system-*-link"), key=lambda link: int(link.name.split("-")[1]))
         return [_label(link) for link in links]
+
+    def activations(self) -> list[str]:
+        """The labels of the systems that were activated, by a switch or at a boot, in their order."""
+        return (self.root / "var/toy-activations").read_text(encoding="utf-8").split()
 
     def efi_variable(self, name: str) -> str | None:
         return esp.read_variable(self.root, name)

@@ -77,7 +77,8 @@ Description=Boot loader and stage 2 of the toy NixOS
 DefaultDependencies=no
 After=local-fs.target systemd-tmpfiles-setup.service lab-network.service
 Before=sysinit.target
-ConditionPathExists=/boot/default
+ConditionPathExists=|/boot/loader/loader.conf
+ConditionPathExists=|/boot/extlinux/extlinux.conf
 [Service]
 Type=oneshot
 RemainAfterExit=yes
@@ -148,6 +149,7 @@ rm -rf "$target"/etc/systemd/system/*.wants "$target"/etc/systemd/system/sshd.se
 mkdir -p "$target/bento" "$target/opt/lab/bin" "$target/etc/lab" "$target/boot"
 mkdir -p "$target/nix/var/nix/profiles" "$target/nix/store"
 ln -s /bento/tests/toy/nixos-rebuild "$target/opt/lab/bin/nixos-rebuild"
+ln -s /bento/tests/toy/bootctl "$target/opt/lab/bin/bootctl"
 # Whoever logs in has no session manager here.
 rm -f "$target/usr/share/dbus-1/system-services/org.freedesktop.login1.service"
 umount "$target/proc"

@@ -48,6 +48,8 @@ TESTS = Path(__file__).resolve().parents[1]
 REPO = TESTS.parent
 sys.path.insert(0, str(TESTS))
 
+from toy import esp
+
 from lab.image import PATH, ImageError, base_root, image_path, locked
 
 RUNS = Path("/run/bento-lab")
@@ -60,7 +62,7 @@ BOOT_TIMEOUT_S = 30.0
 RUN_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 20.0
 ENVIRONMENT = {"PATH": PATH, "HOME": "/root", "LC_ALL": "C.UTF-8", "TOY_MODE": "nix"}
-TOOLS = ("systemd-nspawn", "ip", "nsenter", "unshare", "mount", "umount", "ssh-keygen", "nix-instantiate")
+TOOLS = ("systemd-nspawn", "ip", "nsenter", "unshare", "mount", "umount", "mkfs.ext4", "ssh-keygen", "nix-instantiate")
 
 FILLER = ".lab-fill"
 CLOCK = "/var/lib/lab-clock"
@@ -130,12 +132,18 @@ def mounts() -> list[tuple[Path, str]]:
 
 
 def unmount_below(top: Path) -> None:
-    """Unmounts all there is at and below a directory. A process on its way out may hold one for a moment."""
+    """Unmounts all there is at and below a directory. A process on its way out may hold one for a moment.
+
+    So may a mount namespace that somebody made meanwhile: it has a copy of our mounts, and keeps a loop device, and
+    that the file below it, for as long as it lives. Then we let go of it, and it ends with that.
+    """
+    patience = time.monotonic() + END_TIMEOUT_S / 4
 
     def gone() -> bool:
+        lazy = ["--lazy"] if time.monotonic() > patience else []
         for place, _ in reversed(mounts()):
             if place == top or top in place.parents:
-                sh("umount", place, check=False)
+                sh("umount", *lazy, place, check=False)
         return not any(place == top or top in place.parents for place, _ in mounts())
 
     poll(gone, END_TIMEOUT_S, f"unmount everything in {top}", every_s=0.05)
@@ -184,12 +192,13 @@ def why_not() -> str | None:
         return f"the lab needs {', '.join(missing)}"
     trial = """
         mount -t tmpfs lab /mnt && mkdir /mnt/l /mnt/u /mnt/w /mnt/m
+        truncate --size=1M /mnt/i && mkfs.ext4 -q -F /mnt/i && mkdir /mnt/s && mount -o loop /mnt/i /mnt/s
         mount -t overlay -o lowerdir=/mnt/l,upperdir=/mnt/u,workdir=/mnt/w,redirect_dir=on lab /mnt/m
         ip link add br0 type bridge && ip link add p0 type veth peer name p1 && ip link set p0 master br0
     """
     tried = sh("unshare", "--mount", "--net", "--pid", "--fork", "--", "sh", "-ec", trial, check=False)
     if tried.returncode != 0:
-        return f"the lab needs overlays, namespaces, bridges and veth: {tried.stderr.strip()}"
+        return f"the lab needs overlays, loop devices, namespaces, bridges and veth: {tried.stderr.strip()}"
     try:
         probe = cgroup_root() / f"bento-lab-{secrets.token_hex(4)}"
         probe.mkdir()
@@ -382,14 +391,19 @@ class Machine:
     def set_small_fs(self, path: str, size: str) -> None:
         """A file system of its own for a directory, with what is in it: it outlives power cuts, and can be filled.
 
-        size: as for mount -t tmpfs. Only while the machine is off.
+        It is ext4, as on many disks: a tmpfs there would be one that a real machine forgets. size: as for `truncate`.
+        Only while the machine is off.
         """
         if self.is_on:
             raise LabError(f"{self.name} is on: too late for a file system")
         place, kept = self.path(path, follow=True), self._small_place(path)
         place.mkdir(parents=True, exist_ok=True)
         kept.mkdir(parents=True)
-        sh("mount", "-t", "tmpfs", "-o", f"size={size},mode=0755", self.container, kept)
+        image = kept.with_suffix(".img")
+        sh("truncate", f"--size={size.upper()}", image)
+        sh("mkfs.ext4", "-q", "-F", "-m", "0", "-b", "1024", "-O", "^has_journal", image)
+        sh("mount", "-o", "loop", image, kept)
+        (kept / "lost+found").rmdir()
         copy_into(place, kept)
         shutil.copystat(place, kept)
         sh("mount", "--bind", kept, place)
@@ -555,6 +569,8 @@ class Machine:
         self._unconfigure_network()
         socket_path = self.directory / "notify"
         socket_path.unlink(missing_ok=True)
+        variables = self.root / esp.LAB_VARIABLES
+        variables.mkdir(parents=True, exist_ok=True)
         uptime_s = int(time.clock_gettime(time.CLOCK_BOOTTIME))
         monotonic_s = int(time.monotonic())
         # nspawn mounts /sys before it joins the network namespace: it has to be there already, or it shows ours.
@@ -564,7 +580,8 @@ class Machine:
             "systemd-nspawn", "--quiet", f"--directory={self.root}", f"--machine={self.container}",
             f"--hostname={self.name}", "--register=no", "--keep-unit", f"--network-namespace-path={NETNS}/{self.netns}",
             "--capability=CAP_NET_ADMIN", "--resolv-conf=off", "--timezone=off", "--link-journal=no",
-            "--console=read-only", f"--bind-ro={str(REPO).replace(':', chr(92) + ':')}:/bento", "--boot",
+            "--console=read-only", f"--bind-ro={str(REPO).replace(':', chr(92) + ':')}:/bento",
+            "--tmpfs=/sys/firmware:mode=0755", f"--bind={str(variables).replace(':', chr(92) + ':')}:/sys/firmware/efi/efivars", "--boot",
         ]  # fmt: skip
         environment = {"PATH": os.environ["PATH"], "NOTIFY_SOCKET": str(socket_path), "TERM": "dumb"}
         environment |= {"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1", "LC_ALL": "C"}
@@ -945,8 +962,18 @@ class Host(Machine):
         return os.readlink(self.path(f"{profiles}/{os.readlink(self.path(f'{profiles}/system'))}"))
 
     def default_system(self) -> str:
-        """What the boot loader would boot."""
-        return self.read("/boot/default").strip()
+        """What the boot loader would boot next."""
+        entry = esp.next_boot(self.root)
+        return esp.system_of(entry.options) if entry is not None else ""
+
+    def fallback_system(self) -> str:
+        """What it would boot after that."""
+        entry = esp.choose_default(self.root, esp.read_entries(self.root / "boot"))
+        return esp.system_of(entry.options) if entry is not None else ""
+
+    def pick(self, entry: str) -> None:
+        """A person picks this entry in the boot menu when the machine starts next. Only while it is off."""
+        self.write("/etc/lab/pick", f"{entry}\n")
 
     def label(self, system: str) -> str:
         return self.read(f"{system}/nixos-version").strip()

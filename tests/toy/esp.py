@@ -1,7 +1,7 @@
 """The boot loader's side of a toy machine: entries as systemd-boot reads them, and EFI variables as files.
 
 Below ROOT: boot/ is the ESP. sys/firmware/efi/efivars/ has the variables, in the kernel's format; a machine without
-that directory has no EFI variables.
+that directory has no EFI variables. (A machine of the lab that is off has them in LAB_VARIABLES.)
 """
 
 import fnmatch
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 VENDOR = "4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"  # systemd-boot's
+LAB_VARIABLES = "var/lib/lab-efivars"
 ATTRIBUTES = b"\x07\x00\x00\x00"
 COUNTED = re.compile(r"(.*)\+(\d+)(?:-(\d+))?\.conf")
 
@@ -27,6 +28,7 @@ class Entry:
 
     @property
     def id(self) -> str:
+        """The file's name, its count of boots included, as with systemd-boot 252."""
         return self.path.name
 
     @property
@@ -71,16 +73,36 @@ def choose_default(root: Path, entries: list[Entry]) -> Entry | None:
     return entries[0] if entries else None
 
 
+def next_boot(root: Path) -> Entry | None:
+    """What the loader will start, if nobody picks anything in its menu."""
+    entries = read_entries(root / "boot")
+    return find(entries, read_variable(root, "LoaderEntryOneShot")) or choose_default(root, entries)
+
+
+def system_of(options: str) -> str:
+    """The system that a kernel's command line starts, or nothing."""
+    found = re.search(r"(?:^| )init=(\S+)/init(?: |$)", options)
+    return found[1] if found else ""
+
+
 # --- EFI variables ---
 
 
 def variables(root: Path) -> Path:
-    return root / "sys/firmware/efi/efivars"
+    kept = root / LAB_VARIABLES
+    there = root / "sys/firmware/efi/efivars"
+    return kept if kept.is_dir() and not there.is_dir() else there
 
 
 def read_variable(root: Path, name: str) -> str | None:
     path = variables(root) / f"{name}-{VENDOR}"
     return path.read_bytes()[4:].decode("utf-16-le").rstrip("\0") if path.exists() else None
+
+
+def write_features(root: Path) -> None:
+    """LoaderFeatures: what today's systemd-boot can do, one boot and boot counting among it."""
+    if variables(root).is_dir():
+        (variables(root) / f"LoaderFeatures-{VENDOR}").write_bytes(ATTRIBUTES + (0x3FFF).to_bytes(8, "little"))
 
 
 def write_variable(root: Path, name: str, value: str | None) -> None:

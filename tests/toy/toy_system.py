@@ -11,6 +11,7 @@ As switch-to-configuration it finds its machine below TOY_ROOT (default /):
     etc/toy  etc/static -> TOPLEVEL/etc  etc/bento/{client.json,left}  etc/systemd/system/UNIT
     boot/ (the ESP: written by `boot` and `switch`, as nixpkgs' builder for systemd-boot does)
     nix/var/nix/profiles/system-N-link (only read)  var/toy-boot-size (bytes that fit into boot/; default: no limit)
+    var/toy-activations (the label of each system that was activated, by a switch or at a boot)
 
 What it does is what NixOS does: "Fact:" names the row of the facts that were read from nixpkgs or seen with the real
 programs. Names in toy.json: see tests/toynixos.py.
@@ -18,6 +19,7 @@ programs. Names in toy.json: see tests/toynixos.py.
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -240,9 +242,13 @@ def check(root: Path, top: Path, toy: Toy, action: str) -> None:
     # Fact: switch inhibitors. Of the *running* system, a missing file is {}, and only common keys count.
     old, new = read_inhibitors(root / "run/current-system"), read_inhibitors(top)
     changed = sorted(name for name in old.keys() & new.keys() if old[name] != new[name])
+    if toy.get("stc") == "bytes":  # an earlier nixpkgs: the booted system's file as it is, where both have one
+        files = [system / "switch-inhibitors" for system in (root / "run/booted-system", top)]
+        contents = {file.read_bytes() for file in files if file.exists()}
+        changed = ["anything"] if len(contents) > 1 else []
     if changed and action not in ("boot", "dry-activate"):
         say("There are changes to critical components of the system:")
-        say("\n".join(f"  {name}: {old[name]} -> {new[name]}" for name in changed))
+        say("\n".join(f"  {name}: {old.get(name)} -> {new.get(name)}" for name in changed))
         failed.append("switchInhibitors")
     for name, command in toy.get("pre_switch", {}).items():
         if subprocess.run(["sh", "-c", command, "sh", str(top), action], stdout=sys.stderr).returncode != 0:
@@ -334,8 +340,8 @@ class Esp:
             whole.rename(target)
         return f"/EFI/nixos/{target.name}"
 
-    def write_entry(self, number: int, system: Path, special: str | None) -> None:
-        """Fact: entries. One is found by init=TOPLEVEL/init in its options."""
+    def write_entry(self, number: int, system: Path, special: str | None) -> str:
+        """Fact: entries. One is found by init=TOPLEVEL/init in its options. Its name."""
         system = system.resolve()
         linux, initrd = self.copy(system / "kernel"), self.copy(system / "initrd")
         label = (system / "nixos-version").read_text(encoding="utf-8").strip()
@@ -347,7 +353,11 @@ class Esp:
         machine = self.root / "etc/machine-id"
         if machine.exists() and (found := machine.read_text(encoding="utf-8").strip()):
             text += f"machine-id {found}\n"
-        self.replace(self.entries / entry_name(number, special), text)
+        name = entry_name(number, special)
+        if self.toy.get("entry_names") == "sha256":
+            name = f"nixos-{hashlib.sha256(text.encode()).hexdigest()}.conf"
+        self.replace(self.entries / name, text)
+        return name
 
     def remove_old(self, numbers: list[int]) -> None:
         """What is of no generation any more; also what a copy that failed has left under a name of its own."""
@@ -369,21 +379,26 @@ class Esp:
             directory.mkdir(parents=True, exist_ok=True)
         numbers = generations(self.root)[-int(self.toy.get("configuration_limit", 0)) :]
         self.remove_old(numbers)
+        written: set[str] = set()
         for number in numbers:
             system = self.root / PROFILES / f"system-{number}-link"
             try:
                 if behaviour(system).get("boot_einval"):
                     raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-                for special, path in specials(system).items():
-                    self.write_entry(number, path, special or None)
+                names = [self.write_entry(number, path, name or None) for name, path in specials(system).items()]
+                written.update(names)
                 # A system that no generation has becomes nobody's default, and nothing is said of it.
                 if system.resolve() == top:
-                    text = f"timeout 5\ndefault {entry_name(number, None)}\nconsole-mode keep\n"
+                    text = f"timeout 5\ndefault {names[0]}\nconsole-mode keep\n"
                     self.replace(self.boot / "loader/loader.conf", text)
             except OSError as error:
                 if error.errno != errno.EINVAL:  # Fact: EINVAL is swallowed still
                     raise
                 say(f"ignoring default profile in the list of boot entries because of the following error:\n{error}")
+        if self.toy.get("entry_names") == "sha256":  # after nixpkgs PR 447173
+            for entry in self.entries.glob("nixos-*.conf"):
+                if entry.name not in written:
+                    entry.unlink()
 
 
 def specials(system: Path) -> dict[str, Path]:
@@ -422,6 +437,7 @@ def install_boot_loader(root: Path, top: Path, toy: Toy) -> None:
         code = 17 if is_old(toy) else 1  # Fact: exit codes. That of 2024 gave the errno of something else
     if code:
         raise Refused(code, "Failed to install bootloader")
+    pause(toy, "written")
 
 
 # --- systemd ---
@@ -484,6 +500,8 @@ def set_network(root: Path) -> None:
 def run_activation_script(root: Path, top: Path, toy: Toy) -> bool:
     """Fact: after `test`. /run/current-system is set near its end, and a script that gives up before never does."""
     say("activating the configuration...")
+    with open(root / "var/toy-activations", "a", encoding="utf-8") as log:
+        log.write((top / "nixos-version").read_text(encoding="utf-8"))
     old = unit_texts(root / "etc/systemd/system", root / "etc/static")
     new = unit_texts(top / "etc/systemd/system")
     replace_link(root / "etc/static", top / "etc")

@@ -1,0 +1,290 @@
+"""What happens to real machines besides kills and power cuts: a person's switch, a check that refuses, emergency mode, a
+site without power, the boot menu, a boot loader that lies, jobs that outlive their switch, a switch that waits for the
+boot. On booted machines, with the real systemd: what it does there is nobody's model.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from toynixos import write_config
+
+from lab.lab import Host, Lab, Layer, Server
+from lab.test_matrix import behaviour, installed, last, publish, reports, server, settled, wait
+
+__all__ = ["installed", "server"]  # fixtures
+
+
+@pytest.fixture
+def host(lab: Lab, server: Server, installed: Layer) -> Iterator[Host]:
+    machine = lab.machine("h1", Host, installed)
+    publish(server, machine, "v1")
+    server.bento("populate")
+    machine.boot()
+    settled(machine, server, "v1")
+    yield machine
+    server.start_sshd()
+
+
+def which(host: Host) -> tuple[str, str]:
+    """Of the running system, and of the profile."""
+    return host.label(host.current_system()), host.label(host.profile_system())
+
+
+def told(host: Host, server: Server, release: str) -> tuple[Any, ...]:
+    """What a failed test shows."""
+    return reports(server, release), last(server), which(host) if host.is_on else "off", host.console_tail(60)
+
+
+def is_active(host: Host, unit: str) -> bool:
+    return host.run("systemctl", "is-active", unit, check=False).stdout.strip() == "active"
+
+
+def activations(host: Host) -> list[str]:
+    """The labels of the systems that were activated, by a switch or at a boot."""
+    return host.read("/var/toy-activations").split()
+
+
+def by_force(host: Host) -> None:
+    """A person does not wait for the pause to end; the timer may just be at work."""
+    for _ in range(5):
+        if "another run is at work" not in host.client("run", "--force", check=False).stdout:
+            return
+        time.sleep(1)
+
+
+# --- nothing was done ---
+
+
+@pytest.mark.parametrize("kind", ["lock", "check"])
+def test_a_switch_that_is_refused_for_a_while(host: Host, server: Server, kind: str) -> None:
+    """Another switch holds the lock, or a user's own check does not want it now."""
+    before = activations(host)
+    behaviour: dict[str, Any] = {}
+    if kind == "lock":
+        lock = "/run/nixos/switch-to-configuration.lock"
+        host.run("systemd-run", "--quiet", "--unit=person", "flock", lock, "sleep", "600")
+        host.wait_for(lambda: is_active(host, "person"))
+        words = "lock"
+    else:
+        host.write("/root/busy", "")
+        behaviour["pre_switch"] = {"database": "! [ -e /root/busy ] || { echo a migration is under way; exit 1; }"}
+        words = "a migration is under way"
+    release = publish(server, host, "v2", **behaviour)
+    assert wait(lambda: last(server).get("release") == release, 60), told(host, server, release)
+    assert last(server)["result"] == "postponed" and words in last(server)["reason"], told(host, server, release)
+    assert which(host) == ("v1", "v1") and activations(host) == before
+    if kind == "lock":
+        host.run("systemctl", "stop", "person")
+    else:
+        host.path("/root/busy").unlink()
+    by_force(host)
+    settled(host, server, "v2")
+    assert set(reports(server, release)) == {"postponed", "ok"}
+
+
+# --- emergency mode ---
+
+
+MOUNT = "[Mount]\nWhat=nothing\nWhere=/mnt\nType=nosuchfs\n"
+
+
+def test_emergency_mode_on_a_live_machine(host: Host, server: Server) -> None:
+    """A file system that does not mount ends us, our timer, and what else needs sysinit.target."""
+    units = behaviour(host)["units"] | {"mnt.mount": MOUNT}
+    boots = host.boots
+    release = publish(server, host, "v2", units=units)
+    assert wait(lambda: last(server).get("release") == release and which(host) == ("v1", "v1"), 150), (
+        boots, host.boots, told(host, server, release),
+    )  # fmt: skip
+    assert host.boots <= boots + 1
+    assert wait(lambda: is_active(host, "sysinit.target"), 30), told(host, server, release)
+    assert host.client("probe").stdout.startswith("the server is reached")
+    publish(server, host, "v3")
+    settled(host, server, "v3")
+
+
+# --- a site without power ---
+
+
+@pytest.mark.parametrize("reboot", ["when-needed", "never"])
+def test_hosts_that_boot_faster_than_their_server(host: Host, server: Server, reboot: str) -> None:
+    boots = host.boots
+    release = publish(server, host, "v2", kernel="6.18", settings={"reboot": reboot})
+    if reboot == "when-needed":
+        server_goes = lambda: host.boots > boots  # noqa: E731
+    else:
+        server_goes = lambda: last(server).get("release") == release and last(server)["result"] == "ok"  # noqa: E731
+    assert wait(server_goes, 60), told(host, server, release)
+    server.stop_sshd()
+    host.power_cut()
+    host.boot()
+    time.sleep(25)
+    server.start_sshd()
+    assert wait(lambda: which(host) == ("v2", "v2") and host.label(host.fallback_system()) == "v2", 150), (
+        told(host, server, release)
+    )
+    settled(host, server, "v2")
+    assert "rolled-back" not in reports(server, release)
+    assert host.booted_system() == host.current_system()
+
+
+# --- the boot menu ---
+
+
+def test_an_older_generation_that_a_person_picks(host: Host, server: Server) -> None:
+    publish(server, host, "v2", kernel="6.18", settings={"reboot": "when-needed"})
+    boots = host.boots
+    assert wait(lambda: host.boots > boots and which(host) == ("v2", "v2"), 60), told(host, server, "")
+    settled(host, server, "v2")
+    assert wait(lambda: host.label(host.fallback_system()) == "v2", 30), told(host, server, "")
+    entry = next(
+        path.name
+        for path in host.path("/boot/loader/entries").iterdir()
+        if f"init={host.profile_system()}/init" not in path.read_text()
+    )
+    host.power_cut()
+    host.pick(entry)
+    host.boot()
+    old = host.label(host.current_system())
+    assert old != "v2"
+    boots = host.boots
+    time.sleep(20)
+    assert (which(host), host.boots) == ((old, "v2"), boots), told(host, server, "")
+    assert "up to date" not in host.client("status").stdout
+    publish(server, host, "v3", kernel="6.18")
+    settled(host, server, "v3")
+
+
+def test_a_specialisation_that_a_person_picks(host: Host, server: Server) -> None:
+    release = publish(server, host, "v2", specialisations={"desk": {"label": "v2-desk"}})
+    settled(host, server, "v2")
+    entry = next(host.path("/boot/loader/entries").glob("*-specialisation-desk.conf")).name
+    host.power_cut()
+    host.boot()
+    settled(host, server, "v2")
+    host.power_cut()
+    host.pick(entry)
+    host.boot()
+    assert which(host) == ("v2-desk", "v2")
+    time.sleep(15)
+    assert which(host) == ("v2-desk", "v2"), told(host, server, release)
+    publish(server, host, "v3", specialisations={"desk": {"label": "v3-desk"}})
+    assert wait(lambda: which(host) == ("v3-desk", "v3"), 60), told(host, server, release)
+
+
+# --- the boot loader ---
+
+
+def test_a_boot_loader_that_lies(host: Host, server: Server) -> None:
+    """/boot is full, the builder says 0, and what it wrote cannot be started."""
+    generations = len(list(host.path("/nix/var/nix/profiles").glob("system-*-link")))
+    host.fill("/boot", leave_bytes=1024)
+    release = publish(server, host, "v2", kernel="6.18", builder="lies")
+    assert wait(lambda: last(server).get("release") == release, 60), told(host, server, release)
+    assert last(server)["result"] == "postponed", told(host, server, release)
+    before = activations(host)
+    time.sleep(15)
+    assert activations(host) == before, "no flapping"
+    assert which(host) == ("v1", "v1")
+    assert len(list(host.path("/nix/var/nix/profiles").glob("system-*-link"))) == generations
+    host.power_cut()
+    host.boot()
+    assert which(host) == ("v1", "v1")
+    host.unfill("/boot")
+    by_force(host)
+    settled(host, server, "v2")
+
+
+@pytest.mark.parametrize("kernel", ["panic", "broken"])
+def test_the_boot_loader_leads_back(host: Host, server: Server, kernel: str) -> None:
+    """The first boot is a trial: whoever causes it, and whether or not a client comes up."""
+    release = publish(server, host, "v2", kernel=kernel)
+    settled(host, server, "v2")
+    boots = host.boots
+    host.power_cut()
+    host.boot(timeout_s=60)
+    if kernel == "panic":
+        assert host.boots == boots + 2 and which(host)[0] == "v1"
+    else:
+        host.power_cut()
+        host.boot()
+        assert which(host)[0] == "v1"
+    assert wait(lambda: "interrupted" in reports(server, release), 60), told(host, server, release)
+
+
+# --- jobs and boots ---
+
+
+HANG = "[Service]\nType=oneshot\nExecStart=sleep 600\n"
+BAD = "[Unit]\nAfter=hang.service\n[Service]\nType=oneshot\nExecStart=sh -c 'echo ran >>/root/ran-{}'\nRemainAfterExit=yes\n"
+
+
+def test_jobs_of_a_switch_that_was_ended(host: Host, server: Server) -> None:
+    """One unit of the bad release hangs; another waits for its turn, and must not get it after the way back."""
+    good = behaviour(host)["units"] | {"bad.service": BAD.format("good")}
+    publish(server, host, "old", units=good)
+    settled(host, server, "old")
+    bad = good | {"hang.service": HANG, "bad.service": BAD.format("bad")}
+    release = publish(server, host, "v2", units=bad, starts=["hang.service", "bad.service"])
+    assert wait(lambda: reports(server, release) != [], 90), told(host, server, release)
+    assert which(host) == ("old", "old") and reports(server, release) == ["rolled-back"], told(host, server, release)
+    time.sleep(3)
+    listed = host.run("systemctl", "list-jobs", "--no-legend").stdout
+    assert "bad.service" not in listed and "hang.service" not in listed
+    assert not host.exists("/root/ran-bad"), told(host, server, release)
+
+
+SLOW = "[Service]\nType=oneshot\nExecStart=sleep 6\n"
+
+
+def test_a_switch_of_2024_in_a_run_that_is_part_of_the_boot(host: Host, server: Server) -> None:
+    """It waits for the end of the boot, and the boot for the run."""
+    units = behaviour(host)["units"] | {"slow.service": SLOW}
+    publish(server, host, "old", units=units, starts=["slow.service"])
+    settled(host, server, "old")
+    host.power_cut()
+    release = publish(server, host, "v2", units=units, stc="2024")
+    host.boot(wait=False)
+    assert wait(lambda: reports(server, release) != [], 90), told(host, server, release)
+    assert reports(server, release) == ["ok"], told(host, server, release)
+    settled(host, server, "v2")
+
+
+def test_a_run_does_not_keep_the_boot_from_ending(host: Host, server: Server) -> None:
+    """is-system-running is asked by others, too: what they wait for must not be a build that takes hours."""
+    host.power_cut()
+    publish(server, host, "v2", build_touch="/root/at-build", build_wait="/root/go")
+    host.boot(wait=False)
+    assert wait(host.path("/root/at-build").exists, 60)
+    assert wait(lambda: host.run("systemctl", "is-system-running", check=False).stdout.strip() == "running", 10), (
+        told(host, server, "")
+    )
+    host.write("/root/go", "")
+    settled(host, server, "v2")
+
+
+# --- leaving ---
+
+
+def test_a_machine_that_leaves(host: Host, server: Server) -> None:
+    release = publish(server, host, "v2", units={}, leaves=True)
+    assert wait(lambda: last(server).get("release") == release, 60), told(host, server, release)
+    assert last(server)["result"] == "ok", told(host, server, release)
+    assert wait(lambda: which(host) == ("v2", "v2"), 20), told(host, server, release)
+    assert not is_active(host, "bento.timer")
+    host.power_cut()
+    host.boot()
+    assert which(host) == ("v2", "v2")
+
+
+def test_what_a_person_switches_to_stays(host: Host, server: Server) -> None:
+    """By hand, between two runs."""
+    config = host.path("/etc/nixos")
+    write_config(config, flake=True, host="h1", **{"label": "mine"} | behaviour(host))
+    host.run("nixos-rebuild", "switch", "--flake", "path:/etc/nixos#h1")
+    time.sleep(12)
+    assert which(host) == ("mine", "mine")
+    publish(server, host, "v2")
+    settled(host, server, "v2")

@@ -1,0 +1,478 @@
+"""A model of a NixOS machine, for the client's real `run` and `rollback`: a fault can come before any of their effects.
+
+The machine is a few facts: which system runs, was booted, is the profile; the generations; what /boot holds; the two EFI
+variables; the boot id. What the real programs do with them is told by nixos-facts: see tests/toy and tests/lab, which have
+the programs. Nothing is believed here because the client believes it.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import gmtime
+from typing import Any
+
+import pytest
+
+import bento_client as client
+from bento_client import BentoError, Current, Done, Loader, Machine, Unreachable
+
+SERVER = "server.example"
+NOON_S = 1_700_000_000.0
+
+
+def name_of(system: str) -> str:
+    return system.rpartition("/")[2]
+
+
+class Killed(BaseException):
+    """The client is no more. Neither is anything else it could catch."""
+
+
+class Rebooted(Killed):
+    pass
+
+
+@dataclass(frozen=True)
+class System:
+    """`kernel`: its number; `boots`: "well", "panics", or "without network"; `live`: whether it has network when it is
+    activated; `inhibitor`: a switch from or to a system with another one is refused; `init`: exit 100 for others."""
+
+    kernel: int = 0
+    boots: str = "well"
+    live: bool = True
+    inhibitor: int = 0
+    init: int = 0
+    healthy: bool = True
+    bento: bool = True
+
+
+STORES: set[str] = set()  # that lie on the disk
+
+
+class Lost(BaseException):
+    """A machine that no software brings back."""
+
+
+@dataclass
+class World:
+    """One machine and its site. `trials`: the boot loader can be told to start a system once."""
+
+    top: Path
+    trials: bool = True
+    reboot: str = "never"
+    limit: int = 100  # configurationLimit
+    systems: dict[str, System] = field(default_factory=lambda: {"v0": System()})
+    running: str = "v0"
+    booted: str = "v0"
+    specialisation: str = ""
+    generations: dict[int, str] = field(default_factory=lambda: {1: "v0"})
+    profile: int = 1
+    entries: set[str] = field(default_factory=lambda: {"v0"})
+    truncated: set[str] = field(default_factory=set)
+    loader_conf: str = "v0"
+    preferred: str = ""  # LoaderEntryDefault
+    once: str = ""  # LoaderEntryOneShot
+    boot: int = 0
+    now_s: float = NOON_S
+    server_down: bool = False
+    boot_full: bool = False
+    lies: bool = False  # the boot loader's builder says 0, and half of the kernel is there
+    lock_held: bool = False
+    refusal: bool = False  # a user's own pre-switch check
+    published: str = "v0"
+    release: str = "0" * 63 + "1"
+    proven: set[str] = field(default_factory=lambda: {"v0"})  # has booted, and has network then; or is a person's
+    plain: bool = False  # a default that has never booted is there because no trial was possible
+    left: int | None = None  # effects until the fault
+    fault: str = ""
+    trace: list[str] = field(default_factory=list)
+    effects: int = 0
+    files: dict[str, Any] = field(default_factory=dict)  # the client's records, by name
+
+    # -- the machine --
+
+    def say(self, text: str) -> None:
+        self.trace.append(text)
+
+    @property
+    def default(self) -> str:
+        return self.generations[self.profile]
+
+    @property
+    def standing(self) -> str:
+        """What the loader starts, when nothing is to be started once."""
+        return self.preferred if self.preferred in self.entries else self.loader_conf
+
+    @property
+    def network(self) -> bool:
+        booted = self.systems[self.booted].boots != "without network"
+        return not self.server_down and booted and self.systems[self.running].live
+
+    def effect(self, what: str) -> None:
+        """Something outside of the client is about to change; or a fault comes first."""
+        self.effects += 1
+        self.say(f"  {what}")
+        if self.left == 0:
+            self.left = None
+            self.say(f"  <-- {self.fault}")
+            if self.fault == "power":
+                self.start()
+            raise Killed
+        self.left = None if self.left is None else self.left - 1
+
+    def check(self) -> None:
+        """At any moment: what boots when all else fails is known to boot, where the loader can do trials."""
+        if self.trials and not self.plain and self.standing not in self.proven:
+            raise Lost(f"{self.standing} would be booted for good, and has never booted")
+
+    def start(self, pick: str = "") -> None:
+        """A boot, and those that follow when kernels panic."""
+        self.boot += 1
+        for _ in range(3):
+            chosen, self.once = pick or (self.once if self.once in self.entries else self.standing), ""
+            pick = ""
+            self.say(f"boot {self.boot}: {chosen}" + (" (truncated)" if chosen in self.truncated else ""))
+            if self.systems[chosen].boots != "panics" and chosen not in self.truncated:
+                break
+        else:
+            raise Lost(f"{chosen} panics for ever")
+        self.running = self.booted = chosen
+        self.specialisation = ""
+        if self.systems[chosen].boots == "well":
+            self.proven.add(chosen)
+
+    # -- its programs --
+
+    def switch(self, name: str, action: str) -> tuple[int, str]:
+        self.effect(f"switch {action} {name}")
+        system = self.systems[name]
+        if action == "boot":
+            return self.write_loader(name)
+        if self.lock_held:
+            return 11, "Could not acquire lock"
+        if system.inhibitor != self.systems[self.running].inhibitor:
+            return 1, "Pre-switch check 'switchInhibitors' failed"
+        if self.refusal:
+            return 1, "Pre-switch check 'mine' failed"
+        if system.init != self.systems[self.running].init:
+            return 100, ""
+        self.running = name
+        self.effect(f"(after switch test {name})")
+        return 0, ""
+
+    def write_loader(self, name: str) -> tuple[int, str]:
+        if self.lock_held:
+            return 11, "Could not acquire lock"
+        wanted = [self.generations[number] for number in sorted(self.generations, reverse=True)]
+        wanted = [self.default, *[each for each in wanted if each != self.default]][: self.limit]
+        new = set(wanted) - self.entries
+        if self.boot_full and new:
+            return 1, "No space left on device"
+        if self.lies:
+            self.truncated |= new
+        self.truncated &= set(wanted)
+        self.entries, self.loader_conf = set(wanted), self.default
+        self.check()
+        self.effect(f"(after switch boot {name})")
+        return 0, ""
+
+    def nix_env(self, verb: str, value: str) -> None:
+        self.effect(f"nix-env {verb} {name_of(value)}")
+        if verb == "--set" and name_of(value) != self.default:
+            self.profile = max(self.generations) + 1
+            self.generations[self.profile] = name_of(value)
+        elif verb == "--switch-generation":
+            self.profile = int(value)
+        elif verb == "--delete-generations":
+            assert int(value) != self.profile
+            del self.generations[int(value)]
+
+    # -- a person's hand --
+
+    def nixos_rebuild(self, name: str, action: str) -> None:
+        """By hand: what a person makes the default is theirs, whether it boots or not."""
+        if self.boot_full or self.lock_held or self.lies:
+            return
+        self.systems[name] = System()
+        self.make_store(name)
+        if action != "test":
+            self.nix_env("--set", name)
+            self.proven.add(name)  # their own affair
+            self.write_loader(name)
+        if action != "boot" and self.systems[self.running].inhibitor == 0 and self.systems[self.running].init == 0:
+            self.running = name
+
+    def collect_garbage(self) -> None:
+        self.generations = {self.profile: self.default}
+
+    def make_store(self, name: str) -> None:
+        if name in STORES:
+            return
+        STORES.add(name)
+        for part in ("bin/switch-to-configuration", "sw/bin/bento-client", "etc/bento/client.json"):
+            path = self.top / "store" / name / part
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+
+    def path(self, name: str) -> str:
+        return f"{self.top}/store/{name}"
+
+    def publish(self, name: str, system: System) -> None:
+        self.systems[name] = system
+        self.make_store(name)
+        self.published, self.release = name, format(int(name[1:]) + 1, "064x")
+
+    # -- the client --
+
+    @functools.cached_property
+    def settings(self) -> client.Settings:
+        values = {
+            "host": "toy", "server": [SERVER], "state_dir": str(self.top / "state"), "root": str(self.top / "root"),
+            "confirm_timeout": 1, "connect_timeout": 1, "reboot": self.reboot,
+        }  # fmt: skip
+        return client.make_settings(values, "model")
+
+    def run(self, how: str = "run", *, left: int | None = None, fault: str = "") -> str | int:
+        """A run of the timer's, the watchdog's or a person's, with a fault before effect number `left`."""
+        self.left, self.fault, self.effects = left, fault, 0
+        self.now_s += 900
+        self.say(f"-- {how}" + (f", {fault} at {left}" if left is not None else ""))
+        try:
+            if how == "watchdog":
+                token = self.files["pending.json"].token if self.journal else "none"
+                return client.command_rollback(self.settings, token=token)
+            if how == "rollback":
+                return client.command_rollback(self.settings, token=None)
+            return client.command_run(self.settings, force=False)
+        except Killed as error:
+            return type(error).__name__
+        except BentoError as error:
+            self.say(f"   {type(error).__name__}: {error}")
+            return error.exit_code
+        finally:
+            self.left = None
+
+    @property
+    def journal(self) -> bool:
+        return "pending.json" in self.files
+
+    def is_well(self) -> bool:
+        agree = self.running == self.default == self.standing == self.loader_conf
+        return self.network and agree and not self.journal and not (self.preferred or self.once)
+
+
+class ModelLoader(Loader):
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def trial_way(self) -> str:
+        return "systemd-boot" if self.world.trials else "none: a model without"
+
+    def entry_fault(self, system: str) -> str | None:
+        name = name_of(system)
+        if name in self.world.truncated:
+            return f"the kernel of {name} is truncated"
+        return None if name in self.world.entries else f"no entry for {name}"
+
+    def armed(self) -> client.Armed:
+        return client.Armed(self.world.preferred, self.world.once)
+
+    def prefer(self, system: str) -> str:
+        self.world.effect(f"set-default {name_of(system)}")
+        self.must_have(system)
+        before, self.world.preferred = self.world.preferred, name_of(system)
+        self.world.check()
+        return before
+
+    def try_once(self, system: str) -> None:
+        self.world.effect(f"set-oneshot {name_of(system)}")
+        self.must_have(system)
+        self.world.once = name_of(system)
+
+    def must_have(self, system: str) -> None:
+        if name_of(system) not in self.world.entries:
+            raise BentoError(f"no entry for {name_of(system)}")
+
+    def clear(self, before: str) -> None:
+        self.world.effect("clear the loader's variables")
+        self.world.once = ""
+        self.world.effect("clear the default")
+        self.world.preferred = before
+        self.world.check()
+
+
+class ModelLog:
+    def __init__(self, world: World) -> None:
+        self.world, self.kept = world, False
+
+    def say(self, text: str) -> None:
+        self.world.say("   " + text.replace(str(self.world.top) + "/store/", "")[:160])
+
+    def last_words(self) -> str:
+        return "-"
+
+
+class ModelMachine(Machine):
+    """The door: the same class, but what it sees and does is the world's."""
+
+    world: World
+
+    def __init__(self, settings: client.Settings, directory: str = "", *, log: str = "") -> None:
+        self.settings, self.directory = settings, directory
+        self.log = ModelLog(self.world)  # type: ignore[assignment]
+        self.loader = ModelLoader(self.world)
+        self.session, self.watchdog = None, None
+        self.state = self.world.files.get("state.json", client.State())
+
+    @property
+    def running(self) -> str:
+        return self.world.path(self.world.running)
+
+    @property
+    def booted(self) -> str:
+        return self.world.path(self.world.booted)
+
+    @property
+    def default(self) -> str:
+        return self.world.path(self.world.default)
+
+    @property
+    def boot_id(self) -> str:
+        return f"boot {self.world.boot}"
+
+    @property
+    def has_systemd(self) -> bool:
+        return True
+
+    def has_kernel_of(self, system: str) -> bool:
+        systems = self.world.systems
+        return systems[self.world.booted].kernel == systems[name_of(system)].kernel
+
+    def is_switching(self) -> bool:
+        return self.world.lock_held
+
+    def switch(self, system: str, action: str, token: str) -> Done:
+        return Done(*self.world.switch(name_of(system), action))
+
+    def end_switches(self, token: str) -> None:
+        pass
+
+    def nix_env(self, *words: str) -> None:
+        self.world.nix_env(*words)
+
+    def generations(self) -> dict[int, str]:
+        return {number: self.world.path(name) for number, name in sorted(self.world.generations.items())}
+
+    def keep(self, system: str) -> None:
+        pass
+
+    def reboot(self) -> None:
+        self.world.effect("systemctl reboot")
+        self.world.start()
+        raise Rebooted
+
+
+class ModelSession:
+    server = SERVER
+
+    def close(self) -> None:
+        pass
+
+
+class ModelClock:
+    """Time passes between runs, and where somebody waits."""
+
+    def __init__(self) -> None:
+        self.world = World(Path())
+
+    def time(self) -> float:
+        return self.world.now_s
+
+    monotonic = time
+
+    def sleep(self, seconds: float) -> None:
+        self.world.now_s += seconds
+
+    def localtime(self) -> Any:
+        return gmtime(self.world.now_s)
+
+
+@contextmanager
+def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[World], World]]:
+    """Puts the model in the place of the machine; yields what makes a world the one that counts."""
+    clock, current = ModelClock(), [World(Path())]
+
+    def enter(world: World) -> World:
+        clock.world = ModelMachine.world = current[0] = world
+        for name in world.systems:
+            world.make_store(name)
+        (world.top / "state").mkdir(exist_ok=True)
+        return world
+
+    for name, door in make_doors(lambda: current[0]).items():
+        monkeypatch.setattr(client, name, door, raising=name != "print")
+    monkeypatch.setattr(client, "Machine", ModelMachine)
+    monkeypatch.setattr(client, "time", clock)
+    yield enter
+
+
+def make_doors(world: Callable[[], World]) -> dict[str, Any]:
+    """What else of the client reaches outside, by name."""
+
+    def write_atomic(path: Path, record: Any, mode: int = 0o600) -> None:
+        world().effect(f"write {path.name} {getattr(record, 'step', '')}")
+        world().files[path.name] = record
+
+    def clear_pending(machine: Machine) -> None:
+        world().effect("clear the journal")
+        world().files.pop("pending.json", None)
+
+    def poll(*words: Any, **more: Any) -> tuple[ModelSession, Current]:
+        if not world().network:
+            raise Unreachable("cannot reach the server")
+        size, published = 10, client.format_time(NOON_S)
+        return ModelSession(), Current("toy", world().release, size, published)
+
+    def knock(*words: Any) -> ModelSession:
+        poll()
+        return ModelSession()
+
+    def probe_system(machine: Machine, system: str, limit_s: float) -> str | None:
+        return None if world().network else "cannot reach the server"
+
+    def check_health(machine: Machine, system: str, give_up: float) -> client.Failure | None:
+        return None if world().systems[world().running].healthy else client.Failure("a health check failed")
+
+    @contextmanager
+    def scratch(settings: client.Settings) -> Iterator[str]:
+        yield "tmp"
+
+    @contextmanager
+    def lock(settings: client.Settings) -> Iterator[bool]:
+        yield True
+
+    def nothing(*words: Any, **more: Any) -> None:
+        return None
+
+    def bug(log: Any, error: Exception) -> str:
+        raise Lost("a bug") from error
+
+    def arm(machine: Machine, token: str, limit_s: float) -> None:
+        machine.watchdog = "watchdog"
+
+    def say_report(machine: Machine, *words: Any) -> None:
+        world().effect("report")
+
+    return {
+        "encode": lambda record: record, "read_journal": lambda path, parse, log: world().files.get(path.name),
+        "write_atomic": write_atomic, "upgrade": nothing, "clear_pending": clear_pending, "poll": poll, "knock": knock,
+        "probe_system": probe_system, "probe_failure": lambda settings: probe_system(None, "", 0),  # type: ignore[arg-type]
+        "check_health": check_health, "scratch": scratch, "lock": lock, "arm": arm, "disarm": nothing,
+        "report": say_report, "tell_bug": bug, "deliver": say_report, "announce": nothing, "keep_log": nothing,
+        "refuse_volatile": nothing, "name_holder": nothing, "wait_for_units": nothing, "fetch": nothing,
+        "is_untouched": lambda tree: True, "adopt": nothing, "build": lambda settings, log: world().path(world().published),
+        "unfit_for_boot": nothing, "free_bytes": lambda path: 1 << 40, "sync_directory": nothing, "print": nothing,
+        "run": lambda argv, **more: Done(0, ""), "signal": type("Signal", (), {"alarm": staticmethod(lambda s: None)}),
+    }  # fmt: skip

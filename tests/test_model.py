@@ -1,0 +1,187 @@
+"""No machine is lost: the client's real `run` and `rollback` over the machine of tests/model.py.
+
+Every single fault and every pair of faults of an update, and random histories with a person's hand. BENTO_WALKS says how
+many of those (CI: 20,000), BENTO_SEED where they begin; a history that ends badly is told whole.
+"""
+
+import itertools
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from model import Lost, System, World, model
+
+WALKS, SEED = int(os.environ.get("BENTO_WALKS", "20000")), int(os.environ.get("BENTO_SEED", "1"))
+
+Enter = Callable[[World], World]
+
+
+@pytest.fixture(scope="module")
+def top() -> Iterator[Path]:
+    """In memory, where there is some: these are hundreds of thousands of small files."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=memory, prefix="bento-model-") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
+def enter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Enter]:
+    with model(monkeypatch) as entering:
+        yield entering
+
+
+def settle(world: World) -> None:
+    """Peace: no more faults, and reboots now and then. The machine must come to rest on what works, and stay there; and
+    take the next good release. What that is does not depend on what the client believes."""
+    world.server_down = world.boot_full = world.lies = world.lock_held = world.refusal = False
+    world.truncated.clear()
+    world.say("-- peace")
+    rest(world, "it came to no rest")
+    inhibitor, init = world.systems[world.running].inhibitor, world.systems[world.running].init
+    world.publish(f"v{900 + len(world.systems)}", System(kernel=7, inhibitor=inhibitor, init=init))
+    rest(world, "it does not take a good release", world.published)
+
+
+def rest(world: World, trouble: str, wanted: str = "") -> None:
+    calm = 0
+    for number in range(16):
+        world.now_s += 24 * 3600  # whatever pauses there are
+        world.run()
+        well = world.is_well() and wanted in ("", world.running)
+        calm = calm + 1 if well else 0
+        if calm == 3:
+            return
+        if well or number % 4 == 3:
+            world.start()
+    raise Lost(trouble)
+
+
+def tell(world: World, error: Lost) -> None:
+    where = f"runs {world.running}, booted {world.booted}, profile {world.default}, starts {world.standing}"
+    pytest.fail("\n".join([*world.trace, f"{error}: {where}, {world.preferred=} {world.once=} {world.journal=}"]), pytrace=False)
+
+
+NEW = [
+    System(kernel, boots, live, inhibitor, init)
+    for kernel, boots, live, inhibitor, init in itertools.product(
+        (0, 1), ("well", "without network", "panics"), (True, False), (0, 1), (0, 1)
+    )
+    if (kernel or boots == "well") and not (inhibitor and init)
+]
+
+
+@pytest.mark.parametrize("trials", [True, False])
+@pytest.mark.parametrize("new", NEW, ids=str)
+def test_every_pair_of_faults_of_an_update(enter: Enter, top: Path, new: System, trials: bool) -> None:
+    """A fault before each effect, then one before each effect of what comes after it: a run, or the watchdog."""
+    if not trials and new.boots == "panics":
+        pytest.skip("without a trial this takes a person at the boot menu")  # what status says of such machines
+    for first, second in itertools.product(("kill", "power"), ("kill", "power", "watchdog kill", "watchdog power")):
+        explore(enter, World(top, trials, "when-needed"), new, False, first, second)
+
+
+@pytest.mark.parametrize("trials", [True, False])
+def test_every_single_fault_of_an_update(enter: Enter, top: Path, trials: bool) -> None:
+    for new, reboot, full in itertools.product(NEW, ("never", "when-needed"), (False, True)):
+        if trials or new.boots != "panics":
+            for first in ("kill", "power"):
+                explore(enter, World(top, trials, reboot), new, full, first, "")
+
+
+def explore(enter: Enter, template: World, new: System, full: bool, first: str, second: str) -> None:
+    for one in itertools.count():
+        for two in itertools.count():
+            world = enter(World(template.top, template.trials, template.reboot))
+            world.publish("v1", new)
+            world.boot_full = full
+            try:
+                began = world.run(left=one, fault=first)
+                how = "watchdog" if second.startswith("watchdog") else "run"
+                went_on = world.run(how, left=two, fault=second.split()[-1]) if second else "once"
+                settle(world)
+            except Lost as error:
+                tell(world, error)
+            if went_on != "Killed":
+                break
+        if began != "Killed":
+            return
+
+
+EVENTS = (
+    *["run"] * 6, "kill", "kill", "power", "power", "watchdog", "publish", "publish", "publish", "down", "up", "up",
+    "full", "room", "lie", "truth", "reboot", "reboot", "lock", "unlock", "refuse", "allow",
+    "rollback", "nixos-rebuild", "menu", "garbage",
+)  # fmt: skip
+
+
+class Walk:
+    """One random history."""
+
+    def __init__(self, world: World, chance: random.Random) -> None:
+        self.world, self.chance, self.count = world, chance, 0
+
+    def go(self) -> None:
+        self.publish()
+        for _ in range(self.chance.randint(3, 16)):
+            event = self.chance.choice(EVENTS)
+            self.happen(event)
+        settle(self.world)
+
+    def publish(self) -> None:
+        self.count += 1
+        chance, kernel = self.chance, self.chance.choice((0, 0, 0, 1, 2, 3))
+        boots = {1: "well", 2: "without network", 3: "panics" if self.world.trials else "well"}.get(kernel, "well")
+        live, inhibitor = chance.random() < 0.7, int(chance.random() < 0.2)
+        new = System(kernel, boots, live, inhibitor, int(chance.random() < 0.1), chance.random() < 0.9)
+        self.world.say(f"-- publish v{self.count}: {new}")
+        self.world.publish(f"v{self.count}", new)
+
+    def happen(self, event: str) -> None:
+        world, chance = self.world, self.chance
+        match event:
+            case "run" | "watchdog" | "rollback":
+                cut = chance.random() < 0.25
+                left = chance.randint(0, 14) if cut and event != "run" else None
+                world.run(event, left=left, fault=chance.choice(("kill", "power")))
+            case "kill" | "power":
+                world.run(left=chance.randint(0, 30), fault=event)
+            case "publish":
+                self.publish()
+            case "reboot":
+                world.start()
+            case "menu":
+                world.start(pick=chance.choice(sorted(e for e in world.entries if world.systems[e].boots == "well") or [""]))
+            case "garbage":
+                world.say("-- nix-collect-garbage -d")
+                world.collect_garbage()
+            case "nixos-rebuild":
+                self.count += 1
+                action = chance.choice(("switch", "boot", "test"))
+                world.say(f"-- nixos-rebuild {action} v{self.count}")
+                world.nixos_rebuild(f"v{self.count}", action)
+            case _:
+                self.weather(event)
+
+    def weather(self, event: str) -> None:
+        world = self.world
+        world.say(f"-- {event}")
+        names = {"down": "server_down", "full": "boot_full", "lie": "lies", "lock": "lock_held", "refuse": "refusal"}
+        ends = {"up": "down", "room": "full", "truth": "lie", "unlock": "lock", "allow": "refuse"}
+        # Without a trial, a power cut between a lie and its discovery takes a person at the boot menu.
+        setattr(world, names[ends.get(event, event)], event in names and (world.trials or event != "lie"))
+
+
+@pytest.mark.parametrize("part", range(20))
+def test_random_histories(enter: Enter, top: Path, part: int) -> None:
+    for seed in range(SEED + part, SEED + WALKS, 20):
+        chance = random.Random(seed)
+        reboot, trials = chance.choice(("never", "when-needed")), chance.random() < 0.8
+        world = enter(World(top, trials, reboot))
+        world.say(f"seed {seed}, reboot {reboot}, trials {trials}")
+        try:
+            Walk(world, chance).go()
+        except Lost as error:
+            tell(world, error)

@@ -1,0 +1,680 @@
+"""The client on a machine that behaves as NixOS does: what was seen to go wrong when it was held against the real one.
+
+The toy has each of these facts from nixpkgs or from the real programs, never from the client (tests/test_toy.py). What
+is asserted can be seen from outside: exit code and words, the report that the server has, what runs, the profile, the
+boot menu, and which systems were activated.
+"""
+
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_client import HOST, Lab, accounts, kill_tree, lab, wait_until
+from toynixos import ToyMachine, need_root, write_config
+from toysystemd import ToySystemd
+
+from bento_client import Result
+
+__all__ = ["accounts", "lab"]  # fixtures
+
+DAY_S = 86400
+
+
+def create(directory: Path, **behaviour: Any) -> Lab:
+    """A machine whose client was told of its boot loader, as utils/bento.nix does, also when a test starts it."""
+    made = Lab.create(directory, **behaviour)
+    made.settings["boot_loader"] = ["systemd-boot", "/boot"]
+    return made
+
+
+def run(lab: Lab, *words: str, **env: str) -> tuple[int, str]:
+    """`run`, whatever its exit code; a bug never shows."""
+    done = lab.machine.run(*lab.argv("run", *words), env=lab.env(**env))
+    assert "Traceback" not in done.stdout, done.stdout
+    return done.returncode, done.stdout
+
+
+def everything(lab: Lab) -> tuple[str, str]:
+    """Which system runs, and which is the profile."""
+    return lab.machine.current_label(), lab.machine.profile_label()
+
+
+def results(lab: Lab, release: str) -> list[str]:
+    """How each attempt at a release ended, by the logs that the server has."""
+    found = (name.removesuffix(".log").split("_") for name in lab.logs())
+    return [result for _, which, result in found if which == release[:12]]
+
+
+def by_hand(lab: Lab, label: str, action: str = "switch", **behaviour: Any) -> None:
+    """A person's nixos-rebuild."""
+    config = write_config(
+        Path(lab.file(label)), flake=True, host=HOST, label=label, client_json=lab.settings, **behaviour
+    )
+    done = lab.machine.rebuild(action, config)
+    assert done.returncode == 0, done.stdout
+
+
+def nothing_was_touched(lab: Lab) -> None:
+    assert lab.labels() == ("v0", "v0", "v0")
+    assert lab.machine.activations() == ["v0"], "only the boot activated anything"
+    assert lab.machine.generations() == ["v0"]
+    assert list(lab.machine.entries().values()) == ["v0"]
+
+
+# --- 1: switch inhibitors ---
+
+
+def test_inhibitors_that_only_one_system_has_need_no_reboot(tmp_path: Path) -> None:
+    lab = create(tmp_path, inhibitors={"dbus": "1", "old": "1"})
+    release = lab.publish("v1", inhibitors={"dbus": "1", "new": "1"})
+    assert run(lab)[0] == 0
+    assert lab.labels() == ("v1", "v1", "v1") and lab.last().release == release
+    assert not lab.report().needs_reboot
+
+
+def test_inhibitors_are_those_of_the_running_system(tmp_path: Path) -> None:
+    """The booted system had none. A good release that is refused live takes the way of the next boot."""
+    lab = create(tmp_path)
+    lab.publish("v1", inhibitors="dbus 1")
+    assert run(lab)[0] == 0
+    release = lab.publish("v2", inhibitors="dbus 2")
+    run(lab)
+    assert lab.labels() == ("v1", "v2", "v2") and lab.report().needs_reboot
+    assert Result.ROLLED_BACK not in results(lab, release)
+    assert lab.machine.power_cycle() == ["boots v2"]
+    assert run(lab)[0] == 0
+    assert lab.labels() == ("v2", "v2", "v2") and not lab.report().needs_reboot
+    assert lab.report().release == release
+
+
+def test_inhibitors_of_the_booted_system_do_not_count(tmp_path: Path) -> None:
+    lab = create(tmp_path, inhibitors="dbus 1")
+    by_hand(lab, "mine", "switch")
+    release = lab.publish("v1", inhibitors="dbus 2")
+    assert run(lab)[0] == 0
+    assert lab.labels() == ("v1", "v1", "v1") and results(lab, release) == [Result.OK]
+
+
+def test_the_way_back_is_open_as_long_as_the_old_system_says_so(tmp_path: Path) -> None:
+    """Inhibitors that only the booted system had say nothing of the way from the new one to the old one."""
+    lab = create(tmp_path, inhibitors={"dbus": "1", "old": "1"})
+    release = lab.publish("v1", inhibitors={"dbus": "1"}, cut_network=True)
+    run(lab)
+    assert lab.labels() == ("v0", "v0", "v0") and lab.machine.network() == "up"
+    run(lab)
+    assert results(lab, release) == [Result.ROLLED_BACK]
+
+
+def test_an_earlier_nixpkgs_compared_bytes_with_the_booted_system(tmp_path: Path) -> None:
+    """Whether it can go live, `check` knows; its words say that a boot is the way."""
+    lab = create(tmp_path, inhibitors="dbus 1")
+    release = lab.publish("v1", inhibitors={"other": "1"}, stc="bytes")
+    assert run(lab)[0] == 0
+    assert lab.labels() == ("v0", "v1", "v1") and lab.report().needs_reboot
+    assert lab.machine.power_cycle() == ["boots v1"]
+    assert run(lab)[0] == 0
+    assert lab.report().release == release
+
+
+# --- 2 and 3: nothing was done ---
+
+
+def test_a_persons_rebuild_holds_the_lock(lab: Lab) -> None:
+    release = lab.publish("v1")
+    with lab.machine.hold_lock():
+        code, _ = run(lab)
+        assert code == 1
+        assert (lab.last().result, lab.last().release) == (Result.POSTPONED, release)
+        assert "lock" in lab.last().reason
+        nothing_was_touched(lab)
+    run(lab, "--force")
+    assert lab.labels() == ("v1", "v1", "v1") and lab.last().result == Result.OK
+
+
+def test_a_lock_that_is_kept_is_no_reason_to_give_up(lab: Lab) -> None:
+    """In nixpkgs 398370 it stayed held until a reboot."""
+    release = lab.publish("v1")
+    with lab.machine.hold_lock():
+        for _ in range(4):
+            run(lab, "--force")
+    assert set(results(lab, release)) == {Result.POSTPONED}
+    lab.age_attempts(DAY_S)
+    assert run(lab)[0] == 0 and lab.labels() == ("v1", "v1", "v1")
+
+
+def test_what_a_person_switches_to_meanwhile_stays(lab: Lab) -> None:
+    """The profile is theirs then: there is nothing to go back to but what they have just made."""
+    config = write_config(Path(lab.file("mine")), flake=True, host=HOST, label="mine", client_json=lab.settings)
+    command = f"nixos-rebuild switch --flake path:{config}#{HOST} >/dev/null 2>&1; false"
+    lab.publish("v1", settings={"health_checks": [command]})
+    run(lab)
+    assert lab.labels() == ("mine", "mine", "mine")
+
+
+def test_a_users_own_check_refuses_for_a_while(tmp_path: Path) -> None:
+    lab = create(tmp_path)
+    busy = Path(lab.file("busy"))
+    busy.touch()
+    check = f"if [ -e {busy} ]; then echo the database is being migrated; exit 1; fi"
+    release = lab.publish("v1", pre_switch={"database": check})
+    assert run(lab)[0] == 1
+    assert (lab.last().result, lab.last().release) == (Result.POSTPONED, release)
+    assert "the database is being migrated" in lab.last().reason
+    nothing_was_touched(lab)
+    busy.unlink()
+    lab.age_attempts(DAY_S)
+    assert run(lab)[0] == 0
+    assert lab.labels() == ("v1", "v1", "v1") and results(lab, release) == [Result.POSTPONED, Result.OK]
+
+
+# --- 5 and 6: after a reboot ---
+
+
+@pytest.fixture
+def booting(tmp_path: Path) -> tuple[Lab, ToySystemd]:
+    made = create(tmp_path)
+    made.settings["reboot"] = "when-needed"
+    return made, ToySystemd(made.machine, tmp_path / "systemd")
+
+
+def settle(lab: Lab, systemd: ToySystemd, *, boots: int = 4) -> None:
+    """Runs, and boots whenever that is asked for, until neither changes anything."""
+    for _ in range(boots):
+        run(lab, PATH=systemd.path)
+        if not systemd.reboots():
+            return
+        systemd.boot()
+
+
+def test_a_kernel_that_was_proven_is_not_proven_again(booting: tuple[Lab, ToySystemd]) -> None:
+    lab, systemd = booting
+    release = lab.publish("v1", kernel="6.13")
+    run(lab, PATH=systemd.path)
+    assert systemd.reboots()
+    systemd.boot()
+    assert run(lab, PATH=systemd.path)[0] == 0
+    lab.down.touch()
+    systemd.boot()
+    for _ in range(3):
+        assert run(lab, PATH=systemd.path)[0] == 75
+        assert not systemd.reboots() and lab.labels() == ("v1", "v1", "v1")
+    lab.down.unlink()
+    assert run(lab, PATH=systemd.path)[0] == 0
+    assert lab.report().release == release and set(results(lab, release)) == {Result.OK}
+
+
+@pytest.mark.parametrize("reboot", ["when-needed", "never"])
+def test_a_server_that_boots_slower_than_its_hosts(booting: tuple[Lab, ToySystemd], reboot: str) -> None:
+    """The power of a site: hosts are there before the server."""
+    lab, systemd = booting
+    lab.settings["reboot"] = reboot
+    release = lab.publish("v1", kernel="6.13")
+    run(lab, PATH=systemd.path)
+    lab.down.touch()
+    systemd.boot()
+    assert run(lab, PATH=systemd.path)[0] == 75
+    assert not systemd.reboots() and lab.labels() == ("v1", "v1", "v1"), "patience first"
+    lab.down.unlink()
+    settle(lab, systemd)
+    assert lab.labels() == ("v1", "v1", "v1") and lab.report().release == release
+    assert Result.ROLLED_BACK not in results(lab, release)
+
+
+def test_a_server_that_stays_away_after_a_boot_makes_no_release_bad(booting: tuple[Lab, ToySystemd]) -> None:
+    lab, systemd = booting
+    release = lab.publish("v1", kernel="6.13")
+    run(lab, PATH=systemd.path)
+    lab.down.touch()
+    systemd.boot()
+    for _ in range(3):
+        settle(lab, systemd)
+    lab.down.unlink()
+    run(lab, PATH=systemd.path)
+    assert Result.ROLLED_BACK not in results(lab, release)
+    lab.age_attempts(DAY_S)
+    settle(lab, systemd)
+    assert lab.labels() == ("v1", "v1", "v1") and lab.report().release == release
+
+
+def test_a_kernel_without_network_is_left_for_good(booting: tuple[Lab, ToySystemd]) -> None:
+    """Patience ends, and comparison tells: the old system reaches the server."""
+    lab, systemd = booting
+    release = lab.publish("v1", kernel="broken")
+    run(lab, PATH=systemd.path)
+    for _ in range(6):
+        systemd.boot()
+        run(lab, PATH=systemd.path)
+    assert lab.labels() == ("v0", "v0", "v0") and lab.machine.network() == "up"
+    assert results(lab, release)[-1] == Result.ROLLED_BACK
+
+
+# --- 7 and 8: the boot loader ---
+
+
+@pytest.mark.parametrize(
+    ("spare_bytes", "behaviour"),
+    [
+        (1000, {"builder": "lies", "kernel": "7"}),
+        (None, {"boot_einval": True}),
+        (10_000, {"builder": "lies", "kernel": "7"}),
+    ],
+    ids=["truncated kernel", "no entry", "truncated initrd"],
+)
+def test_a_boot_loader_that_says_0(tmp_path: Path, spare_bytes: int | None, behaviour: dict[str, Any]) -> None:
+    lab = create(tmp_path)
+    lab.machine.limit_boot(spare_bytes)
+    release = lab.publish("v1", **behaviour)
+    assert run(lab)[0] == 1
+    assert (lab.last().result, lab.last().release) == (Result.POSTPONED, release)
+    assert lab.labels() == ("v0", "v0", "v0")
+    assert lab.machine.generations() == ["v0"], "the failed generation is removed"
+    assert lab.machine.power_cycle() == ["boots v0"]
+
+
+def test_a_kernel_that_an_earlier_switch_left_half_written(tmp_path: Path) -> None:
+    """The old builder never writes it again, and says 0."""
+    lab = create(tmp_path)
+    lab.machine.limit_boot(1000)
+    release = lab.publish("v1", builder="old", kernel="7")
+    for room in (1000, None):
+        lab.machine.limit_boot(room)
+        run(lab, "--force")
+        assert lab.labels() == ("v0", "v0", "v0")
+    assert set(results(lab, release)) == {Result.POSTPONED}
+    assert lab.machine.power_cycle() == ["boots v0"]
+
+
+def test_a_full_boot_is_paced_from_the_first_failure_on(tmp_path: Path) -> None:
+    lab = create(tmp_path)
+    lab.machine.limit_boot(1000)
+    lab.publish("v1", kernel="7")
+    assert run(lab)[0] == 1
+    before = lab.machine.activations()
+    said = [run(lab)[1] for _ in range(3)]
+    assert lab.machine.activations() == before, "no flapping"
+    assert all("next attempt in" in text for text in said)
+    assert lab.machine.generations() == ["v0"] and lab.last().result == Result.POSTPONED
+    lab.machine.limit_boot(None)
+    lab.age_attempts(DAY_S)
+    assert run(lab)[0] == 0 and lab.labels() == ("v1", "v1", "v1")
+
+
+def test_never_up_to_date_while_another_system_runs(tmp_path: Path) -> None:
+    lab = create(tmp_path)
+    release = lab.publish("v1", kernel="6.13")
+    run(lab)
+    lab.machine.power_cycle()
+    run(lab)
+    assert lab.report().release == release
+    lab.machine.power_cycle(pick="1")
+    _, said = run(lab)
+    assert "up to date" not in said
+    assert lab.report().release is None and lab.report().system.endswith("-v0")
+    assert "up to date" not in lab.client("status")
+
+
+# --- 9: not only kernels ---
+
+
+def test_a_change_of_kernel_parameters_is_proven_by_its_boot(tmp_path: Path) -> None:
+    lab = create(tmp_path)
+    release = lab.publish("v1", kernel_params=["panic=30", "toy.no-network"])
+    assert run(lab)[0] == 0
+    assert lab.labels() == ("v1", "v1", "v1") and lab.report().needs_reboot
+    lab.machine.power_cycle()
+    assert lab.machine.network() == "down"
+    for _ in range(3):
+        run(lab)
+        lab.machine.power_cycle()
+    run(lab)
+    assert lab.labels() == ("v0", "v0", "v0") and lab.machine.network() == "up"
+    assert Result.ROLLED_BACK in results(lab, release) or Result.INTERRUPTED in results(lab, release)
+
+
+# --- 10: a person's hand in the boot menu ---
+
+
+def test_an_older_generation_is_a_persons_choice(booting: tuple[Lab, ToySystemd]) -> None:
+    lab, systemd = booting
+    lab.publish("v1", kernel="6.13")
+    run(lab, PATH=systemd.path)
+    systemd.boot()
+    run(lab, PATH=systemd.path)
+    assert lab.labels() == ("v1", "v1", "v1")
+    systemd.boot(pick="1")
+    for _ in range(3):
+        run(lab, PATH=systemd.path)
+        assert everything(lab) == ("v0", "v1") and not systemd.reboots()
+    second = lab.publish("v2", kernel="6.13")
+    run(lab, PATH=systemd.path)
+    assert everything(lab) == ("v2", "v2") and lab.last().release == second
+
+
+def test_a_specialisation_of_the_release_is_the_release(tmp_path: Path) -> None:
+    lab = create(tmp_path)
+    release = lab.publish("v1", specialisations={"desk": {"label": "v1-desk"}})
+    run(lab)
+    lab.machine.power_cycle()
+    run(lab)
+    assert lab.machine.power_cycle(pick="nixos-generation-2-specialisation-desk.conf") == ["boots v1-desk"]
+    code, said = run(lab)
+    assert code == 0 and "up to date" in said
+    assert everything(lab) == ("v1-desk", "v1") and lab.report().release == release
+
+
+def test_the_next_release_goes_live_in_the_same_specialisation(tmp_path: Path) -> None:
+    lab = create(tmp_path)
+    lab.publish("v1", specialisations={"desk": {"label": "v1-desk"}})
+    run(lab)
+    lab.machine.power_cycle()
+    run(lab)
+    lab.machine.power_cycle(pick="nixos-generation-2-specialisation-desk.conf")
+    run(lab)
+    release = lab.publish("v2", specialisations={"desk": {"label": "v2-desk"}})
+    assert run(lab)[0] == 0
+    assert everything(lab) == ("v2-desk", "v2")
+    assert lab.report().release == release and lab.machine.activations()[-1] == "v2-desk"
+    lab.publish("v3")
+    assert run(lab)[0] == 0
+    assert everything(lab) == ("v3", "v3"), "where the new release has no such specialisation"
+
+
+def test_back_is_back_to_the_specialisation(tmp_path: Path) -> None:
+    lab = create(tmp_path)
+    lab.publish("v1", specialisations={"desk": {"label": "v1-desk"}})
+    run(lab)
+    lab.machine.power_cycle()
+    run(lab)
+    lab.machine.power_cycle(pick="nixos-generation-2-specialisation-desk.conf")
+    run(lab)
+    lab.publish("v2", specialisations={"desk": {"label": "v2-desk", "cut_network": True}})
+    run(lab)
+    assert everything(lab) == ("v1-desk", "v1") and lab.machine.network() == "up"
+    assert lab.machine.boot_label() == "v1"
+
+
+# --- 11: the exit code is not the machine ---
+
+
+@pytest.mark.parametrize("asked", [0, 4])
+def test_an_activation_that_gave_up(tmp_path: Path, asked: int) -> None:
+    lab = create(tmp_path)
+    release = lab.publish("v1", gives_up=True, switch_exit=asked)
+    assert run(lab)[0] == 1
+    assert lab.labels() == ("v0", "v0", "v0")
+    assert (lab.machine.root / "etc/toy").read_text() == "v0\n", "half of /etc was the new system's"
+    assert results(lab, release) == [Result.ROLLED_BACK]
+
+
+def test_failed_units_are_named_and_no_reason_to_go_back(tmp_path: Path) -> None:
+    lab = create(tmp_path)
+    release = lab.publish("v1", switch_exit=4, failed_units=["cups.service", "nfs.mount"])
+    assert run(lab)[0] == 0
+    assert lab.labels() == ("v1", "v1", "v1") and results(lab, release) == [Result.OK]
+    assert re.search("cups.service.*nfs.mount", (lab.chroot / "logs/status.json").read_text(), re.DOTALL)
+
+
+def test_another_init_takes_the_way_of_the_next_boot(tmp_path: Path) -> None:
+    lab = create(tmp_path)
+    release = lab.publish("v1", init="systemd 3")
+    assert run(lab)[0] == 0
+    assert lab.labels() == ("v0", "v1", "v1") and lab.machine.activations() == ["v0"]
+    lab.machine.power_cycle()
+    assert run(lab)[0] == 0
+    assert lab.labels() == ("v1", "v1", "v1") and lab.report().release == release
+
+
+# --- 14: an outage of the wrong length ---
+
+
+def test_an_outage_that_ends_with_the_way_back(tmp_path: Path) -> None:
+    """The server is away just while the new system is proven: one later retry settles whose fault it was."""
+    lab = create(tmp_path, activation_command=f"rm -f {tmp_path}/down")
+    once = lab.file("once")
+    release = lab.publish("v1", activation_command=f"[ -e {once} ] || touch {once} {lab.down}")
+    run(lab)
+    assert lab.labels() == ("v0", "v0", "v0")
+    lab.age_attempts(DAY_S)
+    run(lab)
+    assert lab.labels() == ("v1", "v1", "v1") and lab.report().release == release
+
+
+def test_a_release_that_fails_the_retry_too_is_rolled_back_for_good(tmp_path: Path) -> None:
+    lab = create(tmp_path)
+    release = lab.publish("v1", cut_network=True)
+    for _ in range(3):
+        run(lab)
+        lab.age_attempts(DAY_S)
+    assert lab.last().result == Result.ROLLED_BACK
+    tried = len(results(lab, release))
+    for _ in range(2):
+        lab.age_attempts(DAY_S)
+        run(lab)
+    assert len(results(lab, release)) == tried <= 2 and lab.labels() == ("v0", "v0", "v0")
+
+
+# --- 15: rollback by hand ---
+
+
+def test_rollback_of_the_first_deployment(lab: Lab) -> None:
+    release = lab.publish("v1")
+    run(lab)
+    lab.client("rollback")
+    assert lab.labels() == ("v0", "v0", "v0")
+    run(lab)
+    assert lab.labels() == ("v0", "v0", "v0"), "it stays where a person put it"
+    assert results(lab, release)[-1] == Result.ROLLED_BACK
+
+
+def test_rollback_goes_to_what_ran_before_whoever_made_it(lab: Lab) -> None:
+    lab.publish("v1")
+    run(lab)
+    by_hand(lab, "mine")
+    lab.publish("v2")
+    run(lab)
+    assert lab.labels() == ("v2", "v2", "v2")
+    lab.client("rollback")
+    assert lab.labels() == ("mine", "mine", "mine")
+
+
+# --- 16: leaving, and force ---
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["no systemd", "systemd"])
+def test_a_system_that_leaves_bento(tmp_path: Path, live: bool) -> None:
+    lab = create(tmp_path)
+    more = {"PATH": ToySystemd(lab.machine, tmp_path / "systemd").path} if live else {}
+    release = lab.publish("v1", leaves=True)
+    assert run(lab, **more)[0] == 0
+    assert lab.labels() == ("v1", "v1", "v1")
+    assert os.listdir(lab.machine.root / "etc/bento") == ["left"]
+    assert (lab.last().result, lab.last().release) == (Result.OK, release), "after one last report"
+    assert lab.report().phase == "left" or "left" in (lab.chroot / "logs/status.json").read_text()
+
+
+def test_force_goes_to_a_system_without_bento(tmp_path: Path) -> None:
+    lab = create(tmp_path)
+    lab.publish("v1", no_bento=True)
+    assert run(lab)[0] == 1 and lab.labels() == ("v0", "v0", "v0")
+    assert run(lab, "--force")[0] == 0
+    assert lab.labels() == ("v1", "v1", "v1")
+
+
+# --- 17: a bug of ours ---
+
+
+def test_a_bug_before_the_activation_is_recorded_reported_and_paced(lab: Lab) -> None:
+    """Something of Python's fails as nobody thought of."""
+    release = lab.publish("v1")
+
+    def broken() -> "subprocess.CompletedProcess[str]":
+        patch = "import tarfile; tarfile.open = lambda *_, **__: [].pop()"
+        return lab.run_patched(patch)
+
+    done = broken()
+    assert done.returncode == 1
+    assert (lab.last().release, lab.last().result) == (release, Result.FETCH_FAILED)
+    assert "IndexError" in lab.last().reason and "Traceback" in lab.log()
+    for _ in range(6):
+        done = broken()
+    assert "next attempt in" in done.stdout, "it does not try at each poll"
+    assert lab.last().attempt < 6
+    lab.age_attempts(DAY_S)
+    assert run(lab)[0] == 0 and lab.labels() == ("v1", "v1", "v1")
+
+
+# --- 18: a switch that never began ---
+
+
+def test_a_switch_that_never_began_leaves_nothing_to_undo(lab: Lab) -> None:
+    lab.publish("v1", switch_touch=lab.file("reached"), switch_wait=lab.file("go"))
+    process = lab.start("run")
+    wait_until(Path(lab.file("reached")).exists)
+    kill_tree(process)
+    Path(lab.file("go")).touch()
+    run(lab)
+    assert lab.machine.activations().count("v0") == 1, "what a person had stopped is not started again"
+    assert lab.labels() == ("v1", "v1", "v1")
+
+
+# --- 19: a state directory that forgets ---
+
+
+def test_a_volatile_state_directory_is_refused(lab: Lab) -> None:
+    need_root()
+    lab.publish("v1")
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", lab.state], check=True)
+    try:
+        (lab.state / "id_ed25519").write_text("the toy's ssh asks for none\n")
+        code, said = run(lab)
+    finally:
+        subprocess.run(["umount", "-l", lab.state], check=True)
+    assert code in (1, 2) and lab.labels() == ("v0", "v0", "v0")
+    assert str(lab.state) in said and "persist" in said
+
+
+# --- the first boot is a trial ---
+
+
+@pytest.mark.parametrize("kernel", ["panic", "broken"])
+def test_the_boot_loader_itself_leads_back(tmp_path: Path, kernel: str) -> None:
+    """Without a hand, and without a client: until it is proven, the new system is started just once."""
+    lab = create(tmp_path)
+    release = lab.publish("v1", kernel=kernel)
+    assert run(lab)[0] == 0
+    assert lab.labels() == ("v1", "v1", "v1") and lab.machine.fallback_label() == "v0"
+    starts = lab.machine.power_cycle()
+    if kernel == "panic":
+        assert starts == ["panics v1", "boots v0"]
+    else:
+        assert starts == ["boots v1"] and lab.machine.power_cycle() == ["boots v0"]
+    for _ in range(4):
+        run(lab)
+        lab.age_attempts(DAY_S)
+        lab.machine.power_cycle()
+    run(lab)
+    assert lab.labels() == ("v0", "v0", "v0")
+    assert results(lab, release)[-1] == Result.ROLLED_BACK and Result.INTERRUPTED in results(lab, release)
+
+
+def test_a_boot_that_proves_it_makes_it_the_default_for_good(tmp_path: Path) -> None:
+    lab = create(tmp_path)
+    lab.publish("v1", kernel="6.13")
+    run(lab)
+    assert lab.machine.power_cycle() == ["boots v1"]
+    assert run(lab)[0] == 0
+    assert lab.machine.fallback_label() == "v1"
+    assert lab.machine.efi_variable("LoaderEntryDefault") is None, "what a person makes the default boots"
+    by_hand(lab, "mine")
+    assert lab.machine.power_cycle() == ["boots mine"]
+
+
+@pytest.mark.parametrize("step", ["switch", "boot", "written"])
+def test_no_cut_leaves_an_unproven_default(tmp_path: Path, step: str) -> None:
+    lab = create(tmp_path)
+    touched: dict[str, Any] = {f"{step}_touch": lab.file("reached"), f"{step}_wait": lab.file("go")}
+    lab.publish("v1", kernel="panic", **touched)
+    process = lab.start("run")
+    wait_until(Path(lab.file("reached")).exists)
+    kill_tree(process)
+    assert lab.machine.power_cycle()[-1] == "boots v0"
+
+
+def test_the_system_that_is_known_to_boot_keeps_its_entry(tmp_path: Path) -> None:
+    """nix-collect-garbage -d, and the next `boot`, between the commit and the first boot."""
+    lab = create(tmp_path)
+    lab.publish("v1", kernel="panic")
+    run(lab)
+    lab.machine.collect_garbage()
+    run(lab)
+    assert "v0" in lab.machine.entries().values()
+    assert lab.machine.power_cycle()[-1] == "boots v0"
+
+
+# --- what the words of a failed build say ---
+
+
+@pytest.mark.parametrize("rebuild", ["bash", "ng"])
+@pytest.mark.parametrize(
+    ("behaviour", "words"),
+    [
+        ({"build": "assertions", "assertions": ["The root file system\nis not defined.", "x"]}, "The root file system"),
+        ({"build": "dependency", "dependency": "firefox-132.0"}, "firefox-132.0"),
+        ({"build": "dependency-2.31", "dependency": "firefox-132.0"}, "firefox-132.0"),
+        ({"build": "git"}, "Permission denied (publickey)"),
+        ({"build": "eval-error"}, "The option `services.toy' does not exist"),
+    ],
+    ids=["assertion", "dependency", "dependency-2.31", "private input", "evaluation"],
+)
+def test_the_reason_names_the_cause(lab: Lab, behaviour: dict[str, Any], words: str, rebuild: str) -> None:
+    lab.publish("v1", rebuild=rebuild, **behaviour)
+    assert run(lab)[0] == 1
+    assert lab.last().result == Result.BUILD_FAILED
+    assert words in lab.last().reason
+    assert "non-zero exit status" not in lab.last().reason
+
+
+# --- a machine at peace ---
+
+
+def test_the_new_words_of_a_good_build_do_no_harm(lab: Lab) -> None:
+    lab.publish("v1", rebuild="ng")
+    assert run(lab)[0] == 0 and lab.labels() == ("v1", "v1", "v1")
+
+
+@pytest.mark.parametrize("names", ["generation", "sha256"])
+def test_entries_are_found_by_what_is_in_them(tmp_path: Path, names: str) -> None:
+    lab = create(tmp_path, entry_names=names)
+    for label in ("v1", "v2"):
+        lab.publish(label, entry_names=names, kernel=label)
+        assert run(lab)[0] == 0
+        assert lab.machine.power_cycle() == [f"boots {label}"]
+        assert run(lab)[0] == 0
+        assert lab.machine.fallback_label() == label
+
+
+UPDATES: list[Callable[[ToyMachine], None]] = [
+    lambda machine: None,
+    lambda machine: machine.collect_garbage(),
+    lambda machine: machine.limit_boot(100_000),
+]
+
+
+@pytest.mark.parametrize("disturb", UPDATES, ids=["nothing", "garbage collection", "a small /boot"])
+def test_a_year_of_good_releases(tmp_path: Path, disturb: Callable[[ToyMachine], None]) -> None:
+    """With a limit of generations, a few kernels, and boots in between, nothing piles up and each is proven."""
+    lab = create(tmp_path, configuration_limit=3)
+    for number in range(1, 7):
+        release = lab.publish(f"v{number}", kernel=f"6.{number // 2}", configuration_limit=3)
+        assert run(lab)[0] == 0
+        assert lab.labels() == (f"v{number}",) * 3
+        disturb(lab.machine)
+        if number % 2:
+            assert lab.machine.power_cycle() == [f"boots v{number}"]
+        assert run(lab)[0] == 0
+        assert lab.report().release == release
+    assert len(lab.machine.entries()) <= 4
