@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_client import HOST, Lab, accounts, kill_tree, lab, wait_until
+from test_client import HOST, Lab, kill_tree, lab, wait_until
 from toynixos import ToyMachine, need_root, write_config
 from toysystemd import ToySystemd
 
 from bento_client import Result
 
-__all__ = ["accounts", "lab"]  # fixtures
+__all__ = ["lab"]  # fixtures
 
 DAY_S = 86400
 
