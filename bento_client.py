@@ -3481,6 +3481,15 @@ def command_probe(settings: Settings) -> int:
     return 0
 
 
+def command_align(settings: Settings) -> int:
+    """For the end of a boot, and for a switch to a system without Bento: nothing of ours stays in the boot loader's
+    variables once the default is another's. An attempt under way settles that itself."""
+    machine = Machine(settings, log="no-log")
+    if load_pending(machine) is None and machine.on_trial is None:
+        end_trial(machine)
+    return 0
+
+
 def command_key(settings: Settings) -> int:
     """Prints the public key; makes the identity first where there is none. The private half never leaves."""
     private = settings.identity_file
@@ -3583,7 +3592,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("-v", "--verbose", action="store_true", help="show the programs that are run")
     parser.add_argument("--force", action="store_true", help="run: try again what was given up or refused")
     parser.add_argument("--token", help=argparse.SUPPRESS)
-    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of those below")
+    parser.add_argument("command", metavar="COMMAND", choices=[*COMMANDS, "align"], help="one of those below")
     add_settings(parser)
     return parser
 
@@ -3631,7 +3640,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return command_run(settings, force=options["force"])
         if command == "rollback":
             return command_rollback(settings, token=options["token"])
-        return {"key": command_key, "probe": command_probe, "status": command_status}[command](settings)
+        return {"align": command_align, "key": command_key, "probe": command_probe, "status": command_status}[command](settings)
     except BentoError as error:
         print(f"bento: error: {error}", file=sys.stderr)
         return error.exit_code

@@ -6,6 +6,7 @@ it, however that ends: nothing has to be put back, and runs side by side see not
 
 import ctypes
 import os
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -16,11 +17,14 @@ CLONE_NEWNS = 0x20000
 MS_BIND, MS_MOVE, MS_REC, MS_SLAVE = 0x1000, 0x2000, 0x4000, 0x80000
 FIRST_ID = 20_000
 
-_why_not: str | None = "isolate() was not called"
+_why_not: str | None = "needs accounts.isolate()"
 
 
-def isolate() -> None:
-    """Where that cannot be (it needs root, and a root directory that is a mount), `why_not` says why."""
+def isolate(home: Path | None = None) -> None:
+    """Where that cannot be (it needs root, and a root directory that is a mount), `why_not` says why.
+
+    home: root's from now on; ssh makes ~/.ssh, and goes by the account, not by the environment.
+    """
     global _why_not
     if os.geteuid() != 0:
         _why_not = "needs root for accounts"
@@ -29,6 +33,9 @@ def isolate() -> None:
         _call("unshare", CLONE_NEWNS)
         _mount("none", "/", MS_REC | MS_SLAVE)
         _replace_etc()
+        if home is not None:
+            passwd = Path("/etc/passwd")
+            passwd.write_text(re.sub("(?m)^(root:.*:).*(:.*)$", rf"\g<1>{home}\2", passwd.read_text(encoding="utf-8")), "utf-8")
         _why_not = None
     except (OSError, subprocess.SubprocessError) as error:
         _why_not = f"needs accounts, in a mount namespace of its own: {error}"

@@ -29,7 +29,7 @@ def fleet(tmp_path: Path) -> Path:
     loud = tmp_path / "bin/nixos-rebuild"
     loud.write_text(
         '#!/bin/sh\ncase "$*" in *"#talks"*) yes "building a great deal" | head -c 100000000 ;; esac\n'
-        f'exec {TOY}/nixos-rebuild "$@"\n'
+        f'exec "{TOY}/nixos-rebuild" "$@"\n'
     )
     loud.chmod(0o755)
     return tmp_path

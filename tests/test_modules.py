@@ -8,6 +8,7 @@ import base64
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -346,7 +347,7 @@ def test_the_client_is_compiled(tmp_path: Path) -> None:
     [text] = evaluate_host(HOST_MODULE, MINIMAL, inline=True)["commands"]
     script = text.partition(f"python3 {' '.join(PYTHON_FLAGS)} ")[2].rpartition(" --config ")[0]
     script, count = re.subn(r"\S+/bin/python3", sys.executable, script)
-    script = re.sub(r"/nix/store/\S+-bento_client\.py", str(REPO / "bento_client.py"), script)
+    script = re.sub(r"/nix/store/\S+-bento_client\.py", shlex.quote(str(REPO / "bento_client.py")), script)
     assert count == 1 and "/nix/store/" not in script
     out = tmp_path / "out"
     subprocess.run([need("bash"), "-euc", script], cwd=tmp_path, env={"PATH": os.environ["PATH"], "out": str(out)}, check=True)
@@ -425,7 +426,7 @@ def test_hibernation_is_no_trial(tmp_path: Path) -> None:
         (tmp_path / name / "grub").mkdir(parents=True)
         bento_client.write_grubenv(tmp_path / name / "grub/grubenv", {"bento_good": "a", "bento_try": "b"})
     tool = next(word for word in script.split() if word.endswith("/grub-editenv"))
-    done = subprocess.run(["bash", "-ec", script.replace(tool, need("grub-editenv"))], timeout=60)
+    done = subprocess.run(["bash", "-ec", script.replace(tool, shlex.quote(need("grub-editenv")))], timeout=60)
     assert done.returncode == 0
     for name in ("boot", "boot-b"):
         assert bento_client.read_grubenv(tmp_path / name / "grub/grubenv") == {"bento_good": "a"}
@@ -512,7 +513,7 @@ def test_trigger(code: int, last: str, tmp_path: Path) -> None:
     script = evaluate_host(HOST_MODULE, FULL)["services"]["bento-trigger@"]["script"]
     programs = {
         "journalctl": 'echo "$@"\nuntil [ -e started ]; do sleep 0.1; done\necho building\nexec sleep 60',
-        "systemctl": f'[ "$*" = "start bento.service" ] || exit 9\ntouch started\nsleep 1\nexit {code}',
+        "systemctl": f'[ "$*" = "start --wait bento.service" ] || exit 9\ntouch started\nsleep 1\nexit {code}',
     }
     for name, text in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")

@@ -404,8 +404,10 @@ def test_git_and_store_links_are_left_out(site: Site) -> None:
 def test_a_configuration_that_would_be_left_out_is_none(site: Site, tmp_path: Path) -> None:
     directory = site.host("a", {"other.nix": "{ }\n"})
     (directory / "flake.nix").mkdir()
-    in_store = next((path for path in Path("/nix/store").glob("*") if path.is_file()), None)
-    (directory / "configuration.nix").symlink_to(in_store or _missing("needs a file in the Nix store"))
+    (tmp_path / "file").touch()
+    added = subprocess.run([need("nix-store"), "--add", tmp_path / "file"], capture_output=True, text=True)
+    in_store = added.stdout.strip() or _missing("needs a Nix store that it can write to")
+    (directory / "configuration.nix").symlink_to(in_store)
     ran = site.run("populate")
     assert ran.errors == ["bento: error: a: hosts/a: neither flake.nix nor configuration.nix in it"]
 

@@ -32,10 +32,8 @@ from sshd import command, end_sshd, match_block, max_startups, no_penalties
 from toynixos import CLIENT, TOY, ToyMachine, need, write_config
 
 SERVER = CLIENT.parent / "bento.py"
-PID = os.getpid()
-GOOD, FRESH, EVIL, OTHER = (f"{name}-{PID}" for name in ("good", "fresh", "evil", "other"))
-HOSTS = (GOOD, FRESH, EVIL, OTHER)
-PERSON = f"bentoperson{PID}"
+HOSTS = GOOD, FRESH, EVIL, OTHER = "good", "fresh", "evil", "other"
+PERSON = "bentoperson"
 UNRESTRICTED = "unrestricted"
 LOGIN_GRACE_S = 4
 # Incompressible, and much larger than the handshake: a line can be cut in the middle of it.
@@ -178,7 +176,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         with open(top / f"authorized/bento-{EVIL}", "a") as file:
             file.write((top / "authorized" / UNRESTRICTED).read_text())
         (top / "person").mkdir()
-        add_user(PERSON, "nogroup", top / "person")
+        os.chown(top / "person", add_user(PERSON, "nogroup", top / "person"), -1)
         found.make_key(PERSON, "")
         call(sys.executable, SERVER, "--fleet", top / "fleet", "--chroot-dir", top / "chroots", "fleet")
         fleet_nix = (top / "fleet/fleet.nix").read_text()
@@ -661,7 +659,7 @@ def test_a_key_that_is_not_known_is_refused_when_keys_are_given(server: Server, 
 
 def test_a_connection_is_never_shared(server: Server, fresh: Host) -> None:
     """What has to be proven is that a new connection can be made: whatever ssh_options say."""
-    path = fresh.top / "c"
+    path = Path(tempfile.mkdtemp(), "c")  # a socket's path has to be short
     sharing = [
         f"--ssh-options={option}" for option in ("ControlMaster=auto", f"ControlPath={path}", "ControlPersist=60")
     ]
@@ -1046,7 +1044,7 @@ def forward_stdio(peer: Peer) -> bool:
 def socket_of(peer: Peer) -> tuple[Path, str]:
     """Where that account could make a socket, and what it is called there: sshd forwards from inside of the chroot."""
     if peer.user == PERSON:
-        path = Path("/tmp", f"{peer.user}.sock")
+        path = peer.server.top / "person/s"
         return path, str(path)
     return peer.server.chroot(peer.host) / "logs/s", "/logs/s"
 

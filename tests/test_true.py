@@ -102,11 +102,10 @@ def test_inhibitors_of_the_booted_system_do_not_count(tmp_path: Path) -> None:
 def test_the_way_back_is_open_as_long_as_the_old_system_says_so(tmp_path: Path) -> None:
     """Inhibitors that only the booted system had say nothing of the way from the new one to the old one."""
     lab = create(tmp_path, inhibitors={"dbus": "1", "old": "1"})
-    release = lab.publish("v1", inhibitors={"dbus": "1"}, cut_network=True)
+    lab.publish("v1", inhibitors={"dbus": "1"}, cut_network=True)
     run(lab)
     assert lab.labels() == ("v0", "v0", "v0") and lab.machine.network() == "up"
-    run(lab)
-    assert results(lab, release) == [Result.ROLLED_BACK]
+    assert lab.machine.activations() == ["v0", "v1", "v0"]
 
 
 def test_an_earlier_nixpkgs_compared_bytes_with_the_booted_system(tmp_path: Path) -> None:
