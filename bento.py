@@ -4,11 +4,13 @@
 Files. In the fleet directory: hosts/NAME/ (one host's configuration, or a symlink to it), hosts/NAME.pub (its SSH
 public keys), fleet.nix (written from fleet.nix.in). In the chroot directory, for each host: current.json (the
 release to run; replacing it is the moment of publication), releases/ID/ and releases/ID.tar, config -> releases/ID,
-and logs/, which belongs to the host: nothing there is trusted.
+history, and logs/, which belongs to the host: nothing there is trusted. Beside the chroots: .store/, which has each
+release once, for the chroots to link to, and .lock.
 
 Exit codes: 0 done, 1 something failed (each failure on stderr) or a host needs a person, 2 usage.
 
-Sections: constants, types, hosts and keys, releases, states of hosts, publication, builds, commands, command line.
+Sections: constants, types, hosts and keys, work trees, releases, states of hosts, publication, signatures, builds,
+commands, command line.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
+import errno
 import fcntl
 import functools
 import grp
@@ -28,21 +31,28 @@ import json
 import os
 import pwd
 import re
+import shlex
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import tarfile
 import textwrap
+import threading
 import time
+import traceback
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import bento_client as client
-from bento_client import BentoError, Current, Part, Phase, Report, Result, UsageError, format_time, one_line
+from bento_client import BentoError, Current, Part, Phase, Recipe, Report, Result, UsageError, format_time, one_line
+
+T = TypeVar("T")
 
 CHROOT_DIR = "/home/chroot"
 GCROOTS = Path("/nix/var/nix/gcroots/bento")
@@ -63,8 +73,22 @@ CLOCK_TOLERANCE_S = 300.0
 # So many hosts are published with the same two syncs of the disk: syncs for each would cost more than the copying.
 BATCH = 256
 SMALL_FILE = 128 << 10
-# So much memory for what several hosts have in common. A member takes about the second of them besides its content.
-COMMON_BYTES, MEMBER_BYTES = 8 << 20, 512
+# So much memory for small files that hosts share. A member takes about the second of them besides its content.
+MEMORY_BYTES, MEMBER_BYTES = 8 << 20, 512
+# So many different directories that hosts share are remembered; usually there is one.
+MAX_SHARED = 16
+MAX_DEPTH = 100
+# Of names that belong together, so many are shown.
+SHOWN = 5
+# So much of a revision is shown in the table.
+REVISION_WIDTH = 30
+KEEP_HISTORY, MAX_HISTORY_BYTES, LAST_HISTORY_BYTES = 1000, 1 << 20, 4 << 10
+CHROOT_NAMES = {"current.json", "config", "releases", "history", "logs"}
+RELEASE_NAME = re.compile(r"[0-9a-f]{64}(\.tar|\.parts)?")
+# The first version of the client that heeds a bento.json.
+RECIPE_SINCE = (1, 1)
+# Where NixOS keeps the keys of its accounts.
+AUTHORIZED_KEYS = Path("/etc/ssh/authorized_keys.d")
 # Files of this size are parts of a release of their own, the largest ones if there are many.
 LARGE_FILE, MAX_LARGE_FILES = 1 << 20, 100
 
@@ -80,8 +104,7 @@ KEY_TYPES = {
 class Member(NamedTuple):
     """One file or directory of a release: `name` as in the archive, `path` where it is read from.
 
-    `block` is its stretch of the archive, if that is in memory already. `copy`: where a file that hosts share is kept
-    for their trees to link to, in this run.
+    `block` is its stretch of the archive, if that is in memory already.
     """
 
     name: str
@@ -90,61 +113,55 @@ class Member(NamedTuple):
     executable: bool = False
     size: int = 0
     block: bytes | None = None
-    copy: str | None = None
 
 
-class Common:
-    """The directories that hosts link to, utils/ above all: each is walked, and its small files are read, once in a run.
+class Release(NamedTuple):
+    """What is to be published, and its name: the SHA-256 of its archive of `size` bytes."""
 
-    So all hosts get them as they were at one moment; what changes meanwhile is for the next run. After a build, which
-    may take hours, they are read again. `branches`: what lies below such a directory, by its inode (and its ctime, for
-    another directory may get the number of one that is removed) and its name in the archive. `size` in bytes. `copies`:
-    a directory for links to the first host's files, if the others' may link to them.
+    id: str
+    size: int
+    members: Sequence[Member]
+
+
+class Entry(NamedTuple):
+    """What a directory has that belongs to a release. `place` is where it lies, `path` where it leads.
+
+    `kept`: also when nothing below it belongs to a release.
     """
 
-    def __init__(self) -> None:
-        self.branches: dict[tuple[int, int, int, str], list[Member]] = {}
-        self.size = 0
-        self.copies: Path | None = None
-        self.numbers = itertools.count()
+    name: str
+    place: str
+    path: str
+    is_directory: bool
+    executable: bool
+    size: int
+    linked: bool
+    kept: bool
 
-    def find(self, directory: os.stat_result, name: str) -> list[Member] | None:
-        return self.branches.get((directory.st_dev, directory.st_ino, directory.st_ctime_ns, name))
 
-    def keep(self, directory: os.stat_result, name: str, members: list[Member]) -> list[Member]:
-        """The same members, the small ones with their blocks, if there is room for them."""
-        size = sum(MEMBER_BYTES + (m.size if m.size <= SMALL_FILE else 0) for m in members)
-        if self.size + size > COMMON_BYTES:
-            self.clear()
-        if size > COMMON_BYTES:
-            return members
-        self.size += size
-        members = pack_small(members)
-        if self.copies is not None:
-            members = [
-                m._replace(copy=f"{self.copies}/{next(self.numbers)}")
-                if m.block and not m.is_directory and not m.copy
-                else m
-                for m in members
-            ]
-        self.branches[directory.st_dev, directory.st_ino, directory.st_ctime_ns, name] = members
-        return members
+class WorkTree(NamedTuple):
+    """What Git knows of a work tree. `files` are tracked, submodules among them, and lie in `directories`.
 
-    def clear(self) -> None:
-        self.branches.clear()
-        self.size = 0
-        with suppress(OSError):
-            for copy in self.copies.iterdir() if self.copies is not None else ():
-                copy.unlink()  # on a full disk it would keep the room that a failed host has given back
+    `others` are neither tracked nor ignored; a directory with nothing else in it stands for all of it, with a slash.
+    """
+
+    root: str
+    files: frozenset[str]
+    directories: frozenset[str]
+    others: frozenset[str]
+
+    def name(self, path: str) -> str:
+        """What Git calls a path."""
+        return path[len(self.root.rstrip("/")) + 1 :]
 
 
 class Fleet:
-    """Where the fleet's files lie. `chroot_dir` holds a chroot a host; `common` is of this run."""
+    """Where the fleet's files lie. `chroot_dir` holds a chroot a host; `named`: by the command line, not by default."""
 
-    def __init__(self, directory: Path, chroot_dir: Path) -> None:
-        self.directory, self.chroot_dir = directory, chroot_dir
+    def __init__(self, directory: Path, chroot_dir: Path, *, named: bool = False) -> None:
+        self.directory, self.chroot_dir, self.named = directory, chroot_dir, named
         self.real, self.real_hosts = os.path.realpath(directory), os.path.realpath(directory / "hosts")
-        self.common = Common()
+        self.source = Source(self.real, self.real_hosts)
 
     def host(self, name: str) -> Path:
         return self.directory / "hosts" / name
@@ -175,6 +192,14 @@ class Row(NamedTuple):
         return self.report is not None and self.report.client != client.VERSION
 
     @property
+    def revision(self) -> str | None:
+        """Of the release that the host runs: as it was published, else as the host says."""
+        if self.report is None or self.report.release is None:
+            return None
+        same = self.current is not None and self.current.release == self.report.release
+        return self.current.revision if same and self.current is not None else self.report.revision
+
+    @property
     def ahead_s(self) -> float | None:
         """How far the host's clock was ahead of ours when it reported. A slow line makes it look a little behind."""
         if self.report is None or self.seen_s is None:
@@ -201,6 +226,39 @@ class Owner(NamedTuple):
     gid: int
 
 
+class Failure(NamedTuple):
+    """What went wrong for one host."""
+
+    host: str
+    text: str
+
+
+class Plan(NamedTuple):
+    """What is to be done with each host. `action`: nixos-rebuild's, that it has to pass; `limit_s`: in so long."""
+
+    action: str | None
+    publish: bool = True
+    dry_run: bool = False
+    verbose: bool = False
+    jobs: int = 1
+    limit_s: float = BUILD_LIMIT_S
+    wait: bool = False
+    as_json: bool = False
+    revision: str | None = None
+
+
+class Job(NamedTuple):
+    """What there is to do for one host. `before` is what is published, and `unchanged` when that is its release."""
+
+    name: str
+    release: Release
+    owner: Owner | None
+    before: Current | None
+    unchanged: bool
+    revision: str | None
+    signature: Signature | None = None
+
+
 # --- hosts and keys ---
 
 
@@ -218,7 +276,7 @@ def find_hosts(fleet: Fleet, wanted: Sequence[str]) -> tuple[list[str], list[str
     """The hosts to work on, and an error for each name in hosts/ that no host can have."""
     hosts, errors = [], []
     for entry in scan_hosts(fleet):
-        if entry.name.endswith(".pub") or entry.is_file(follow_symlinks=False):
+        if entry.name.endswith((".pub", ".sig")) or entry.is_file(follow_symlinks=False):
             continue
         if client.HOST_NAME.fullmatch(entry.name):
             hosts.append(entry.name)
@@ -287,28 +345,67 @@ def read_keys(fleet: Fleet, name: str) -> list[tuple[str, str, str]]:
 
 
 def check_keys(fleet: Fleet) -> tuple[dict[str, list[tuple[str, str, str]]], dict[str, str]]:
-    """The keys of every hosts/NAME.pub, and why a host's cannot be used.
+    """The keys of the hosts in hosts/, and why a host's cannot be used.
 
-    A key that stands for two hosts stands for neither: whoever holds it could read the other's files.
+    A key that stands for two hosts stands for neither: whoever holds it could read the other's files. But a host that
+    got a new name may be known by the old one, a link to the new, for a while.
     """
     keys: dict[str, list[tuple[str, str, str]]] = {}
     errors: dict[str, str] = {}
     owners: dict[str, str] = {}
-    for file in (entry.name for entry in scan_hosts(fleet) if entry.name.endswith(".pub")):
-        name = file.removesuffix(".pub")
-        try:
-            if not client.HOST_NAME.fullmatch(name):
-                raise BentoError(f"hosts/{one_line(file)}: {one_line(name)!r} is no host name")
-            keys[name] = read_keys(fleet, name)
-        except BentoError as error:
-            errors[name] = str(error)
+    names = {entry.name for entry in scan_hosts(fleet)}
+    for name in sorted(names):
+        if f"{name}.pub" in names and client.HOST_NAME.fullmatch(name):
+            try:
+                keys[name] = read_keys(fleet, name)
+            except BentoError as error:
+                errors[name] = str(error)
     for name, own in keys.items():
         for _, blob, _ in own:
             other = owners.setdefault(blob, name)
-            if other != name:
+            if other != name and not is_alias(fleet, other, name) and not is_alias(fleet, name, other):
                 text = f"hosts/{other}.pub and hosts/{name}.pub have the same key: each host needs its own"
                 errors |= {other: text, name: text}
     return keys, errors
+
+
+def is_alias(fleet: Fleet, name: str, other: str) -> bool:
+    with suppress(OSError):
+        return os.path.normpath(os.readlink(fleet.host(name))) == other
+    return False
+
+
+def left_out_keys(fleet: Fleet) -> list[str]:
+    """Keys without a host: `rm -r hosts/NAME` is meant to end what its key can do."""
+    names = {entry.name for entry in scan_hosts(fleet)}
+    lone = [name for name in sorted(names) if name.endswith(".pub") and name.removesuffix(".pub") not in names]
+    return [
+        f"hosts/{one_line(name)}: left out, there is no hosts/{one_line(name.removesuffix('.pub'))}" for name in lone
+    ]
+
+
+def unknown_keys(fleet: Fleet, hosts: Sequence[str]) -> list[str]:
+    """Which hosts cannot log in yet: their keys are not in fleet.nix, or this server was not switched to it."""
+    made, steps = fleet.directory / "fleet.nix", dict[str, list[str]]()
+    for name in hosts:
+        places = [("run 'bento.py fleet', and switch this server to it", made)] if made.exists() else []
+        if AUTHORIZED_KEYS.is_dir():
+            places.append(("switch this server to fleet.nix", AUTHORIZED_KEYS / f"bento-{name}"))
+        with suppress(BentoError):  # no key, or a bad one, which is told elsewhere
+            blobs = [blob for _, blob, _ in read_keys(fleet, name)] if places else []
+            for step, place in places:
+                known = place.read_text("utf-8", "replace") if place.exists() else ""
+                if not all(blob in known for blob in blobs):
+                    steps.setdefault(step, []).append(name)
+                    break
+    return [
+        f"this server does not know the keys of {count_hosts(len(names))} yet ({show_names(names)}): {step}"
+        for step, names in steps.items()
+    ]
+
+
+def show_names(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
 
 
 def nix_string(text: str) -> str:
@@ -335,97 +432,7 @@ def format_fleet(template: str, keys: dict[str, list[tuple[str, str, str]]], chr
     return "\n".join(lines) + "\n"
 
 
-# --- releases ---
-
-
-def list_members(fleet: Fleet, name: str) -> list[Member]:
-    """Everything below hosts/NAME, symlinks followed, sorted bytewise. BentoError names what cannot be in a release."""
-    top = f"{fleet.real_hosts}/{name}"
-    linked = os.path.islink(top)
-    if not os.path.isdir(top):
-        raise BentoError(f"hosts/{name}: {'dangling link' if linked else 'not a directory'}")
-    found, real = (os.stat(top), os.path.realpath(top)) if linked else (None, top)
-    members = fleet.common.find(found, "") if found else None
-    if members is None:
-        walk = Walk(f"hosts/{name}", (f"{fleet.real}/", f"{real}/"), fleet.common)
-        members = []
-        everywhere = walk.enter(real, "", (real,), members)
-        members.sort()  # by name, and strings compare as their UTF-8 does
-        if found and everywhere:
-            members = fleet.common.keep(found, "", members)
-    if not any(m.name in ("flake.nix", "configuration.nix") and not m.is_directory for m in members):
-        raise BentoError(f"hosts/{name}: neither flake.nix nor configuration.nix in it")
-    return members
-
-
-class Walk(NamedTuple):
-    """Through one host's directories. `shown`: its name for a person; `bounds`: where links may lead, the fleet first."""
-
-    shown: str
-    bounds: tuple[str, str]
-    common: Common
-
-    def enter(self, directory: str, prefix: str, above: tuple[str, ...], members: list[Member]) -> bool:
-        """Collects what lies in a directory; `above` are the real ones that it is in, and itself.
-
-        Whether every host would find the same there: no link led out of the fleet's directory. There was no loop, and
-        so there is none for another host: a directory that it comes from leads here, and would have been one already.
-        """
-        everywhere = True
-        for entry in os.scandir(directory):
-            if entry.name == ".git":
-                continue
-            name, real, linked, inside = f"{prefix}{entry.name}", entry.path, entry.is_symlink(), True
-            where = f"{self.shown}/{name}"
-            try:
-                known_as = os.fsencode(name).decode()
-            except UnicodeDecodeError:
-                raise BentoError(f"{one_line(repr(where))}: the name is not UTF-8: rename it") from None
-            if known_as != name:
-                raise BentoError(f"{one_line(where)}: this locale is not UTF-8: run this with PYTHONUTF8=1")
-            if linked:
-                with suppress(OSError):  # which follow() will tell
-                    if known := self.common.find(entry.stat(), name):
-                        members += known
-                        continue
-                real = os.path.realpath(entry.path)
-                if real.startswith("/nix/store/") and not f"{real}/".startswith(self.bounds):
-                    continue
-                inside = f"{real}/".startswith(self.bounds[0])
-            found = self.follow(where, entry, real) if linked else entry.stat(follow_symlinks=False)
-            if stat.S_ISREG(found.st_mode):
-                members.append(Member(name, real, False, bool(found.st_mode & 0o100), found.st_size))
-            elif stat.S_ISDIR(found.st_mode):
-                if real in above:
-                    raise BentoError(f"{one_line(where)}: link loop: it leads to a directory that it is in")
-                below = [Member(name, real, True)]
-                inside = self.enter(real, f"{name}/", (*above, real), below) and inside
-                members += self.common.keep(found, name, below) if linked and inside else below
-            else:
-                raise BentoError(f"{one_line(where)}: neither a file nor a directory (a socket, FIFO or device)")
-            everywhere = everywhere and inside
-        return everywhere
-
-    def follow(self, where: str, link: os.DirEntry[str], real: str) -> os.stat_result:
-        try:
-            found = link.stat()
-        except FileNotFoundError:
-            raise BentoError(f"{one_line(where)}: dangling link to {one_line(os.readlink(link))}") from None
-        except OSError as error:
-            raise BentoError(f"{one_line(where)}: link loop ({error.strerror})") from None
-        if not f"{real}/".startswith(self.bounds):
-            raise BentoError(f"{one_line(where)}: link out of the fleet directory, to {one_line(real)}")
-        return found
-
-
-@functools.lru_cache(maxsize=4096)
-def header(name: str, size: int, is_directory: bool, executable: bool) -> bytes:
-    """The tar header of a member. Hosts share most of their files through utils/, hence the cache."""
-    info = tarfile.TarInfo(name)
-    info.size, info.mtime, info.uid, info.gid, info.uname, info.gname = size, 1, 0, 0, "", ""
-    info.type = tarfile.DIRTYPE if is_directory else tarfile.REGTYPE
-    info.mode = 0o755 if is_directory or executable else 0o644
-    return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict")
+# --- work trees ---
 
 
 def read_file(path: str, limit: int) -> bytes:
@@ -440,6 +447,137 @@ def read_file(path: str, limit: int) -> bytes:
         os.close(descriptor)
 
 
+# What lies in a directory that is no work tree of Git's, and is nobody's configuration.
+DROPPINGS = re.compile(r"\.git|\.jj|\.hg|\.svn|\.direnv|\.#.*|.*\.swp|.*~", re.DOTALL)
+
+
+def is_work_tree(directory: str) -> bool:
+    """Whether Git would take it for the top of a work tree: of a repository, a submodule, or a second work tree."""
+    git_dir = f"{directory}/.git"
+    with suppress(OSError):
+        text = read_file(git_dir, 4096)  # of a directory it cannot be read
+        if not text.startswith(b"gitdir: "):
+            return False
+        git_dir = os.path.join(directory, os.fsdecode(text[8:].strip()))
+    parts = ("HEAD",) if os.path.exists(f"{git_dir}/commondir") else ("HEAD", "objects", "refs")
+    return all(os.path.lexists(f"{git_dir}/{part}") for part in parts)
+
+
+def git(root: str, *words: str, given: bytes | None = None, writing: bool = False) -> bytes:
+    """What git says of a work tree, which may be anybody's, and we root: nothing that its settings name is run.
+
+    There is no monitor, no hook and no protocol to fetch by; what reads the content of files would run its filters, and
+    is only used in `writing`, without them, and as whom the repository belongs to, so that all of it stays theirs. Git
+    asks whose a work tree is only when it has to find it. What a hook has set in the environment is not meant for us.
+    """
+    argv = ["git", f"--git-dir={root}/.git", f"--work-tree={root}", *words]
+    settings = {"core.fsmonitor": "false", "core.hooksPath": "/dev/null"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment |= {"GIT_ALLOW_PROTOCOL": "none", "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
+    if writing:
+        named = git(root, "config", "--null", "--name-only", "--list").split(b"\0")
+        filters = [os.fsdecode(name) for name in named if name.startswith(b"filter.")]
+        settings |= {name: "false" if name.endswith(".required") else "" for name in filters}
+        owner = os.stat(f"{root}/.git")
+        if os.geteuid() == 0 != owner.st_uid:
+            argv = ["setpriv", f"--reuid={owner.st_uid}", f"--regid={owner.st_gid}", "--clear-groups", *argv]
+            environment |= {"HOME": "/nonexistent", "XDG_CONFIG_HOME": "/nonexistent"}
+    environment["GIT_CONFIG_COUNT"] = str(len(settings))
+    for number, (name, value) in enumerate(settings.items()):
+        environment |= {f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": value}
+    if client.verbose:
+        print(f"+ {shlex.join(argv)}", file=sys.stderr)
+    try:
+        done = subprocess.run(argv, cwd=root, env=environment, input=given, capture_output=True, timeout=600)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BentoError(f"{root}: git: {error}") from None
+    if done.returncode != 0:
+        said = one_line(done.stderr.decode(errors="replace")) or f"exit {done.returncode}"
+        raise BentoError(f"{root}: git {words[0]}: {said}")
+    return done.stdout
+
+
+def read_work_tree(root: str) -> WorkTree:
+    files, directories, others = set[str](), {""}, set[str]()
+    words = ("-z", "-t", "--cached", "--others", "--exclude-standard", "--directory", "--no-empty-directory")
+    for item in git(root, "ls-files", *words).split(b"\0")[:-1]:
+        path = os.fsdecode(item[2:])
+        (others if item[:1] == b"?" else files).add(path)
+        while item[:1] != b"?" and (path := path.rpartition("/")[0]) not in directories:
+            directories.add(path)
+    return WorkTree(root, frozenset(files), frozenset(directories), frozenset(others))
+
+
+def read_revision(root: str) -> str | None:
+    """The commit that a work tree is at, for a person; `+`: and something else. None when there is no commit yet."""
+    try:
+        line = git(root, "rev-list", "--max-count=1", "--format=%h %s", "HEAD", "--").decode(errors="replace")
+    except BentoError:
+        return None
+    commit, _, subject = line.splitlines()[-1].partition(" ")
+    staged = git(root, "diff-index", "--cached", "--name-only", "HEAD", "--")
+    listed = git(root, "ls-files", "-z", "--stage", "--debug")
+    dirty = bool(staged) or any(differs(root, *found.groups()) for found in INDEXED.finditer(listed))
+    return one_line(f"{commit}{'+' if dirty else ''} {subject}", 200)
+
+
+# Of a file in the index: its mode, its object, its name, when it was changed, and its size.
+INDEXED = re.compile(
+    rb"(\d{6}) ([0-9a-f]+) \d\t([^\0]*)\0  ctime: .*\n  mtime: (\d+:\d+)\n  dev: .*\n  uid: .*\n  size: (\d+)\t.*\n"
+)
+
+
+def differs(root: str, mode: bytes, blob: bytes, name: bytes, changed: bytes, size: bytes) -> bool:
+    """Whether a file is another than the one in the index. A file that was touched is compared as it lies there: what
+    Git's own comparison would do, run the tree's filters, is not for us."""
+    path = f"{root}/{os.fsdecode(name)}"
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return True
+    if mode == b"160000":
+        return is_work_tree(path) and git(path, "rev-parse", "HEAD").strip() != blob
+    if f"{found.st_mtime_ns // 10**9}:{found.st_mtime_ns % 10**9} {found.st_size}".encode() == changed + b" " + size:
+        return mode[:3] == b"100" and bool(found.st_mode & 0o100) != (mode == b"100755")
+    if mode == b"120000":
+        content = os.fsencode(os.readlink(path)) if stat.S_ISLNK(found.st_mode) else b""
+        return git(root, "hash-object", "--stdin", given=content).strip() != blob
+    if not stat.S_ISREG(found.st_mode) or bool(found.st_mode & 0o100) != (mode == b"100755"):
+        return True
+    return git(root, "hash-object", "--no-filters", "--", os.fsdecode(name)).strip() != blob
+
+
+def make_known(paths: Sequence[Path]) -> None:
+    """Tells Git of new files, so that they are published. Their content is for their owner to commit."""
+    for root, group in itertools.groupby(sorted(paths), lambda path: find_root(os.path.realpath(path.parent))):
+        if root is not None and shutil.which("git"):
+            # The parent's real name: what is a link itself is known as one.
+            names = [os.path.relpath(f"{os.path.realpath(path.parent)}/{path.name}", root) for path in group]
+            git(root, "add", "--intent-to-add", "--force", "--", *names, writing=True)
+
+
+def find_root(directory: str) -> str | None:
+    """The top of the work tree that a directory lies in."""
+    while not is_work_tree(directory):
+        if directory == "/":
+            return None
+        directory = os.path.dirname(directory)
+    return directory
+
+
+# --- releases ---
+
+
+@functools.lru_cache(maxsize=4096)
+def header(name: str, size: int, is_directory: bool, executable: bool) -> bytes:
+    """The tar header of a member. Hosts share most of their files through utils/, hence the cache."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mtime, info.uid, info.gid, info.uname, info.gname = size, 1, 0, 0, "", ""
+    info.type = tarfile.DIRTYPE if is_directory else tarfile.REGTYPE
+    info.mode = 0o755 if is_directory or executable else 0o644
+    return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict")
+
+
 def pack(member: Member) -> bytes:
     """What the archive has of a directory or a small file: its header, and its content, padded."""
     head = header(member.name, member.size, member.is_directory, member.executable)
@@ -451,10 +589,6 @@ def pack(member: Member) -> bytes:
         raise BentoError(f"{one_line(member.path)}: cannot be read: {error.strerror}") from None
     check_size(member, len(content))
     return head + content + bytes(-member.size % tarfile.BLOCKSIZE)
-
-
-def pack_small(members: Sequence[Member]) -> list[Member]:
-    return [m if m.block or m.size > SMALL_FILE else m._replace(block=pack(m)) for m in members]
 
 
 def content_of(block: bytes, size: int) -> bytes:
@@ -488,6 +622,12 @@ def pass_large(member: Member, put: Callable[[bytes], None]) -> Iterator[bytes]:
     put(bytes(-member.size % tarfile.BLOCKSIZE))
 
 
+def too_large(members: Sequence[Member]) -> str:
+    largest = heapq.nlargest(SHOWN, members, key=lambda member: member.size)
+    shown = ", ".join(f"{one_line(member.name)} ({member.size} bytes)" for member in largest)
+    return f"the release would exceed {client.MAX_RELEASE_BYTES} bytes: leave large files out: {shown}"
+
+
 def write_release(members: Sequence[Member], tar: BinaryIO | None = None, tree: Path | None = None) -> tuple[str, int]:
     """Reads the members once: the release's id and its size in bytes. Always the same for the same content.
 
@@ -499,7 +639,7 @@ def write_release(members: Sequence[Member], tar: BinaryIO | None = None, tree: 
         nonlocal size
         size += len(chunk)
         if size > client.MAX_RELEASE_BYTES:
-            raise BentoError(f"the release would exceed {client.MAX_RELEASE_BYTES} bytes: leave large files out")
+            raise BentoError(too_large(members))
         digest.update(chunk)
         if tar is not None:
             tar.write(chunk)
@@ -521,7 +661,7 @@ def write_release(members: Sequence[Member], tar: BinaryIO | None = None, tree: 
         elif member.is_directory:
             os.mkdir(f"{tree}/{member.name}", 0o755)
         else:
-            write_file(f"{tree}/{member.name}", member.executable, content, member.copy)
+            write_file(f"{tree}/{member.name}", member.executable, content)
     put(bytes(2 * tarfile.BLOCKSIZE + -(size + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE))
     if tree is not None:
         for directory in [*[f"{tree}/{m.name}" for m in reversed(members) if m.is_directory], str(tree)]:
@@ -529,12 +669,7 @@ def write_release(members: Sequence[Member], tar: BinaryIO | None = None, tree: 
     return digest.hexdigest(), size
 
 
-def write_file(path: str, executable: bool, content: Iterable[bytes], copy: str | None = None) -> None:
-    """Writes a file of a tree, or links to its `copy`; makes that when there is none."""
-    if copy is not None:
-        with suppress(OSError):  # it is the first, or has as many links as it can have
-            os.link(copy, path)
-            return
+def write_file(path: str, executable: bool, content: Iterable[bytes]) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o755 if executable else 0o644)
     try:
         for chunk in content:
@@ -543,9 +678,268 @@ def write_file(path: str, executable: bool, content: Iterable[bytes], copy: str 
         os.utime(descriptor, (1, 1))
     finally:
         os.close(descriptor)
-    if copy is not None:
-        with suppress(OSError):
-            os.link(path, copy)
+
+
+class Source:
+    """What this run has read: each work tree and each directory once, and small files, so that what hosts share is at
+    one moment for all of them. `real` and `real_hosts`: the fleet's directories. `tops`: who calls a directory theirs.
+    `left_out`: what a person should hear of, by kind.
+    """
+
+    def __init__(self, real: str, real_hosts: str) -> None:
+        self.real, self.real_hosts = real, real_hosts
+        self.git = shutil.which("git") is not None
+        self.roots: dict[str, str | None] = {}
+        self.trees: dict[str, WorkTree] = {}
+        self.revisions: dict[str, str | None] = {}
+        self.tops: dict[str, str] = {}
+        self.left_out: dict[tuple[str, str], dict[str, None]] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets what may have changed."""
+        self.listings: dict[str, list[Entry]] = {}
+        self.releases: dict[str, Release] = {}
+        self.blocks: dict[Member, bytes] = {}
+        self.blocks_bytes = 0
+
+    def root(self, directory: str) -> str | None:
+        """The top of the work tree that a directory lies in; None outside of Git, and without the program."""
+        if directory not in self.roots:
+            if not self.git:
+                self.roots[directory] = None
+            elif is_work_tree(directory):
+                self.roots[directory] = directory
+            else:
+                self.roots[directory] = None if directory == "/" else self.root(os.path.dirname(directory))
+        return self.roots[directory]
+
+    def work_tree(self, directory: str) -> WorkTree | None:
+        root = self.root(directory)
+        if root is not None and root not in self.trees:
+            self.trees[root] = read_work_tree(root)
+        return None if root is None else self.trees[root]
+
+    def revision(self, directory: str) -> str | None:
+        root = self.root(directory)
+        if root is not None and root not in self.revisions:
+            self.revisions[root] = read_revision(root)
+        return None if root is None else self.revisions[root]
+
+    def called(self, path: str) -> str:
+        """A path as its owner calls it."""
+        for top, called in ((self.real_hosts, "hosts"), (self.real, ""), *self.tops.items()):
+            if path.startswith(f"{top}/"):
+                return f"{called}/{path[len(top) + 1 :]}".lstrip("/")
+        return path
+
+    def show(self, path: str) -> str:
+        return one_line(self.called(path))
+
+    def leave_out(self, kind: str, where: str, path: str) -> None:
+        self.left_out.setdefault((kind, where), {})[path] = None
+
+    def listing(self, directory: str) -> list[Entry]:
+        """What of a directory belongs to a release."""
+        if directory not in self.listings:
+            tree, found = self.work_tree(directory), []
+            for item in os.scandir(directory):
+                # A fleet in the tree that its hosts link to: what it says of hosts is not part of what they are.
+                ours = directory == self.real_hosts and not item.is_dir(follow_symlinks=False)
+                if self.belongs(tree, item) and not ours and (entry := self.look(tree, item)) is not None:
+                    found.append(entry)
+            self.listings[directory] = found
+        return self.listings[directory]
+
+    def belongs(self, tree: WorkTree | None, item: os.DirEntry[str]) -> bool:
+        if item.name == ".git":
+            return False
+        if tree is None:
+            return not DROPPINGS.fullmatch(item.name)
+        name = tree.name(item.path)
+        if name in tree.files or (name in tree.directories and item.is_dir(follow_symlinks=False)):
+            return True
+        if name in tree.others or f"{name}/" in tree.others:
+            self.leave_out("untracked", tree.root, name)
+        return False
+
+    def tracked(self, path: str, is_directory: bool) -> bool:
+        """Whether what a link leads to is in a release."""
+        if is_directory and self.root(path) == path:
+            return True
+        tree = self.work_tree(os.path.dirname(path))
+        if tree is None:
+            return True
+        name = tree.name(path)
+        return name in tree.files or (is_directory and name in tree.directories)
+
+    def look(self, tree: WorkTree | None, item: os.DirEntry[str]) -> Entry | None:
+        """What a name in a directory stands for. None: nothing that could be in a release."""
+        check_name(item.name, self.called(item.path))
+        linked = item.is_symlink()
+        path = os.path.realpath(item.path) if linked else item.path
+        try:
+            found = item.stat()
+        except FileNotFoundError:
+            if not path.startswith("/nix/store/"):
+                self.leave_out_dangling(item.path, path)
+            return None
+        except OSError as error:
+            raise BentoError(f"{self.show(item.path)}: link loop ({error.strerror})") from None
+        is_directory = stat.S_ISDIR(found.st_mode)
+        if not is_directory and not stat.S_ISREG(found.st_mode):
+            self.leave_out("special", "", self.show(item.path))
+            return None
+        if linked and not self.tracked(path, is_directory):
+            self.leave_out_dangling(item.path, path)
+            return None
+        # Outside of Git a directory may be empty. In it a submodule may be, when nobody has fetched it.
+        kept = tree is None or tree.name(item.path) in tree.files
+        executable = not is_directory and bool(found.st_mode & 0o100)
+        size = 0 if is_directory else found.st_size
+        return Entry(item.name, item.path, path, is_directory, executable, size, linked, kept and not linked)
+
+    def leave_out_dangling(self, place: str, path: str) -> None:
+        """A link that leads nowhere, or to what Git does not know: in its owner's own build it would, too."""
+        above = os.path.dirname(path)
+        while not os.path.isdir(above):
+            above = os.path.dirname(above)
+        tree = self.work_tree(above)
+        if tree is not None and tree.name(above) in tree.files:
+            self.leave_out("submodule", tree.root, self.show(place))
+        else:
+            self.leave_out("dangling", "", f"{self.show(place)} -> {one_line(os.readlink(place))}")
+
+    def collect(self, directory: str, prefix: str, above: tuple[str, ...], members: list[Member]) -> None:
+        """All that a release has of a directory. `above` are the real ones that it is in, and itself; the first is the
+        host's own, where links may lead to, as anywhere in the fleet's."""
+        if len(above) > MAX_DEPTH:
+            raise BentoError(f"{self.show(directory)}: a tree deeper than {MAX_DEPTH} directories")
+        for entry in self.listing(directory):
+            if entry.linked and not f"{entry.path}/".startswith((f"{self.real}/", f"{above[0]}/")):
+                if entry.path.startswith("/nix/store/"):
+                    continue
+                where = self.show(entry.place)
+                raise BentoError(f"{where}: link out of the fleet directory, to {one_line(entry.path)}")
+            name = f"{prefix}{entry.name}"
+            members.append(Member(name, entry.path, entry.is_directory, entry.executable, entry.size))
+            if not entry.is_directory:
+                continue
+            if entry.path in above:
+                raise BentoError(f"{self.show(entry.place)}: link loop: it leads to a directory that it is in")
+            count = len(members)
+            self.collect(entry.path, f"{name}/", (*above, entry.path), members)
+            if len(members) == count and not entry.kept and self.root(entry.path) is not None:
+                members.pop()
+
+    def pack_small(self, members: Sequence[Member]) -> list[Member]:
+        """The members, small files with what the archive has of them. Hosts share most of theirs, through utils/."""
+        packed = []
+        for member in members:
+            block = None if member.size > SMALL_FILE else self.blocks.get(member)
+            if block is None and member.size <= SMALL_FILE:
+                block = pack(member)
+                self.blocks_bytes += MEMBER_BYTES + len(block)
+                if self.blocks_bytes > MEMORY_BYTES:
+                    self.blocks, self.blocks_bytes = {}, 0
+                self.blocks[member] = block
+            packed.append(member if block is None else member._replace(block=block))
+        return packed
+
+    def warnings(self) -> list[str]:
+        """What was left out, a line a kind, and a work tree."""
+        texts = {
+            "untracked": "{where}: {n} untracked, left out: 'git add' what belongs to a host",
+            "submodule": "{where}: {links} into submodules that are not there, left out: run 'git submodule update --init'"
+            " there",
+            "dangling": "{links} left out",
+            "special": "{n} left out: neither files nor directories (sockets, FIFOs, devices)",
+            "local": "only this server can build a flake with an input in its own files",
+        }
+        lines = []
+        for (kind, where), paths in sorted(self.left_out.items()):
+            number = len(paths)
+            words = texts[kind].format(
+                where=one_line(where),
+                n=f"{number} name{'' if number == 1 else 's'}",
+                links=f"{number} dangling link{'' if number == 1 else 's'}",
+            )
+            lines.append(f"{words}: {show_names([one_line(path) for path in sorted(paths)])}")
+        return lines
+
+
+def check_name(name: str, where: str) -> None:
+    try:
+        known_as = os.fsencode(name).decode()
+    except UnicodeDecodeError:
+        raise BentoError(f"{one_line(repr(where))}: the name is not UTF-8: rename it") from None
+    if known_as != name:
+        raise BentoError(f"{one_line(where)}: this locale is not UTF-8: run this with PYTHONUTF8=1")
+
+
+def list_members(fleet: Fleet, name: str) -> list[Member]:
+    """Everything below hosts/NAME, symlinks followed, sorted bytewise. BentoError names what cannot be in a release."""
+    top, source = f"{fleet.real_hosts}/{name}", fleet.source
+    if not os.path.isdir(top):
+        raise BentoError(f"hosts/{name}: {'dangling link' if os.path.islink(top) else 'not a directory'}")
+    real = os.path.realpath(top)
+    source.tops.setdefault(real, f"hosts/{name}")
+    members: list[Member] = []
+    source.collect(real, "", (real,), members)
+    members.sort()  # by name, and strings compare as their UTF-8 does
+    return members
+
+
+def read_release(fleet: Fleet, name: str) -> tuple[Release, Recipe]:
+    """A host's release, which is read once for all that share its directory, and how it is built."""
+    real, source = os.path.realpath(f"{fleet.real_hosts}/{name}"), fleet.source
+    release = source.releases.get(real)
+    if release is not None:
+        return release, find_recipe(fleet, release.members, name)
+    members: Sequence[Member] = list_members(fleet, name)
+    recipe = find_recipe(fleet, members, name)
+    size = sum(MEMBER_BYTES + member.size for member in members)
+    if size > client.MAX_RELEASE_BYTES:
+        raise BentoError(too_large(members))
+    if size <= MEMORY_BYTES:
+        members = source.pack_small(members)
+    release = Release(*write_release(members), members)
+    if os.path.islink(f"{fleet.real_hosts}/{name}"):
+        if len(source.releases) >= MAX_SHARED:
+            source.releases.clear()
+        source.releases[real] = release
+    return release, recipe
+
+
+def find_recipe(fleet: Fleet, members: Sequence[Member], name: str) -> Recipe:
+    """How a release is built for a host. BentoError when there is nothing to build."""
+    raw = next((read_file(m.path, client.MAX_JSON_BYTES + 1) for m in members if m.name == "bento.json"), None)
+    recipe = Recipe(name) if raw is None else client.parse_recipe(raw, f"hosts/{name}/bento.json", name)
+    entries = [f"{recipe.directory}/{file}".lstrip("/") for file in ("flake.nix", "configuration.nix")]
+    if any(member.name in entries and not member.is_directory for member in members):
+        return recipe
+    real = os.path.realpath(f"{fleet.real_hosts}/{name}")
+    for entry in entries:
+        path = os.path.realpath(f"{real}/{entry}")
+        if os.path.isfile(path) and not fleet.source.tracked(path, False):
+            raise BentoError(f"hosts/{name}/{entry}: Git does not know it: 'git add' it, and what belongs to it")
+    where = f"hosts/{name}/{recipe.directory}".rstrip("/")
+    raise BentoError(f"{where}: neither flake.nix nor configuration.nix in it")
+
+
+def local_inputs(members: Sequence[Member], recipe: Recipe) -> list[str]:
+    """The inputs of a locked flake that are files of this machine. What cannot be read, Nix will complain of."""
+    name = f"{recipe.directory}/flake.lock".lstrip("/")
+    found = []
+    for member in members:
+        if member.name == name:
+            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                for node, value in json.loads(Path(member.path).read_bytes())["nodes"].items():
+                    locked = value.get("locked", {})
+                    place = str(locked.get("path") if locked.get("type") == "path" else locked.get("url"))
+                    if place.startswith(("/", "file:")):
+                        found.append(f"{node} ({place})")
+    return found
 
 
 # --- states of hosts ---
@@ -717,6 +1111,8 @@ def format_table(
     columns = [("HOST", name_width), ("STATE", 11), ("RUNS", 7), ("SINCE", 5), ("SEEN", 5)]
     if width >= name_width + 80:
         columns.insert(3, ("SYSTEM", 8))
+    if wide := width >= name_width + 120 and any(row.revision for row in rows):
+        columns[2] = ("RUNS", 8 + REVISION_WIDTH)
     summary = textwrap.wrap(format_summary(rows), width)
     shown = rows
     if height is not None and len(rows) > height - 1 - len(summary):
@@ -726,6 +1122,8 @@ def format_table(
     lines = [clip((gutter + " ".join(f"{title:<{size}}" for title, size in columns) + "  NOTES").rstrip(), width)]
     for row in shown:
         cells = row_cells(row, now_s)
+        if wide and row.revision is not None:
+            cells["RUNS"] += f" {clip(row.revision, REVISION_WIDTH)}"
         text = " ".join(f"{cells[title]:<{size}}" for title, size in columns)
         line = clip(f"{text}  {'; '.join(notes(row, now_s))}".rstrip(), width - len(gutter))
         if decorated:
@@ -947,6 +1345,7 @@ def row_json(row: Row) -> dict[str, object]:
         "other_client": row.other_client,
         "published": published or None,
         "release": row.report.release if row.report else None,
+        "revision": row.revision,
         "system": row.report.system if row.report else None,
         "client": row.report.client if row.report else None,
         "phase": row.report.phase if row.report else None,
@@ -964,12 +1363,19 @@ def row_json(row: Row) -> dict[str, object]:
 @contextmanager
 def populate_lock(fleet: Fleet, *, wait: bool = False) -> Iterator[None]:
     fleet.chroot_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-    with open(fleet.chroot_dir / ".lock", "a+") as file:
+    # Whoever can open it could keep us waiting for ever.
+    descriptor = os.open(fleet.chroot_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        os.fchmod(descriptor, 0o600)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise BentoError(f"another populate is at work in {fleet.chroot_dir}: wait for its end") from None
+            raise BentoError(
+                f"another populate is at work in {fleet.chroot_dir}: wait for its end, or give --wait"
+            ) from None
         yield
+    finally:
+        os.close(descriptor)
 
 
 def find_owner(name: str) -> Owner | None:
@@ -1018,47 +1424,152 @@ def is_whole(chroot: Path, current: Current) -> bool:
     return whole and os.path.isdir(release)
 
 
-class Staged(NamedTuple):
-    """A release that lies beside the published ones, whole but not synced, not yet named: `tree` is what is built."""
+class Store:
+    """Each release once, as ID/ (its tree), ID.tar and ID.parts/, for the chroots of its hosts to link to.
 
-    name: str
-    release: str
-    size: int
-    tar: Path
-    tree: Path
-    parts: tuple[Part, ...] = ()
+    What a run adds lies in .new until it is on disk for sure; ID.json is the last that such a release gets. Without
+    `archives`, there are only trees. Unused is a release whose archive nobody else links to.
+    """
+
+    def __init__(self, directory: Path, *, archives: bool = True) -> None:
+        self.directory, self.archives = directory, archives
+        self.new = directory / ".new"
+        self.parts: dict[str, tuple[Part, ...]] = {}
+
+    def find(self, release: str) -> Path | None:
+        """Where a release lies: the path that its names begin with."""
+        for directory in (self.new, self.directory):
+            if (directory / f"{release}.json").exists():
+                return directory / release
+        return None
+
+    def add(self, release: Release) -> Release:
+        """Makes sure that a release is here. The one that it is, if files have changed since they were read."""
+        found = self.find(release.id)
+        if found is not None and (release.id in self.parts or self.verify(found, release)):
+            return release
+        self.directory.mkdir(mode=0o700, exist_ok=True)
+        if not self.parts:  # the first of this run
+            client.remove(self.new)
+        self.new.mkdir(mode=0o700, exist_ok=True)
+        aside = self.new / "aside"
+        client.remove(aside)
+        try:
+            aside.mkdir(mode=0o755)
+            return self.write(release, aside)
+        finally:  # on a full disk, the first thing that is needed is room
+            client.remove(aside)
+
+    def verify(self, found: Path, release: Release) -> bool:
+        """Whether what an earlier run has left is what it was: a chroot may have been damaged, whose files it shares."""
+        try:
+            data = client.parse_object(Path(f"{found}.json").read_bytes(), f"{found}.json")
+            parts = tuple(
+                client.read_record(Part, client.as_object(part, "parts", ""), f"{found}.json") for part in data["parts"]
+            )
+            sizes = [os.stat(f"{found}.parts/{part.sha256}").st_size == part.size for part in parts]
+            good = all(sizes) and found.is_dir() and client.hash_file(Path(f"{found}.tar")) == release.id
+        except (BentoError, OSError, KeyError, TypeError):
+            good = False
+        if good:
+            self.parts[release.id] = parts
+        else:
+            self.discard(release.id)
+        return good
+
+    def write(self, release: Release, aside: Path) -> Release:
+        parts: tuple[Part, ...] = ()
+        with open(aside / "tar" if self.archives else os.devnull, "wb", 1 << 20) as file:
+            if self.archives:
+                os.fchmod(file.fileno(), 0o644)
+            written = Release(*write_release(release.members, file, aside / "tree"), release.members)
+        place = self.new / written.id
+        if self.archives:
+            parts = cut_release(aside, written.members)
+            os.rename(aside / "tar", f"{place}.tar")
+            if parts:
+                os.rename(aside / "parts", f"{place}.parts")
+        client.remove(place)
+        os.rename(aside / "tree", place)
+        text = json.dumps({"format": client.FORMAT, "parts": client.plain(parts)})
+        Path(f"{place}.json").write_text(text, "utf-8")
+        self.parts[written.id] = parts
+        return written
+
+    def settle(self) -> None:
+        """All that was added is on disk by now."""
+        with suppress(FileNotFoundError):
+            # Its .json last: without it a release is none.
+            for name in sorted(os.listdir(self.new), key=lambda name: name.endswith(".json")):
+                client.remove(self.directory / name)
+                os.rename(self.new / name, self.directory / name)
+
+    def discard(self, release: str) -> None:
+        for directory, ending in itertools.product((self.new, self.directory), (".json", ".tar", ".parts", "")):
+            client.remove(directory / f"{release}{ending}")
+        self.parts.pop(release, None)
+
+    def prune(self) -> None:
+        with suppress(FileNotFoundError):
+            names = os.listdir(self.directory)
+            for name in names:
+                if name.startswith("."):
+                    client.remove(self.directory / name)
+            for release in {name.partition(".")[0] for name in names if not name.startswith(".")}:
+                self.drop(self.directory, release)
+
+    def drop(self, directory: Path, release: str) -> None:
+        """Gives the room of a release back, if nobody has it: on a full disk, it is the next host's."""
+        try:
+            unused = os.stat(directory / f"{release}.tar").st_nlink == 1
+        except FileNotFoundError:
+            unused = True
+        if unused or not (directory / f"{release}.json").exists():
+            self.discard(release)
 
 
-def stage(chroot: Path, name: str, members: Sequence[Member]) -> Staged:
-    """Writes the release's tar and its tree, under names that no host asks for."""
-    directory = chroot / "releases" / ".new"
-    client.remove(directory)
-    directory.mkdir(mode=0o755)
-    try:
-        with open(directory / "release.tar", "wb", 1 << 20) as file:
-            os.fchmod(file.fileno(), 0o644)
-            # The tree's name matters: a channel configuration that says ./. gets it into a store path.
-            release, size = write_release(members, file, directory / "config")
-    except BaseException:
-        client.remove(directory)  # on a full disk, the first thing that is needed is room
-        raise
-    return Staged(name, release, size, directory / "release.tar", directory / "config")
+def link_tree(source: Path, target: Path, members: Sequence[Member], private: str = "") -> None:
+    """The same tree again, of links to the same files, but for those of the name `private`: a copy that may change."""
+    os.mkdir(target, 0o755)
+    for member in members:
+        if member.is_directory:
+            os.mkdir(f"{target}/{member.name}", 0o755)
+        else:
+            link(f"{source}/{member.name}", f"{target}/{member.name}", member.name.rpartition("/")[2] != private)
+    for member in reversed(members):
+        if member.is_directory:
+            os.utime(f"{target}/{member.name}", (1, 1))
+    os.utime(target, (1, 1))
 
 
-def cut_release(staged: Staged, members: Sequence[Member]) -> tuple[Part, ...]:
+def link(source: str, target: str, sharing: bool = True) -> None:
+    """A link, or a copy: a file has as many links as it can have, and a chroot may be a file system of its own."""
+    if sharing:
+        try:
+            os.link(source, target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EMLINK, errno.EXDEV, errno.EPERM):
+                raise
+    shutil.copyfile(source, target)
+    shutil.copymode(source, target)
+    os.utime(target, (1, 1))
+
+
+def cut_release(staged: Path, members: Sequence[Member]) -> tuple[Part, ...]:
     """Cuts the archive before and after each large file, for hosts that have that file already.
 
-    Each part lies in parts/, beside the tree, under its SHA-256; a large one is a hard link to the file in the tree,
-    and costs no room. A release without large files has no parts.
+    Each part lies in parts/, beside tar and tree, under its SHA-256; a large one is a hard link to the file in the
+    tree, and costs no room. A release without large files has no parts.
     """
-    tree, directory = staged.tree, staged.tree.parent / "parts"
+    tree, directory = staged / "tree", staged / "parts"
     large = sorted((m for m in members if m.size >= LARGE_FILE), key=lambda m: m.size)[-MAX_LARGE_FILES:]
     parts: list[Part] = []
     if not large:
         return ()
     directory.mkdir(mode=0o755)
     names = {member.name for member in large}
-    with open(staged.tar, "rb") as file:
+    with open(staged / "tar", "rb") as file:
         position = cut = 0
         for member in members:
             position += len(header(member.name, member.size, member.is_directory, member.executable))
@@ -1086,97 +1597,304 @@ def copy_part(archive: BinaryIO, start: int, end: int, directory: Path) -> Part:
     return Part(digest.hexdigest(), end - start)
 
 
-def place(chroot: Path, staged: Staged, system: str | None, before: Current | None, now_s: float) -> Current:
-    """Gives the staged release its names, and writes current.json aside. No host is told yet."""
-    releases = chroot / "releases"
-    tar, tree = releases / f"{staged.release}.tar", releases / staged.release
-    parts = releases / f"{staged.release}.parts"
-    # Never earlier than the one before, even if the clock was set back: hosts with several servers compare them.
-    published = format_time(now_s)
-    if before is not None and before.published >= published:
-        published = format_time(client.parse_time(before.published) + 1)
-    os.utime(staged.tar, (client.parse_time(published),) * 2)  # for prune_releases
-    client.remove(tree)
-    client.remove(parts)
-    os.rename(staged.tree, tree)
-    os.rename(staged.tar, tar)
-    if staged.parts:
-        os.rename(releases / ".new/parts", parts)
-    client.remove(releases / ".new")
-    current = Current(staged.name, staged.release, staged.size, published, system, staged.parts)
-    aside = chroot / ".current.json.new"
-    aside.write_bytes(client.encode(current))
+class Published(NamedTuple):
+    """A line of a host's `history`."""
+
+    time: str
+    release: str
+    revision: str | None
+    system: str | None
+
+
+def read_history(chroot: Path | str, limit: int = MAX_HISTORY_BYTES) -> list[Published]:
+    """What was published for a host, oldest first; at least the last line if `limit` bytes hold it."""
+    lines: list[Published] = []
+    try:
+        with open(f"{chroot}/history", "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - limit))
+            raw = file.read()
+    except FileNotFoundError:
+        return []
+    for line in raw.splitlines():
+        with suppress(ValueError, RecursionError, BentoError, AttributeError):  # cut, or of a later version
+            data = json.loads(line)
+            take = functools.partial(client.take, data, what="history")
+            found = (
+                take("time", client.TIME),
+                take("release", client.RELEASE_ID),
+                one_line(str(data.get("revision") or ""), 200) or None,
+            )
+            lines.append(Published(*found, take("system", client.STORE_PATH, null=True)))
+    return lines
+
+
+def write_history(chroot: Path, current: Current) -> Path:
+    """The history with one more publication, aside."""
+    lines = read_history(chroot)[1 - KEEP_HISTORY :]
+    lines.append(Published(current.published, current.release, current.revision, current.system))
+    aside = chroot / ".history.new"
+    aside.write_text("".join(json.dumps(line._asdict()) + "\n" for line in lines), "utf-8")
     aside.chmod(0o644)
+    return aside
+
+
+def place(chroot: Path, store: Store, job: Job, system: str | None, now_s: float) -> Current:
+    """Gives the host its links to a release in the store, and writes current.json aside. No host is told yet."""
+    release, before, aside = job.release, job.before, chroot / "releases/.new"
+    if before is not None:
+        tidy(chroot, before)
+    found = store.find(release.id)
+    assert found is not None
+    client.remove(aside)
+    aside.mkdir(mode=0o755)
+    try:
+        link_tree(found, aside / "tree", release.members)
+        link(f"{found}.tar", f"{aside}/tar")
+        if parts := store.parts[release.id]:
+            (aside / "parts").mkdir(mode=0o755)
+            for part in {part.sha256 for part in parts}:
+                link(f"{found}.parts/{part}", f"{aside}/parts/{part}")
+        # Never earlier than the one before, even if the clock was set back: hosts with several servers compare them.
+        published = format_time(now_s)
+        if before is not None and before.published >= published:
+            published = next_time(before.published)
+        for name, ending in (("tree", ""), ("tar", ".tar"), ("parts", ".parts")):
+            target = chroot / f"releases/{release.id}{ending}"
+            client.remove(target)
+            if name != "parts" or parts:
+                os.rename(aside / name, target)
+    finally:
+        client.remove(aside)
+    current = Current(job.name, release.id, release.size, published, system, parts, job.revision)
+    current = with_signature(current, job.signature)
+    new = chroot / ".current.json.new"
+    new.write_bytes(client.encode(current))
+    new.chmod(0o644)
+    write_history(chroot, current)
     return current
 
 
-def reveal(chroot: Path, release: str) -> None:
+def next_time(text: str) -> str:
+    try:
+        return format_time(client.parse_time(text) + 1)
+    except (ValueError, OverflowError):
+        return text  # there is none after the year 9999
+
+
+def reveal(chroot: Path, current: Current) -> None:
     """The moment of publication. Everything that current.json names is on disk by now."""
     os.rename(chroot / ".current.json.new", chroot / "current.json")
-    tidy(chroot, release)
+    os.rename(chroot / ".history.new", chroot / "history")
+    tidy(chroot, current)
 
 
-def tidy(chroot: Path, release: str) -> None:
+def tidy(chroot: Path, current: Current) -> None:
     """What follows a publication. Done again for an unchanged host: a kill may have come between the two."""
-    link, target = f"{chroot}/config", f"releases/{release}"
+    path, target = f"{chroot}/config", f"releases/{current.release}"
     try:
-        done = os.readlink(link) == target
+        done = os.readlink(path) == target
     except OSError:
         done = False
-        if os.path.isdir(link):
-            client.remove(Path(link))
+        if os.path.isdir(path):
+            client.remove(Path(path))
     if not done:
-        client.replace_link(Path(link), target)
-    prune_releases(f"{chroot}/releases", release)
+        client.replace_link(Path(path), target)
+    history = read_history(chroot, LAST_HISTORY_BYTES)
+    if not history or (history[-1].time, history[-1].release) != (current.published, current.release):
+        os.rename(write_history(chroot, current), chroot / "history")
+    prune_releases(chroot, current.release, history)
 
 
-def prune_releases(releases: str, current: str) -> None:
+def prune_releases(chroot: Path, current: str, history: Sequence[Published]) -> None:
     """Keeps the current release and the ones published just before it: a host may be fetching one of them.
 
-    A tar has the time of its publication. One that is later than the current one's was placed, but never published.
+    By the history. Before there was one, an archive had the time of its publication, and one that is later than the
+    current one's was placed, but never published.
     """
+    releases = f"{chroot}/releases"
     names = os.listdir(releases)
-    times = {
-        name.removesuffix(".tar"): os.stat(f"{releases}/{name}").st_mtime for name in names if name.endswith(".tar")
-    }
+    whole = {name.removesuffix(".tar") for name in names if name.endswith(".tar")} & set(names)
+    order = {published.release: number for number, published in enumerate(history)}
+    times = {release: os.stat(f"{releases}/{release}.tar").st_mtime for release in whole}
     latest = times.get(current, float("inf"))
-    earlier = [release for release, when in times.items() if when < latest and os.path.isdir(f"{releases}/{release}")]
-    keep = {current, *sorted(earlier, key=times.__getitem__, reverse=True)[: KEEP_RELEASES - 1]}
+    earlier = [r for r in whole - {current} if r in order or times[r] < latest]
+    earlier.sort(key=lambda release: (order.get(release, -1), times[release]), reverse=True)
+    keep = {current, *earlier[: KEEP_RELEASES - 1]}
     for name in names:
         if name.removesuffix(".tar").removesuffix(".parts") not in keep:
             client.remove(Path(releases, name))
 
 
 def prune_logs(chroot: Path) -> None:
-    """Removes the oldest of what a host left beyond a generous number of logs, in several runs if it left very many."""
+    """Removes the oldest of what a host left beyond a generous number of logs, and what is neither a log nor a report, in
+    several runs if it left very many: each makes room in what the next one looks at."""
     with suppress(OSError), os.scandir(f"{chroot}/logs") as entries:
-        names = sorted(e.name for e in itertools.islice(entries, MAX_PRUNED) if client.LOG_NAME.fullmatch(e.name))
-        for name in names[:-KEEP_LOGS]:
-            with suppress(OSError):  # a directory of such a name, say
-                os.unlink(f"{chroot}/logs/{name}")
+        names = sorted(entry.name for entry in itertools.islice(entries, MAX_PRUNED))
+        logs = [name for name in names if client.LOG_NAME.fullmatch(name)]
+        # A dot in front: under way, or cut short.
+        uploads = [name for name in names if client.LOG_NAME.fullmatch(name.removeprefix(".")) and name not in logs]
+        ours = {"status.json", ".status.json", ".announcement", *logs[-KEEP_LOGS:], *uploads[-KEEP_LOGS:]}
+        for name in names:
+            if name not in ours:
+                with suppress(OSError):  # a directory, say
+                    os.unlink(f"{chroot}/logs/{name}")
 
 
-def prune_chroots(fleet: Fleet, hosts: Sequence[str], dry_run: bool, failures: list[str]) -> None:
-    """Removes the chroots of hosts that are in hosts/ no more."""
+def is_chroot(path: Path) -> bool:
+    """Whether all that lies in a directory is what Bento makes there: only that may be removed."""
+    if not client.HOST_NAME.fullmatch(path.name) or path.is_symlink():
+        return False
+    try:
+        releases = os.listdir(path / "releases")
+        names = set(os.listdir(path))
+    except OSError:
+        return False
+    ours = [bool(RELEASE_NAME.fullmatch(name)) for name in releases if not name.startswith(".")]
+    return any(ours) and all(ours) and all(name in CHROOT_NAMES or name.startswith(".") for name in names)
+
+
+def end_sessions(name: str) -> None:
+    """Ends what a host's account has open: a session outlives its account, and goes on writing."""
+    try:
+        uid = pwd.getpwnam(f"bento-{name}").pw_uid
+    except KeyError:
+        return
+    for path in Path("/proc").glob("[0-9]*/status"):
+        with suppress(OSError):
+            # Its owner says nothing: of a process that has changed its user, that is root.
+            users = re.search(r"^Uid:\s+(.*)$", path.read_text(errors="replace"), re.MULTILINE)
+            if uid != 0 and users is not None and set(users[1].split()) == {str(uid)}:
+                os.kill(int(path.parent.name), signal.SIGKILL)
+
+
+def find_gone(fleet: Fleet, hosts: Sequence[str]) -> list[Path]:
+    """The chroots of hosts that are in hosts/ no more. BentoError when that cannot be what is meant."""
     if not hosts:
         raise BentoError(
             f"{fleet.directory / 'hosts'}: no hosts in it: pruning would remove every chroot, so nothing was done"
         )
-    for path in sorted(fleet.chroot_dir.iterdir()):
-        ours = client.HOST_NAME.fullmatch(path.name) and not path.is_symlink() and (path / "releases").is_dir()
-        if ours and path.name not in hosts:
-            try:
-                if not dry_run:
-                    # Unpublish first, so that a kill in the middle never leaves a release announced and gone; releases/
-                    # last, by which the next run knows it for a chroot.
-                    if os.geteuid() == 0:
-                        client.remove(GCROOTS / path.name)
-                    for left in ("current.json", "logs", "config", ""):
-                        client.remove(path / left)
-            except OSError as error:  # the host is writing there, say
-                failures.append(f"{path.name}: {error}")
+    if not fleet.chroot_dir.is_dir():
+        return []
+    chroots = sorted(path for path in fleet.chroot_dir.iterdir() if is_chroot(path))
+    gone = [path for path in chroots if path.name not in hosts]
+    if 2 * len(gone) > len(chroots) and not fleet.named:
+        raise BentoError(
+            f"--prune would remove {len(gone)} of {len(chroots)} chroots in {fleet.chroot_dir}, so nothing was done:"
+            f" if {fleet.directory} is their fleet, say so with --fleet"
+        )
+    return gone
+
+
+def prune_chroots(gone: Sequence[Path], dry_run: bool, failures: list[Failure]) -> None:
+    for path in gone:
+        try:
+            if not dry_run:
+                # Unpublish first, so that a kill in the middle never leaves a release announced and gone; releases/
+                # last, by which the next run knows it for a chroot.
+                if os.geteuid() == 0:
+                    client.remove(GCROOTS / path.name)
+                    client.remove(path / "current.json")
+                    end_sessions(path.name)
+                for left in ("current.json", "logs", "config", ""):
+                    client.remove(path / left)
+        except OSError as error:  # the host is writing there, say
+            failures.append(Failure(path.name, str(error)))
+            continue
+        print(f"{path.name}: {'would remove' if dry_run else 'removed'} {path}")
+
+
+# --- signatures ---
+
+ARMOR = "-----BEGIN SSH SIGNATURE-----\n"
+VALID_DAYS = 30
+
+
+class Signature(NamedTuple):
+    """`hosts/NAME.sig`: the signed text, what it says, and the signature as ssh-keygen writes it."""
+
+    text: str
+    signed: client.Signed
+    armored: str
+
+
+def read_signature(fleet: Fleet, name: str) -> Signature | None:
+    """What the administrator signed for a host; None where nothing is."""
+    path, where = fleet.directory / "hosts" / f"{name}.sig", f"hosts/{name}.sig"
+    try:
+        content = client.read_limited(path, client.MAX_JSON_BYTES).decode("utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BentoError(f"{where}: cannot be read: {one_line(str(error))}") from None
+    text, armor, rest = content.partition(ARMOR)
+    if not armor:
+        raise BentoError(f"{where}: no signature in it: 'bento.py sign {name} --key FILE' makes it anew")
+    return Signature(text, client.parse_signed(text, where), armor + rest)
+
+
+def check_signature(fleet: Fleet, name: str, release: Release) -> Signature | None:
+    """The host's signature, if it is of this very release. BentoError when it is of another one: that is not for the
+    host, which would refuse it."""
+    found = read_signature(fleet, name)
+    if found is None or (found.signed.host, found.signed.release, found.signed.size) == (
+        name,
+        release.id,
+        release.size,
+    ):
+        return found
+    about = f"hosts/{name}.sig is for release {found.signed.release[:12]}, and this is {release.id[:12]}"
+    if found.signed.host != name:
+        about = f"hosts/{name}.sig is for host {found.signed.host!r}"
+    names = differing(fleet.chroot(name) / "releases" / f"{found.signed.release}.tar", release.members)
+    shown = ", ".join(one_line(name, 80) for name in names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
+    differs = f" (they differ in {shown})" if names else ""
+    raise BentoError(f"not signed: {about}{differs}: 'bento.py sign {name} --key FILE', where the key is")
+
+
+def with_signature(current: Current, found: Signature | None) -> Current:
+    """What is published of a release beside the signature that it has, or has not, in hosts/."""
+    system = check_system(found, current.system)
+    text, armored = (found.text, found.armored) if found is not None else (None, None)
+    return current._replace(system=system, signed=text, signature=armored)
+
+
+def check_system(found: Signature | None, system: str | None) -> str | None:
+    """The system to publish beside the release: what was built here has to be what was signed."""
+    if found is None or found.signed.system is None:
+        return system
+    if system is not None and system != found.signed.system:
+        raise BentoError(f"not signed: this was built to {system}, and {found.signed.system} is signed")
+    return found.signed.system
+
+
+def differing(tar: Path, members: Sequence[Member]) -> list[str]:
+    """In which members a release that lies here differs from those of this checkout; none if it does not lie here."""
+    try:
+        there = dict(digest_tar(tar))
+        here = {m.name: "directory" if m.is_directory else digest_member(m) for m in members}
+    except (OSError, BentoError):
+        return []
+    return sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+
+
+def digest_tar(tar: Path) -> Iterator[tuple[str, str]]:
+    with open(tar, "rb") as file:
+        while (entry := client.read_entry(file)) is not None:
+            if entry.size is None:
+                yield entry.name, "directory"
                 continue
-            print(f"{path.name}: {'would remove' if dry_run else 'removed'} {path}")
+            digest, left = hashlib.sha256(), entry.size
+            while left:
+                chunk = client.read_exactly(file, min(left, 1 << 20))
+                digest.update(chunk)
+                left -= len(chunk)
+            client.read_exactly(file, -entry.size % tarfile.BLOCKSIZE)
+            yield entry.name, f"{entry.executable} {digest.hexdigest()}"
+
+
+def digest_member(member: Member) -> str:
+    content = hashlib.sha256(content_of(member.block, member.size)).hexdigest() if member.block else None
+    return f"{member.executable} {content or client.hash_file(Path(member.path))}"
 
 
 # --- builds ---
@@ -1190,17 +1908,17 @@ def log_directory() -> Path:
 
 
 def rebuild(action: str, tree: Path, name: str, limit_s: float) -> str | None:
-    """Builds (or evaluates) a release as the host will. The system's store path after a build.
+    """Builds (or evaluates) a release as the host will, in a tree that nobody else needs. The system after a build.
 
     BentoError with the end of the log when that fails or takes longer than `limit_s` seconds.
     """
-    log_directory().mkdir(parents=True, exist_ok=True)
+    # What a build says may be nobody else's business.
+    log_directory().mkdir(mode=0o750, parents=True, exist_ok=True)
+    os.chmod(log_directory(), 0o750)
     log = client.Log(log_directory() / f"{name}.log")
     client.remove(log.path)
-    link = tree.parent / "result"
-    recipe = client.read_recipe(tree, name)
-    argv = client.rebuild_argv(action, tree, recipe)
-    with log.output() as out, client.unchanged_lock(tree / recipe.directory):
+    argv = client.rebuild_argv(action, tree, client.read_recipe(tree, name))
+    with log.output() as out:
         done = client.run(argv, check=False, output=out, cwd=tree.parent, timeout=limit_s)
     if done.code != 0:
         said = [one_line(line, 400) for line in log.tail(16 << 10).splitlines()[-15:]] or [done.output]
@@ -1208,7 +1926,7 @@ def rebuild(action: str, tree: Path, name: str, limit_s: float) -> str | None:
         raise BentoError(
             "\n  ".join([f"nixos-rebuild {action}: {how}; all of it is in {log.path}, which ends:", *said])
         )
-    return os.path.realpath(link) if action == "build" else None
+    return os.path.realpath(tree.parent / "result") if action == "build" else None
 
 
 def keep_from_collection(name: str, system: str) -> None:
@@ -1216,6 +1934,221 @@ def keep_from_collection(name: str, system: str) -> None:
     if os.geteuid() == 0:
         GCROOTS.mkdir(parents=True, exist_ok=True)
         client.replace_link(GCROOTS / name, system)
+
+
+class Progress:
+    """Says on stderr what the hosts are at: on a terminal in lines that are drawn over, elsewhere one a change, unless
+    it is `quiet` there: cron mails what is on stderr."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.live, self.quiet = sys.stderr.isatty(), quiet
+        self.running: dict[str, tuple[str, float]] = {}
+        self.drawn = 0
+        self.due_s = time.monotonic() + 1
+
+    def set(self, name: str, phase: str) -> None:
+        self.running[name] = (phase, time.monotonic())
+        if not self.live and not self.quiet:
+            print(f"{name}: {phase}", file=sys.stderr)
+
+    def tell(self, name: str, phase: str, *, at_once: bool) -> None:
+        """On a terminal only: the one host that is at work, if the whole takes more than a moment."""
+        now_s = time.monotonic()
+        if self.live and (at_once or now_s > self.due_s):
+            self.due_s = now_s + 0.1
+            self.running = {name: (phase, now_s)}
+            self.draw()
+
+    def end(self, name: str) -> None:
+        self.running.pop(name, None)
+
+    def draw(self) -> None:
+        """Also clears what was drawn before, so that a result can be printed in between."""
+        if not self.live:
+            return
+        width = shutil.get_terminal_size().columns
+        lines = [
+            f"{n}: {phase}, {client.duration(time.monotonic() - t)}" for n, (phase, t) in list(self.running.items())
+        ]
+        sys.stderr.write("\x1b[F" * self.drawn + "\x1b[J" + "".join(f"{line[: width - 1]}\n" for line in lines))
+        sys.stderr.flush()
+        self.drawn = len(lines)
+
+    def clear(self) -> None:
+        self.running.clear()
+        self.draw()
+
+
+class Work:
+    """A check, a build, or a publication under way: what it is to do, and what has become of it.
+
+    `lock`: for what is read, and for the store, when several builds go on. `users`: how many hosts still need a
+    directory, where each release is only needed for their builds.
+    """
+
+    def __init__(self, fleet: Fleet, plan: Plan, store: Store) -> None:
+        self.fleet, self.plan, self.store = fleet, plan, store
+        self.failures: list[Failure] = []
+        self.counts = {"published": 0, "unchanged": 0}
+        self.progress = Progress(quiet=plan.publish)
+        self.lock = threading.RLock()
+        self.users: Counter[str] = Counter()
+
+    def add(self, job: Job) -> Job:
+        """The job with its release in the store: for all that share it the one that is there now."""
+        release, known = self.store.add(job.release), self.fleet.source.releases
+        if release.id != job.release.id:
+            known.update({top: release for top, shared in known.items() if shared is job.release})
+        return job._replace(release=release)
+
+    def fail(self, name: str, error: Exception) -> None:
+        """One host's failure, whatever it is: it stops no other."""
+        text = str(error)
+        if not isinstance(error, BentoError | OSError):
+            text = f"{type(error).__name__}: {text} (this is an error in Bento: -v shows where)"
+            if client.verbose:
+                traceback.print_exception(error)
+        self.failures.append(Failure(name, text))
+        self.fleet.source.clear()  # if a file has changed, the next host gets it as it is now
+        if self.plan.as_json:
+            self.progress.clear()
+            print(json.dumps({"host": name, "result": "failed", "error": text}), flush=True)
+
+    def tell(self, job: Job, result: str, words: str, system: str | None = None) -> None:
+        if self.plan.jobs > 1:  # the others go on
+            self.progress.draw()
+        else:
+            self.progress.clear()
+        if self.plan.as_json:
+            told = {"host": job.name, "result": result, "release": job.release.id, "size": job.release.size}
+            print(json.dumps(told | {"revision": job.revision, "system": system}), flush=True)
+        elif words:
+            print(f"{job.name}: {words}", flush=True)
+
+
+def examine(work: Work, name: str) -> Job:
+    """What there is to publish for a host, and whether it is published already."""
+    fleet, plan = work.fleet, work.plan
+    owner = None
+    if plan.publish and not plan.dry_run:
+        try:
+            owner = find_owner(name)
+        except BentoError:
+            if (fleet.directory / f"hosts/{name}.pub").exists():
+                raise
+            raise BentoError(
+                f"it has no account here, for it has no key: there is no hosts/{name}.pub:"
+                f" 'bento.py add {name} --key FILE' makes one"
+            ) from None
+    release, recipe = read_release(fleet, name)
+    signature = check_signature(fleet, name, release) if plan.publish else None
+    chroot, before = fleet.chroot(name), None
+    try:
+        before = read_published(chroot, name) if plan.publish else None
+    except BentoError as error:
+        work.progress.clear()
+        print(f"{name}: {error}: published anew", file=sys.stderr)
+    except PermissionError:
+        if not plan.dry_run:  # which is for anybody
+            raise
+    if before is not None and before.release == release.id and is_whole(chroot, before):
+        return Job(name, release, owner, before, True, before.revision, signature)
+    for found in local_inputs(release.members, recipe):
+        fleet.source.leave_out("local", "", f"hosts/{name}: {found}")
+    if plan.publish and recipe != Recipe(name):
+        check_client(chroot, name)
+    top = os.path.realpath(f"{fleet.real_hosts}/{name}")
+    return Job(name, release, owner, before, False, plan.revision or fleet.source.revision(top), signature)
+
+
+def check_client(chroot: Path, name: str) -> None:
+    """Whether the host would heed a bento.json. One that has never reported gets its client with its first release."""
+    report, _, _ = read_report(chroot, name)
+    found = re.match(r"(\d+)\.(\d+)", report.client) if report else None
+    if report is not None and (found is None or (int(found[1]), int(found[2])) < RECIPE_SINCE):
+        raise BentoError(
+            f"its client, version {report.client}, does not know bento.json and would build something else:"
+            " publish a release without one first, that brings it this version's utils/"
+        )
+
+
+def build_one(work: Work, name: str) -> tuple[Job, str | None] | Exception:
+    """One host's check or build, from the very bytes that are published, in a tree of its own."""
+    directory, job = work.store.directory / f".build-{name}", None
+    try:
+        with work.lock:
+            work.progress.set(name, "reading")
+            job = examine(work, name)
+            if job.unchanged and (work.plan.action != "build" or (job.before is not None and job.before.system)):
+                return job, None
+            job = work.add(job)
+            found = work.store.find(job.release.id)
+            assert found is not None and work.plan.action is not None
+            client.remove(directory)
+            directory.mkdir(mode=0o755)
+            if work.plan.publish:
+                prepare_chroot(work.fleet.chroot(name), job.owner)
+            # The tree's name matters: a channel configuration that says ./. gets it into a store path. And Nix may
+            # write to a flake.lock.
+            link_tree(found, directory / "config", job.release.members, private="flake.lock")
+        work.progress.set(name, "building" if work.plan.action == "build" else "checking")
+        if work.plan.jobs == 1:
+            work.progress.draw()
+        system = rebuild(work.plan.action, directory / "config", name, work.plan.limit_s)
+        if system is not None:
+            keep_from_collection(name, system)
+        return job, system
+    except Exception as error:
+        return error
+    finally:
+        with suppress(OSError), work.lock:
+            client.remove(directory)
+            top = os.path.realpath(work.fleet.host(name))
+            work.users[top] -= 1
+            if job is not None and work.users[top] == 0:
+                work.store.discard(job.release.id)
+
+
+def build_all(work: Work, names: Sequence[str]) -> Generator[tuple[Job, str | None, float], None, None]:
+    """Checks or builds hosts, several at once; each that has passed, with its system and how long it took."""
+    started: dict[str, float] = {}
+
+    def begin(name: str) -> tuple[Job, str | None] | Exception:
+        started[name] = time.monotonic()
+        return build_one(work, name)
+
+    for name, result in in_turn(work, names, begin) if work.plan.jobs == 1 else at_once(work, names, begin):
+        if isinstance(result, Exception):
+            work.fail(name, result)
+        else:
+            yield *result, time.monotonic() - started[name]
+
+
+def in_turn(work: Work, names: Sequence[str], begin: Callable[[str], T]) -> Iterator[tuple[str, T]]:
+    for name in names:
+        result = begin(name)
+        work.progress.end(name)
+        yield name, result
+
+
+def at_once(work: Work, names: Sequence[str], begin: Callable[[str], T]) -> Iterator[tuple[str, T]]:
+    from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+
+    with ThreadPoolExecutor(max_workers=work.plan.jobs) as pool:
+        jobs = {pool.submit(begin, name): name for name in names}
+        waiting = set(jobs)
+        try:
+            while waiting:
+                done, waiting = wait(waiting, timeout=1 if work.progress.live else None, return_when=FIRST_COMPLETED)
+                for job in done:
+                    work.progress.end(jobs[job])
+                work.progress.draw()
+                yield from ((jobs[job], job.result()) for job in done)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(client.children):
+                client.end_group(process)
+            raise
 
 
 # --- commands ---
@@ -1230,43 +2163,104 @@ def complain(errors: Iterable[str]) -> int:
     return code
 
 
-def command_add(fleet: Fleet, name: str, key: str | None, flake: bool) -> int:
+def warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        print(f"bento: warning: {warning}", file=sys.stderr)
+
+
+def group_failures(failures: Iterable[Failure]) -> list[str]:
+    """A line for each failure, and one for all hosts that have the same, but for what is named after each host."""
+    groups: dict[str, list[Failure]] = {}
+    for failure in failures:
+        # A path in hosts/ is another place to look at, for each host.
+        own = rf"(?<!hosts/)(?<=[^\s\w]){re.escape(failure.host)}(?![\w/])"
+        groups.setdefault(re.sub(own, "NAME", failure.text), []).append(failure)
+    lines = []
+    for group in groups.values():
+        names = show_names([failure.host for failure in group])
+        who = group[0].host if len(group) == 1 else f"{count_hosts(len(group))} ({names})"
+        lines.append(f"{who}: {group[0].text}")
+    return lines
+
+
+def command_add(fleet: Fleet, name: str, key: str | None, *, flake: bool, link_to: str | None) -> int:
     if not client.HOST_NAME.fullmatch(name):
         raise UsageError(
             f"{one_line(name)}: no host name: letters, digits, _ and -, at most 25, a letter or digit first"
         )
-    lines: list[str] = []
-    if key is not None:
-        try:
-            text = sys.stdin.read() if key == "-" else Path(key).read_text()
-        except UnicodeDecodeError:
-            raise BentoError(f"{key}: not a public key: it is no text") from None
-        given = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-        lines = [" ".join(parse_key(line, key)).strip() for line in given]
-        if not lines:
-            raise BentoError(f"{key}: no key in it: put the output of 'bento-client key' there")
+    lines = read_key_file(key) if key is not None else []
     host, public = fleet.host(name), fleet.directory / "hosts" / f"{name}.pub"
+    made: list[Path] = []
     if not os.path.lexists(host):
-        aside = host.with_name(f".{name}.new")
-        client.remove(aside)
-        aside.mkdir(parents=True)
-        (aside / "utils").symlink_to("../../utils")
-        (aside / "configuration.nix").write_text(CONFIGURATION.replace("@HOST@", name))
-        if flake:
-            (aside / "flake.nix").write_text(FLAKE.replace("@HOST@", name))
-        os.rename(aside, host)
-        print(f"hosts/{name}/: made; put the machine's own configuration there and set the server's name")
+        host.parent.mkdir(parents=True, exist_ok=True)
+        made = link_host(fleet, host, link_to) if link_to is not None else scaffold(fleet, host, flake)
     elif not lines:
         raise BentoError(f"hosts/{name} is there already")
     if lines:
         client.write_atomic(public, ("\n".join(lines) + "\n").encode(), 0o644)
+        make_known([*made, public])
         print(f"hosts/{name}.pub: {len(lines)} key{'s' if len(lines) > 1 else ''}")
         print("next: 'bento.py fleet', switch this server to it, 'bento.py populate'")
     else:
+        make_known(made)
         print(
             f"next: 'python3 bento_client.py --host {name} key' on the machine, 'bento.py add {name} --key FILE' here"
         )
     return 0
+
+
+def read_key_file(key: str) -> list[str]:
+    """The public keys in a file, or on standard input."""
+    try:
+        text = sys.stdin.read() if key == "-" else Path(key).read_text()
+    except UnicodeDecodeError:
+        raise BentoError(f"{key}: not a public key: it is no text") from None
+    given = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    lines = [" ".join(parse_key(line, key)).strip() for line in given]
+    if not lines:
+        raise BentoError(f"{key}: no key in it: put the output of 'bento-client key' there")
+    return lines
+
+
+def link_host(fleet: Fleet, host: Path, link_to: str) -> list[Path]:
+    """Makes a host a link to a tree that hosts share: a relative one where both move together."""
+    real = os.path.realpath(link_to)
+    if not os.path.isdir(real):
+        raise BentoError(f"--link {link_to}: not a directory")
+    together = f"{real}/".startswith(f"{fleet.real}/") or f"{fleet.real}/".startswith(f"{real}/")
+    target = os.path.relpath(real, os.path.realpath(host.parent)) if together else real
+    host.symlink_to(target)
+    print(f"hosts/{host.name}: made, a link to {target}")
+    return [host]
+
+
+def scaffold(fleet: Fleet, host: Path, flake: bool) -> list[Path]:
+    """Makes a host's directory, with a link to Bento's module. What is new for Git to know."""
+    utils, made = find_utils(fleet)
+    aside = host.with_name(f".{host.name}.new")
+    client.remove(aside)
+    aside.mkdir()
+    (aside / "utils").symlink_to(os.path.relpath(utils, f"{os.path.realpath(host.parent)}/{host.name}"))
+    (aside / "configuration.nix").write_text(CONFIGURATION.replace("@HOST@", host.name))
+    if flake:
+        (aside / "flake.nix").write_text(FLAKE.replace("@HOST@", host.name))
+    os.rename(aside, host)
+    copied = ", and utils/, a copy of Bento's" if made else ""
+    print(f"hosts/{host.name}/: made{copied}; put the machine's own configuration there and set the server's name")
+    return [host, *made]
+
+
+def find_utils(fleet: Fleet) -> tuple[str, list[Path]]:
+    """Where the hosts of this fleet find Bento's module, in the fleet's directory; and what had to be made for that."""
+    utils, bento = fleet.directory / "utils", Path(__file__).resolve().parent / "utils"
+    if not os.path.lexists(utils) and f"{bento}/".startswith(f"{fleet.real}/"):
+        return str(bento), []
+    if os.path.lexists(utils):
+        return f"{fleet.real}/utils", []
+    utils.mkdir()
+    for name in ("bento.nix", "bento_client.py"):
+        (utils / name).write_bytes((bento / name).read_bytes())
+    return f"{fleet.real}/utils", [utils]
 
 
 CONFIGURATION = """\
@@ -1303,6 +2297,7 @@ FLAKE = """\
 def command_fleet(fleet: Fleet) -> int:
     """Writes fleet.nix. With one bad key it writes nothing: a host that were left out would be locked out."""
     keys, errors = check_keys(fleet)
+    warn(left_out_keys(fleet))
     if errors:
         return complain([*dict.fromkeys(errors.values()), "fleet.nix is left as it was"])
     template = fleet.directory / "fleet.nix.in"
@@ -1314,108 +2309,104 @@ def command_fleet(fleet: Fleet) -> int:
         print(f"fleet.nix: unchanged, {count_hosts(len(keys))}")
     else:
         client.write_atomic(target, text, 0o644)
+        make_known([target])
         print(f"fleet.nix: written, {count_hosts(len(keys))}; include it in this server's configuration and switch")
     return 0
 
 
-class Progress:
-    """Says on stderr what the hosts are at: on a terminal in lines that are drawn over, elsewhere one a change."""
-
-    def __init__(self) -> None:
-        self.live = sys.stderr.isatty()
-        self.running: dict[str, tuple[str, float]] = {}
-        self.drawn = 0
-        self.due_s = time.monotonic() + 1
-
-    def set(self, name: str, phase: str) -> None:
-        self.running[name] = (phase, time.monotonic())
-        if not self.live:
-            print(f"{name}: {phase}", file=sys.stderr)
-
-    def tell(self, name: str, phase: str, *, at_once: bool) -> None:
-        """On a terminal only: the one host that is at work, if the whole takes more than a moment."""
-        now_s = time.monotonic()
-        if self.live and (at_once or now_s > self.due_s):
-            self.due_s = now_s + 0.1
-            self.running = {name: (phase, now_s)}
-            self.draw()
-
-    def end(self, name: str) -> None:
-        self.running.pop(name, None)
-
-    def draw(self) -> None:
-        """Also clears what was drawn before, so that a result can be printed in between."""
-        if not self.live:
-            return
-        width = shutil.get_terminal_size().columns
-        lines = [
-            f"{n}: {phase}, {client.duration(time.monotonic() - t)}" for n, (phase, t) in list(self.running.items())
-        ]
-        sys.stderr.write("\x1b[F" * self.drawn + "\x1b[J" + "".join(f"{line[: width - 1]}\n" for line in lines))
-        sys.stderr.flush()
-        self.drawn = len(lines)
-
-    def clear(self) -> None:
-        self.running.clear()
-        self.draw()
-
-
-class Attempt(NamedTuple):
-    """How a build on the server goes: nixos-rebuild's action, how many at once, and for how long (seconds)."""
-
-    action: str
-    jobs: int
-    limit_s: float
-
-
-def command_rebuild(fleet: Fleet, wanted: Sequence[str], attempt: Attempt) -> int:
+def command_rebuild(fleet: Fleet, wanted: Sequence[str], plan: Plan) -> int:
     """`check` and `build`: what the hosts will do with their releases, done here."""
     import tempfile
-    from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
-    hosts, failures = find_hosts(fleet, wanted)
-    progress = Progress()
-    with tempfile.TemporaryDirectory(prefix="bento-") as work, ThreadPoolExecutor(max_workers=attempt.jobs) as pool:
-        jobs = {pool.submit(rebuild_one, fleet, name, attempt, Path(work, name), progress): name for name in hosts}
-        waiting = set(jobs)
-        try:
-            while waiting:
-                done, waiting = wait(waiting, timeout=1 if progress.live else None, return_when=FIRST_COMPLETED)
-                for job in done:
-                    progress.end(jobs[job])
-                progress.draw()
-                for result in (job.result() for job in done):
-                    if isinstance(result, BentoError):
-                        failures.append(str(result))
-                    else:
-                        print(result, flush=True)
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(client.children):
-                client.end_group(process)
-            raise
-        finally:
-            progress.clear()
-    return complain(failures)
+    hosts, errors = find_hosts(fleet, wanted)
+    with ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="bento-"))
+        work = Work(fleet, plan, Store(Path(directory, "store"), archives=False))
+        work.users.update(os.path.realpath(fleet.host(name)) for name in hosts)
+        built = stack.enter_context(closing(build_all(work, hosts)))
+        for job, system, took_s in built:
+            if system is not None:
+                note_system(fleet, job.name, job.release.id, system)
+            result = "evaluates" if system is None else "built"
+            words = f"{job.release.id[:12]} {system or result} ({client.duration(took_s)})"
+            work.tell(job, result, words, system)
+    work.progress.clear()
+    warn(fleet.source.warnings())
+    return complain([*errors, *group_failures(work.failures)])
 
 
-def rebuild_one(fleet: Fleet, name: str, attempt: Attempt, work: Path, progress: Progress) -> str | BentoError:
-    """One host's check or build, from the very bytes that `populate` publishes."""
-    started = time.monotonic()
+class Vow(NamedTuple):
+    """What `sign` was asked to vouch for. `key`: a private key's file, or a public one's whose private half an agent or a
+    security key has. `revoked`: fingerprints."""
+
+    key: str
+    days: int = VALID_DAYS
+    build: bool = False
+    unsign: bool = False
+    revoked: tuple[str, ...] = ()
+
+
+def command_sign(fleet: Fleet, wanted: Sequence[str], vow: Vow) -> int:
+    """Signs what `hosts/` holds now, wherever the same commit is checked out: a release has the same name everywhere."""
+    import tempfile  # most commands need none, and status is mostly start-up
+
+    hosts, errors = find_hosts(fleet, wanted)
+    failures: list[Failure] = []
+    with tempfile.TemporaryDirectory(prefix="bento-") as made:
+        work, texts = Path(made), {}
+        for name in hosts:
+            try:
+                texts[name] = vow_text(fleet, name, vow, work)
+                (work / name).write_text(texts[name], "utf-8")
+            except (BentoError, OSError) as error:
+                failures.append(Failure(name, str(error)))
+        if texts:
+            make_signatures(vow.key, work, list(texts))
+        for name, text in texts.items():
+            armored = (work / f"{name}.sig").read_bytes()
+            client.write_atomic(fleet.directory / "hosts" / f"{name}.sig", text.encode() + armored, 0o644)
+            signed = client.parse_signed(text, name)
+            print(f"{name}: signed {signed.release[:12]}, until {signed.expires}")
+    return complain([*errors, *group_failures(failures)])
+
+
+def vow_text(fleet: Fleet, name: str, vow: Vow, work: Path) -> str:
+    """The text to sign for a host."""
+    release, _ = read_release(fleet, name)
+    before, now_s = None, time.time()
+    with suppress(BentoError):  # a damaged one is made anew
+        before = read_signature(fleet, name)
+    system = before.signed.system if before is not None and before.signed.release == release.id else None
+    if vow.build:
+        tree = work / f"{name}.build" / "config"
+        tree.parent.mkdir()
+        write_release(release.members, None, tree)
+        system = rebuild("build", tree, name, BUILD_LIMIT_S)
+    # To the full day, so that whoever signs the same on this day writes the same.
+    day_s = 24 * 3600
+    expires = format_time((now_s // day_s + vow.days + 1) * day_s)
+    serial = max(int(now_s), before.signed.serial + 1 if before is not None else 0)
+    return client.format_signed(
+        client.Signed(name, release.id, release.size, system, serial, expires, vow.unsign, vow.revoked)
+    )
+
+
+def make_signatures(key: str, work: Path, names: Sequence[str]) -> None:
+    """Has ssh-keygen sign these files, with its questions for a passphrase or a touch going to the person."""
+    if not Path(key).is_file():
+        raise UsageError(f"--key {key}: no such file: it is an SSH key, which 'ssh-keygen -t ed25519' makes")
+    argv = ["ssh-keygen", "-q", "-Y", "sign", "-f", os.path.abspath(key), "-n", client.NAMESPACE, *names]
     try:
-        progress.set(name, "reading")
-        (work / "releases").mkdir(parents=True)
-        fleet.common.clear()
-        staged = stage(work, name, list_members(fleet, name))
-        progress.set(name, "building" if attempt.action == "build" else "checking")
-        system = rebuild(attempt.action, staged.tree, name, attempt.limit_s)
-        if system is not None:
-            keep_from_collection(name, system)
-            note_system(fleet, name, staged.release, system)
-    except (BentoError, OSError) as error:
-        return BentoError(f"{name}: {error}")
-    took = client.duration(time.monotonic() - started)
-    return f"{name}: {staged.release[:12]} {'evaluates' if system is None else system} ({took})"
+        done = subprocess.run(argv, cwd=work, check=False)
+    except OSError as error:
+        raise BentoError(f"cannot run ssh-keygen: {error.strerror}; is OpenSSH on PATH?") from None
+    missing = [name for name in names if not (work / f"{name}.sig").exists()]
+    if done.returncode != 0 or missing:
+        raise BentoError(f"ssh-keygen could not sign with {key}: exit {done.returncode}: nothing is signed")
+
+
+def read_revoked(path: str | None) -> tuple[str, ...]:
+    return tuple(sorted(client.read_signers(Path(path)))) if path else ()
 
 
 def command_diff(fleet: Fleet, wanted: Sequence[str]) -> int:
@@ -1452,31 +2443,54 @@ NIX = ["nix", "--extra-experimental-features", "nix-command flakes"]
 
 def command_update(fleet: Fleet, name: str | None) -> int:
     """Updates the lock files of the hosts' flakes, each flake once, and says what moved. `name`: of one input."""
+    import tempfile
+
     hosts, failures = find_hosts(fleet, [])
-    flakes: dict[str, str] = {}
+    done: set[str] = set()
     for host in hosts:
-        if (fleet.host(host) / "flake.nix").exists():
-            flakes.setdefault(os.path.realpath(fleet.host(host)), f"hosts/{host}")
-    for directory, shown in flakes.items():
-        try:
-            before = read_lock(directory)
-            if name is not None and name not in before and before:
-                print(f"{shown}: has no input {name}")
+        with tempfile.TemporaryDirectory(prefix="bento-") as work:
+            try:
+                text = update_host(fleet, host, name, Path(work), done)
+            except (BentoError, OSError) as error:
+                failures.append(f"hosts/{host}: {error}")
                 continue
-            update_lock(directory, name)
-            after = read_lock(directory)
-        except BentoError as error:
-            failures.append(f"{shown}: {error}")
-            continue
-        moved = [f"{i} {before.get(i, 'new')} -> {after[i]}" for i in sorted(after) if before.get(i) != after[i]]
-        print(f"{shown}: {'; '.join(moved) or 'nothing moved'}")
+        if text:
+            print(f"hosts/{host}: {text}", flush=True)
     return complain(failures)
 
 
-def update_lock(directory: str, name: str | None) -> None:
+def update_host(fleet: Fleet, host: str, name: str | None, work: Path, done: set[str]) -> str:
+    """Updates the lock of a host's flake, in a copy of its release: Nix would read all that lies about in the tree, and
+    keep it where everybody can read it. What moved; nothing if it is no flake, or one that is `done`."""
+    top = fleet.host(host)
+    if not top.is_dir():
+        return ""
+    directory = os.path.realpath(top / client.read_recipe(top, host).directory)
+    if directory in done or not os.path.exists(f"{directory}/flake.nix"):
+        return ""
+    done.add(directory)
+    before = read_lock(directory)
+    if name is not None and name not in before and before:
+        return f"has no input {name}"
+    members = list_members(fleet, host)
+    recipe = find_recipe(fleet, members, host)
+    write_release(members, None, work / "config")
+    update_lock(work / "config", recipe.directory, name)
+    made, lock = work / "config" / recipe.directory / "flake.lock", Path(directory, "flake.lock")
+    if made.exists() and not (lock.exists() and lock.read_bytes() == made.read_bytes()):
+        owner = os.stat(directory)
+        client.write_atomic(lock, made.read_bytes(), 0o644)
+        os.chown(lock, owner.st_uid, owner.st_gid)
+        make_known([lock])
+    after = read_lock(directory)
+    moved = [f"{i} {before.get(i, 'new')} -> {after[i]}" for i in sorted(after) if before.get(i) != after[i]]
+    return "; ".join(moved) or "nothing moved"
+
+
+def update_lock(tree: Path, directory: str, name: str | None) -> None:
     """Nix 2.19 changed how the flake and the input to update are given."""
     found = re.search(r"(\d+)\.(\d+)", client.run(["nix", "--version"], timeout=60).output)
-    url = f"path:{directory}"
+    url = client.flake_url(tree, directory)
     if found is not None and (int(found[1]), int(found[2])) >= (2, 19):
         argv = ["flake", "update", *([name] if name else []), "--flake", url]
     else:
@@ -1512,144 +2526,107 @@ def note_system(fleet: Fleet, name: str, release: str, system: str) -> None:
                 client.write_atomic(fleet.chroot(name) / "current.json", text, 0o644)
 
 
-class Plan(NamedTuple):
-    """What `populate` was asked to do with each host."""
+def populate_hosts(work: Work, names: Sequence[str]) -> None:
+    """Publishes what is new, many hosts at a time, or each host when it has passed its build."""
+    if work.plan.action is not None and not work.plan.dry_run:
+        with closing(build_all(work, names)) as built:
+            for job, system, _ in built:
+                with work.lock:
+                    placed = attempt(work, job.name, job, system)
+                    announce(work, [placed] if placed else [])
+        return
+    for first in range(0, len(names), BATCH):
+        jobs = []
+        for name in names[first : first + BATCH]:
+            work.progress.tell(name, "publishing", at_once=False)
+            jobs.append(attempt(work, name))
+        announce(work, [job for job in jobs if job])
 
-    action: str | None  # nixos-rebuild's, that a host has to pass
-    dry_run: bool
-    verbose: bool
 
-
-@contextmanager
-def shared_copies(fleet: Fleet) -> Iterator[None]:
-    """Lets the hosts' trees have in common, on disk too, the files that they share."""
-    copies = fleet.chroot_dir / ".copies"
-    client.remove(copies)
-    with suppress(OSError):  # on a full disk, each host has its own
-        copies.mkdir(mode=0o700)
-        fleet.common.copies = copies
+def attempt(work: Work, name: str, job: Job | None = None, system: str | None = None) -> tuple[Job, Current] | None:
+    """Puts a host's release in place, if it is a new one. One host's failure stops no other, whatever it is."""
     try:
-        yield
-    finally:
-        client.remove(copies)
+        job = job or examine(work, name)
+        chroot, release = work.fleet.chroot(name), job.release
+        if job.unchanged and job.before is not None:
+            if not work.plan.dry_run:
+                prepare_chroot(chroot, job.owner)
+                current = with_signature(job.before._replace(system=system or job.before.system), job.signature)
+                if current != job.before:
+                    client.write_atomic(chroot / "current.json", client.encode(current), 0o644)
+                tidy(chroot, job.before)
+                prune_logs(chroot)
+            work.counts["unchanged"] += 1
+            work.tell(job, "unchanged", f"unchanged, {release.id[:12]}" if work.plan.verbose else "", system)
+        elif work.plan.dry_run:
+            work.counts["published"] += 1
+            work.tell(job, "would-publish", f"would publish {release.id[:12]} ({release.size} bytes)")
+        else:
+            prepare_chroot(chroot, job.owner)
+            job = work.add(job)
+            check_system(check_signature(work.fleet, name, job.release), system)  # files may have changed meanwhile
+            current = place(chroot, work.store, job, system, time.time())
+            return job._replace(release=job.release._replace(members=())), current
+    except Exception as error:
+        work.fail(name, error)
+        if job is not None and not work.plan.dry_run:
+            work.store.drop(work.store.new, job.release.id)
+    return None
+
+
+def announce(work: Work, placed: Sequence[tuple[Job, Current]]) -> None:
+    """Tells hosts of what is in place, with two syncs of the disk for them all."""
+    if not placed:
+        return
+    os.sync()
+    work.store.settle()
+    work.progress.clear()
+    revealed = []
+    for job, current in placed:
+        try:
+            reveal(work.fleet.chroot(job.name), current)
+            revealed.append((job, current))
+        except Exception as error:
+            work.fail(job.name, error)
+    os.sync()
+    work.counts["published"] += len(revealed)
+    for job, current in revealed:  # not before: a reader that goes away stops us here
+        words = f"published {current.release[:12]} ({current.size} bytes)"
+        work.tell(job, "published", words, current.system)
 
 
 def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: bool) -> int:
     if prune and wanted:
         raise UsageError("--prune goes with the whole fleet, not with single hosts")
-    hosts, failures = find_hosts(fleet, wanted)
-    _, bad_keys = check_keys(fleet)
-    failures += dict.fromkeys(text for name, text in bad_keys.items() if name in hosts or not wanted)
-    counts = {"published": 0, "unchanged": 0}
+    find_hosts(fleet, wanted)
     if os.geteuid() != 0:
         print("not root: files keep their owner; sshd serves them only when root publishes", file=sys.stderr)
     os.umask(0o022)
     with ExitStack() as stack:
         if not plan.dry_run:
-            stack.enter_context(populate_lock(fleet))
-            if plan.action is None:  # Nix may write to a flake.lock: a tree that is built shares nothing
-                stack.enter_context(shared_copies(fleet))
-        if prune and fleet.chroot_dir.is_dir():
-            prune_chroots(fleet, hosts, plan.dry_run, failures)
-        good = [name for name in hosts if name not in bad_keys]
-        progress = Progress()
-        batch = BATCH if plan.action is None else 1  # what has passed its build does not wait for the others'
-        for first in range(0, len(good), batch):
-            publish(fleet, good[first : first + batch], plan, counts, failures, progress)
-    would = "would be " if plan.dry_run else ""
-    print(
-        f"{count_hosts(len(hosts))}: {counts['published']} {would}published, {counts['unchanged']} unchanged,"
-        f" {len(hosts) - sum(counts.values())} failed"
-    )
-    return complain(failures)
-
-
-def publish(
-    fleet: Fleet, names: Sequence[str], plan: Plan, counts: dict[str, int], failures: list[str], progress: Progress
-) -> None:
-    """Publishes what is new of some hosts, with two syncs for them all. One host's failure stops no other."""
-    placed: list[Current] = []
-    working = {"build": "building", "dry-build": "checking"}.get(plan.action or "", "publishing")
-    for name in names:
-        progress.tell(name, working, at_once=plan.action is not None)
-        try:
-            found = prepare(fleet, name, plan, progress)
-            if found is None:
-                counts["unchanged"] += 1
-            elif plan.dry_run:
-                counts["published"] += 1
-            else:
-                placed.append(place(fleet.chroot(name), *found, time.time()))
-        except (BentoError, OSError) as error:
-            failures.append(f"{name}: {error}")
-            fleet.common.clear()  # if a file has changed, the next host gets it as it is now
-    if placed:
-        os.sync()
-    progress.clear()
-    revealed: list[Current] = []
-    for current in placed:
-        try:
-            reveal(fleet.chroot(current.host), current.release)
-        except OSError as error:
-            failures.append(f"{current.host}: {error}")
-        else:
-            revealed.append(current)
-    if placed:
-        os.sync()
-    counts["published"] += len(revealed)
-    for current in revealed:  # not before: a reader that goes away stops us here
-        print(f"{current.host}: published {current.release[:12]} ({current.size} bytes)", flush=True)
-
-
-def prepare(
-    fleet: Fleet, name: str, plan: Plan, progress: Progress
-) -> tuple[Staged, str | None, Current | None] | None:
-    """Stages what is new of a host, after it passed its check. None: nothing is."""
-    owner = find_owner(name)
-    chroot = fleet.chroot(name)
-    members = list_members(fleet, name)
-    if sum(MEMBER_BYTES + m.size for m in members) <= COMMON_BYTES:
-        members = pack_small(members)
-    release, size = write_release(members)
-    try:
-        before = read_published(chroot, name)
-    except BentoError as error:
-        progress.clear()
-        print(f"{name}: {error}: published anew", file=sys.stderr)
-        before = None
-    unchanged = before is not None and before.release == release and is_whole(chroot, before)
-    if unchanged and (plan.action != "build" or (before is not None and before.system is not None)):
+            stack.enter_context(populate_lock(fleet, wait=plan.wait))
+        hosts, errors = find_hosts(fleet, wanted)  # as they are now, not when the wait began
+        _, bad_keys = check_keys(fleet)
+        errors += dict.fromkeys(text for name, text in bad_keys.items() if name in hosts or not wanted)
+        work = Work(fleet, plan, Store(fleet.chroot_dir / ".store"))
+        if prune:
+            prune_chroots(find_gone(fleet, hosts), plan.dry_run, work.failures)
         if not plan.dry_run:
-            prepare_chroot(chroot, owner)
-            tidy(chroot, release)
-            prune_logs(chroot)
-        if plan.verbose:
-            progress.clear()
-            print(f"{name}: unchanged, {release[:12]}")
-        return None
-    if plan.dry_run:
-        progress.clear()
-        print(f"{name}: would publish {release[:12]} ({size} bytes)")
-        return Staged(name, release, size, chroot, chroot), None, before
-    prepare_chroot(chroot, owner)
-    if before is not None:
-        tidy(chroot, before.release)
-    staged, system = stage(chroot, name, members), None
-    try:
-        if plan.action is not None:
-            fleet.common.clear()
-            system = rebuild(plan.action, staged.tree, name, BUILD_LIMIT_S)
-            if system is not None:
-                keep_from_collection(name, system)
-            client.remove(staged.tree.parent / "result")
-        if unchanged and before is not None and staged.release == before.release:
-            client.write_atomic(chroot / "current.json", client.encode(before._replace(system=system)), 0o644)
-            client.remove(staged.tree.parent)
-            return None
-        return staged._replace(parts=cut_release(staged, members)), system, before
-    except BaseException:
-        client.remove(staged.tree.parent)
-        raise
+            client.remove(fleet.chroot_dir / ".copies")  # of version 1.0
+            work.store.prune()
+        good = [name for name in hosts if name not in bad_keys]
+        populate_hosts(work, good)
+        if not plan.dry_run:
+            work.store.prune()
+    work.progress.clear()
+    if not plan.as_json:
+        would = "would be " if plan.dry_run else ""
+        print(
+            f"{count_hosts(len(hosts))}: {work.counts['published']} {would}published, {work.counts['unchanged']}"
+            f" unchanged, {len(hosts) - sum(work.counts.values())} failed"
+        )
+    warn([*fleet.source.warnings(), *unknown_keys(fleet, hosts)])
+    return complain([*errors, *group_failures(work.failures)])
 
 
 def gather(
@@ -1696,6 +2673,7 @@ def command_status(
         client.write_atomic(Path(output), text.encode(), 0o644)
     if not terminal:  # cron mails what is on stderr
         errors += [f"{row.host}: {row.state}: {'; '.join(notes(row, now_s))}" for row in rows if row.needs_a_person]
+    warn(unknown_keys(fleet, [row.host for row in rows]))
     return max(complain(errors), int(any(row.needs_a_person for row in rows)))
 
 
@@ -1764,29 +2742,43 @@ def list_log(logs: int, name: str, came_s: float) -> str:
     return line
 
 
+def list_publication(published: Published) -> str:
+    when = published.time.replace("-", "").replace(":", "")
+    return f"{when}  {published.release[:12]}  published" + (f"  {published.revision}" if published.revision else "")
+
+
 def command_log(fleet: Fleet, name: str, show_list: bool, release: str | None) -> int:
-    """What the host uploaded, made harmless for a terminal. The newest log unless asked for another."""
+    """What the host uploaded, made harmless for a terminal. The newest log unless asked for another; or a list of all,
+    with what was published for it, and when."""
     find_hosts(fleet, [name])
     where = fleet.chroot(name) / "logs"
-    none = f"{name}: no log{' of that release' if release else ''} in {where}: it has not reported one yet"
-    try:
-        logs = open_logs(fleet.chroot(name))
-    except OSError:
-        raise BentoError(none) from None
-    try:
+    history = read_history(fleet.chroot(name)) if show_list else []
+    lines = [
+        (client.parse_time(published.time), list_publication(published))
+        for published in history
+        if published.release.startswith(release or "")
+    ]
+    of_that = " of that release" if release else ""
+    none = BentoError(f"{name}: no log{of_that} in {where}: it has not reported one yet")
+    text, more = None, False
+    with suppress(FileNotFoundError), ExitStack() as stack:
+        try:
+            logs = open_logs(fleet.chroot(name))
+        except NotADirectoryError:
+            raise none from None
+        stack.callback(os.close, logs)
         found, more = find_logs(logs, release)
-        if more:
-            print(f"{name}: more than {MAX_LOG_ENTRIES} files in {where}: not all were looked at", file=sys.stderr)
-        if not found:
-            raise BentoError(none)
         if show_list:
-            for came_s, log in found:
-                print(list_log(logs, log, came_s))
-            return 0
-        raw, _ = read_untrusted(logs, found[0][1], MAX_LOG_BYTES)
-    finally:
-        os.close(logs)
-    for line in raw[:MAX_LOG_BYTES].decode(errors="replace").splitlines():
+            lines += [(came_s, list_log(logs, log, came_s)) for came_s, log in found]
+        elif found:
+            text = read_untrusted(logs, found[0][1], MAX_LOG_BYTES)[0][:MAX_LOG_BYTES].decode(errors="replace")
+    if more:
+        print(f"{name}: more than {MAX_LOG_ENTRIES} files in {where}: not all were looked at", file=sys.stderr)
+    if text is None and not lines:
+        raise none
+    for _, line in sorted(lines, key=lambda line: line[0], reverse=True):
+        print(line)
+    for line in text.splitlines() if text is not None else ():
         print("".join(c if c.isprintable() or c == "\t" else "?" for c in line))
     return 0
 
@@ -1796,6 +2788,11 @@ def command_log(fleet: Fleet, name: str, show_list: bool, release: str | None) -
 
 def add_hosts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("hosts", nargs="*", metavar="NAME", help="hosts (default: all)")
+
+
+def add_builds(parser: argparse.ArgumentParser, jobs: int) -> None:
+    parser.add_argument("-j", "--jobs", type=int, default=jobs, metavar="N", help=f"so many at once (default {jobs})")
+    parser.add_argument("--json", action="store_true", help="a line of JSON a host, for programs")
 
 
 def not_empty(text: str) -> str:
@@ -1833,18 +2830,25 @@ def make_parser() -> argparse.ArgumentParser:
     add = command("add", "make the directory of a new host")
     add.add_argument("name", metavar="NAME")
     add.add_argument("--key", metavar="FILE", help="the host's public key ('-': standard input)")
-    add.add_argument("--flake", action="store_true", help="a flake instead of a channel configuration")
+    kinds = add.add_mutually_exclusive_group()
+    kinds.add_argument("--flake", action="store_true", help="a flake instead of a channel configuration")
+    kinds.add_argument("--link", type=not_empty, metavar="DIR", help="a link to a tree that hosts share")
     command("fleet", "write fleet.nix, the server's users and chroots, from hosts/*.pub")
     for name, text in (("check", "evaluate each host's configuration"), ("build", "build each host's configuration")):
         parser_ = command(name, text)
-        parser_.add_argument("-j", "--jobs", type=int, default=2, metavar="N", help="so many at once (default 2)")
+        add_builds(parser_, 2)
         parser_.add_argument("--timeout", type=float, default=BUILD_LIMIT_S, metavar="SECONDS", help="for each host")
         add_hosts(parser_)
     populate = command("populate", "publish what has changed")
     group = populate.add_mutually_exclusive_group()
     group.add_argument("--check", action="store_true", help="only hosts whose configuration evaluates")
     group.add_argument("--build", action="store_true", help="only hosts whose configuration builds")
+    add_builds(populate, 1)
     populate.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    populate.add_argument("--wait", action="store_true", help="for another populate, instead of giving up")
+    populate.add_argument(
+        "--revision", type=not_empty, metavar="TEXT", help="what this is, for a person (default: the commit)"
+    )
     populate.add_argument(
         "--prune", action="store_true", help="also remove the chroots of hosts that are gone from hosts/"
     )
@@ -1862,6 +2866,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_hosts(status)
     add_hosts(command("diff", "what would change between the running and the built system"))
+    sign = command("sign", "sign the releases of this checkout, for hosts that take signed ones only")
+    sign.add_argument("--key", required=True, metavar="FILE", help="an SSH key, or the public half of an agent's")
+    sign.add_argument("--days", type=int, default=VALID_DAYS, metavar="N", help="vouched for so long (default 30)")
+    sign.add_argument("--build", action="store_true", help="build each, and sign the system's store path, too")
+    sign.add_argument("--unsign", action="store_true", help="the new system may do without signatures from then on")
+    sign.add_argument("--revoke", metavar="FILE", help="public keys whose signatures count no more")
+    add_hosts(sign)
     update = command("update", "update the flakes' lock files, and say what moved")
     update.add_argument("input", nargs="?", metavar="INPUT", help="only this input")
     log = command("log", "what a host uploaded last")
@@ -1874,21 +2885,31 @@ def make_parser() -> argparse.ArgumentParser:
 def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:
     command: str = options.command
     if command == "add":
-        return command_add(fleet, options.name, options.key, options.flake)
+        return command_add(fleet, options.name, options.key, flake=options.flake, link_to=options.link)
     if command == "fleet":
         return command_fleet(fleet)
     if command in ("check", "build"):
         action = "dry-build" if command == "check" else "build"
-        return command_rebuild(fleet, options.hosts, Attempt(action, max(1, options.jobs), options.timeout))
+        plan = Plan(action, publish=False, jobs=max(1, options.jobs), limit_s=options.timeout, as_json=options.json)
+        return command_rebuild(fleet, options.hosts, plan)
     if command == "diff":
         return command_diff(fleet, options.hosts)
+    if command == "sign":
+        vow = Vow(options.key, options.days, options.build, options.unsign, read_revoked(options.revoke))
+        return command_sign(fleet, options.hosts, vow)
     if command == "update":
         return command_update(fleet, options.input)
     if command == "populate":
-        action_wanted = "dry-build" if options.check else "build" if options.build else None
-        return command_populate(
-            fleet, options.hosts, Plan(action_wanted, options.dry_run, options.verbose), options.prune
+        plan = Plan(
+            action="dry-build" if options.check else "build" if options.build else None,
+            dry_run=options.dry_run,
+            verbose=options.verbose,
+            jobs=max(1, options.jobs),
+            wait=options.wait,
+            as_json=options.json,
+            revision=one_line(options.revision, 200) if options.revision else None,
         )
+        return command_populate(fleet, options.hosts, plan, options.prune)
     if command == "status":
         after_s = options.offline_after * 3600
         if options.output is not None and Path(options.output).is_dir():
@@ -1915,7 +2936,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     directory = options.fleet or os.environ.get("BENTO_DIR") or Path(__file__).resolve().parent
     chroot_dir = options.chroot_dir or os.environ.get("BENTO_CHROOT_DIR") or CHROOT_DIR
     try:
-        code = dispatch(options, Fleet(Path(directory).absolute(), Path(chroot_dir).absolute()))
+        named = options.fleet is not None
+        code = dispatch(options, Fleet(Path(directory).absolute(), Path(chroot_dir).absolute(), named=named))
         sys.stdout.flush()
         return code
     except BentoError as error:

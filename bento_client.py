@@ -16,7 +16,7 @@ Files, all below the state directory (/var/lib/bento, mode 0700):
 
 Exit codes: 0 done or nothing to do, 1 the deployment failed, 2 usage, 75 the server could not be reached.
 
-Sections: constants, errors, types, names and times, formats, settings, decisions, files, processes, log, sftp,
+Sections: constants, errors, types, names and times, formats, settings, decisions, files, processes, log, signatures, sftp,
 boot loaders, this machine, reports, fetch and build, activation, commands, command line.
 """
 
@@ -51,6 +51,7 @@ HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,24}")
 RELEASE_ID = re.compile(r"[0-9a-f]{64}")
 TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 LOG_NAME = re.compile(r"[0-9]{8}T[0-9]{6}Z_[0-9a-f]{12}_[a-z-]{1,20}\.log")
+FINGERPRINT = re.compile(r"SHA256:[A-Za-z0-9+/]{43}")
 STORE_PATH = re.compile(r"/[ -~]{1,400}")
 TEXT = re.compile(r"[^\n]{0,2000}", re.DOTALL)
 # Of bento.json: what neither Nix' URLs nor nixos-rebuild read as something else; no directory that leads out.
@@ -59,6 +60,8 @@ DIRECTORY = re.compile(r"\.?|(?!\.\.?(/|$))[A-Za-z0-9_.+-]+(/(?!\.\.?(/|$))[A-Za
 
 MAX_RELEASE_BYTES = 4 << 30
 MAX_JSON_BYTES = 64 << 10
+# Of a release: how deep it may be, and how long one of its names. populate refuses what is deeper.
+MAX_DEPTH, MAX_NAME_BYTES = 100, 4096
 LOG_HEAD_BYTES, LOG_TAIL_BYTES = 64 << 10, 960 << 10
 KEEP_LOGS = 20
 MIN_FREE_BYTES = 8 << 20
@@ -69,6 +72,7 @@ STALL_S, LEAST_RATE, FLOOR_RATE = 60.0, 1000, 1000
 REQUEST_BYTES = 261120
 # What sftp may say to one command, and have in memory: a server can list names without end.
 MAX_ANSWER_BYTES, MAX_SFTP_BYTES = 16 << 20, 256 << 20
+CLOCKS_DIFFER_S = 24 * 3600
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 15 * 60, 24 * 3600
 WATCHDOG_MARGIN_S = 30
 # A poll that takes longer hangs: no watchdog guards it, and no other run could start. Twenty large logs on a slow line
@@ -152,7 +156,8 @@ class Current(NamedTuple):
     """`current.json`: the release that a host is to run. `size` in bytes, `revision`: a line for a person.
 
     `parts`, one after the other, are the archive; there are none when it has no large file. A host that has one
-    of them already needs only the others.
+    of them already needs only the others. `signed` and `signature`: what an administrator vouches for. `signer`, the
+    fingerprint of the key, is not in the file: verify() finds it out.
     """
 
     host: str
@@ -162,6 +167,34 @@ class Current(NamedTuple):
     system: str | None = None
     parts: tuple[Part, ...] = ()
     revision: str | None = None
+    signed: str | None = None
+    signature: str | None = None
+    signer: str | None = None
+
+
+class Signed(NamedTuple):
+    """The text that an administrator signs. `system`: what the release builds to, if that was known.
+
+    `serial`: seconds since 1970, and always higher than the one before. `unsign`: the new system need not ask for
+    signatures any more. `revoked`: fingerprints of signers whose serials count no more.
+    """
+
+    host: str
+    release: str
+    size: int
+    system: str | None
+    serial: int
+    expires: str
+    unsign: bool = False
+    revoked: tuple[str, ...] = ()
+
+
+class Trust(NamedTuple):
+    """What a signed release is held against: the file of the public keys, and the highest serials that were seen, each
+    behind the fingerprint of its signer."""
+
+    signers: Path
+    serials: tuple[str, ...] = ()
 
 
 class Recipe(NamedTuple):
@@ -210,6 +243,8 @@ class Report(NamedTuple):
     paused_until: str | None = None
     boot_trial: str | None = None
     known_to_boot: str | None = None
+    signer: str | None = None
+    expires: str | None = None
 
 
 class State(NamedTuple):
@@ -222,7 +257,8 @@ class State(NamedTuple):
     `unpacked` is the release in config/, `tried` the last attempt at a release (`last` may be a later failure to
     read `current.json`), `interruptions` how often that release was cut short, `doubts` how often it was blamed for a
     server that was out of reach, `costly`: its failure costs more than a poll; `published` its publication, `rebooted` the
-    system that a reboot was last asked for.
+    system that a reboot was last asked for. `serials`: see Trust; `signed` is the text that was last accepted, and
+    `signer` whose it was.
     """
 
     release: str | None = None
@@ -248,6 +284,9 @@ class State(NamedTuple):
     failed_units: tuple[str, ...] = ()
     tried: Last | None = None
     last: Last | None = None
+    serials: tuple[str, ...] = ()
+    signer: str | None = None
+    signed: str | None = None
 
 
 class Pending(NamedTuple):
@@ -290,6 +329,7 @@ class Settings(NamedTuple):
     user: str = ""
     identity: str = ""
     known_hosts: str = ""
+    signers: str = ""
     state_dir: str = "/var/lib/bento"
     root: str = "/"
     ssh_options: tuple[str, ...] = ()
@@ -360,7 +400,7 @@ FIELDS: dict[str, type | re.Pattern[str]] = {
     "log": LOG_NAME, "result": re.compile(r"[a-z-]{1,40}"), "phase": re.compile(r"[a-z-]{1,40}"),
     "client": re.compile(r"[!-~]{1,40}"), "step": re.compile("|".join(Step)), "last": dict, "tried": dict,
     "verdict": re.compile("|".join(("", *Result))), "Last.reason": TEXT, "Report.system": re.compile(r"[ -~]{0,400}"),
-    "boot_trial": LINE, "known_to_boot": LINE,
+    "boot_trial": LINE, "known_to_boot": LINE, "signer": FINGERPRINT, "expires": TIME,
 }  # fmt: skip
 SIMPLE: dict[str, type] = {"str": str, "int": int, "bool": bool, "float": float}
 Record = TypeVar("Record", "Current", "Part", "Last", "Report", "State", "Pending")
@@ -440,7 +480,7 @@ def as_object(value: object, name: str, what: str) -> dict[str, Any]:
 
 
 def parse_current(raw: bytes, what: str, host: str | None = None) -> Current:
-    current = read_record(Current, parse_object(raw, what), what)
+    current = read_record(Current, parse_object(raw, what) | {"signer": None}, what)
     if current.parts and sum(part.size for part in current.parts) != current.size:
         raise BentoError(f"{what}: its parts do not add up to its size")
     if host is not None and current.host != host:
@@ -484,8 +524,9 @@ def plain(value: Any) -> Any:
 
 def encode(record: Current | Report | State | Pending) -> bytes:
     data = {"format": FORMAT} | plain(record)
-    if not data.get("parts", True):
-        del data["parts"]
+    for name in ("parts", "signed", "signature", "signer", "expires", "serials"):
+        if not data.get(name, True):
+            del data[name]
     return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
 
 
@@ -533,7 +574,9 @@ def make_settings(values: Mapping[str, Any], what: str) -> Settings:
         raise UsageError(f"{what}: setting 'user' cannot be {settings.user!r}")
     # One absolute spelling: sftp, Nix and the watchdog run in other directories than we do.
     paths = {
-        n: os.path.abspath(v) for n in ("identity", "known_hosts", "state_dir", "root") if (v := getattr(settings, n))
+        n: os.path.abspath(v)
+        for n in ("identity", "known_hosts", "signers", "state_dir", "root")
+        if (v := getattr(settings, n))
     }
     return settings._replace(**paths)
 
@@ -576,7 +619,7 @@ def decide(
     """
     fetched = Action.RETRY if state.unpacked == current.release else Action.FETCH
     tried = state.tried
-    if replica and state.published is not None and current.published < state.published:
+    if replica and is_behind(current, state.published, now_s):
         return Action.NOTHING, f"the server is behind: it publishes a release of {current.published}"
     if tried is None or tried.release != current.release:
         return fetched, f"new release {current.release[:12]}"
@@ -601,6 +644,21 @@ def decide(
     if 0 < wait_s <= LONGEST_PAUSE_S:
         return Action.NOTHING, f"release {current.release[:12]}: {tried.result}, next attempt in {duration(wait_s)}"
     return fetched, f"release {current.release[:12]}: {tried.result} before, attempt {tried.attempt + 1}"
+
+
+def is_ahead(published: str, now_s: float) -> bool:
+    """Whether a publication lies further ahead than clocks differ: it would hold all other servers' back."""
+    return parse_time(published) > now_s + CLOCKS_DIFFER_S
+
+
+def is_odd(current: Current, seen: str | None, now_s: float) -> bool:
+    """Whether another server is to be asked first."""
+    return is_behind(current, seen, now_s) or is_ahead(current.published, now_s)
+
+
+def is_behind(current: Current, seen: str | None, now_s: float) -> bool:
+    """Whether a server publishes less than was seen. Signed releases have their serials for that."""
+    return current.signer is None and seen is not None and not is_ahead(seen, now_s) and current.published < seen
 
 
 def may_reboot(setting: str, hour: int, minute: int) -> bool:
@@ -641,6 +699,45 @@ def explain_ssh(output: str) -> tuple[str, bool]:
     return (said[-1] if said else "sftp ended without a word"), True
 
 
+BY_BENTO = re.compile(r"[0-9TZ:-]{20} bento: ")
+# What only says that something above it failed.
+CONSEQUENCES = re.compile(
+    r"error: (\d+ dependenc|some (substitutes|outputs)|build of|cannot build .*nixos-system-|Command '\[)"
+    r"|.*returned non-zero exit status|.*Pre-switch checks? .*failed|warning: |.*dependency failed|.*For full logs",
+    re.IGNORECASE,
+)
+PRIVATE = re.compile(
+    r"(ssh: |fatal: .*(not found|unable|Authentication)|.*Permission denied \(|.*Host key verification)"
+)
+
+
+def find_cause(output: str) -> str:
+    """Why a program failed, as a person would name it: the first error that does not follow from another."""
+    lines = [line.rstrip() for line in output.splitlines() if line.strip()]
+    for number, line in enumerate(lines):
+        text = line.strip()
+        if text.endswith("Failed assertions:"):
+            more = [each.strip() for each in lines[number + 1 :] if not CONSEQUENCES.match(each.strip())]
+            return one_line(" ".join(more))
+        if PRIVATE.match(text):
+            return one_line(text)
+        if text.startswith("error:") and len(text) > len("error:") and not CONSEQUENCES.match(text):
+            return one_line(" ".join(filter(None, (text, builder_words(lines[number + 1 :])))))
+    plain = [line.strip() for line in lines if not CONSEQUENCES.match(line.strip())]
+    return one_line((plain or [line.strip() for line in lines] or ["no output"])[-1])
+
+
+def builder_words(lines: Sequence[str]) -> str:
+    """The last line of a builder's own log, which Nix shows with > in front, below the error that names the package."""
+    said = []
+    for line in lines:
+        if line.startswith("error:"):
+            break
+        if line.lstrip().startswith("> "):
+            said.append(line.strip()[2:].strip())
+    return f"({said[-1]})" if said else ""
+
+
 def failed_units(output: str) -> list[str]:
     """The units that switch-to-configuration names as failed, from its output."""
     found = re.findall(r"the following (?:units|user units) failed: (.*)", output)
@@ -652,8 +749,9 @@ def failed_units(output: str) -> list[str]:
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Replaces `path` so that a reader, or a power cut, sees the old content or the new, whole."""
-    aside = path.with_name(f".{path.name}.new")
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    # A name that nobody can have made a link of, and that is cleared away if we are killed.
+    aside = path.with_name(f".tmp-{os.getpid()}-{os.urandom(6).hex()}")
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     try:
         with open(descriptor, "wb") as file:
             os.fchmod(descriptor, mode)
@@ -686,11 +784,41 @@ def sync_directory(path: Path) -> None:
 def remove(path: Path) -> None:
     """Removes a file or a tree, if it is there."""
     if path.is_dir() and not path.is_symlink():
-        import shutil  # loads bz2 and lzma where Python has them, and a poll is mostly start-up
-
-        shutil.rmtree(path)
+        remove_tree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a directory, however deep it is and whoever changes it meanwhile: what lies two levels down is moved up
+    before its directory goes, by descriptors, and no link is followed."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    top = os.open(path, flags)
+    try:
+        while names := os.listdir(top):
+            for name in names:
+                if unlink(name, top):
+                    continue
+                inner = os.open(name, flags, dir_fd=top)
+                try:
+                    for deeper in os.listdir(inner):
+                        if not unlink(deeper, inner):
+                            os.rename(deeper, f".removed-{os.urandom(8).hex()}", src_dir_fd=inner, dst_dir_fd=top)
+                finally:
+                    os.close(inner)
+                os.rmdir(name, dir_fd=top)
+    finally:
+        os.close(top)
+    os.rmdir(path)
+
+
+def unlink(name: str, directory: int) -> bool:
+    """Removes what is no directory; False when it is one."""
+    try:
+        os.unlink(name, dir_fd=directory)
+    except IsADirectoryError:
+        return False
+    return True
 
 
 def size_of(path: Path | None) -> int:
@@ -699,6 +827,15 @@ def size_of(path: Path | None) -> int:
         return path.stat().st_size if path is not None else 0
     except FileNotFoundError:
         return 0
+
+
+def read_limited(path: Path, limit: int) -> bytes:
+    """A file's content. BentoError when it is larger than can be."""
+    with open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise BentoError(f"{path}: larger than {limit} bytes")
+    return data
 
 
 def free_bytes(path: Path) -> int:
@@ -873,11 +1010,11 @@ class Log:
     def size(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0
 
-    def last_words(self) -> str:
-        """The last line that a program, not Bento, wrote here; its last error message if there is one."""
-        said = [line for line in self.tail(8192).splitlines() if line.strip() and " bento: " not in line]
-        errors = [line for line in said if line.lstrip().startswith("error:") and len(line.strip()) > len("error:")]
-        return one_line((errors or said or ["no output"])[-1])
+    def cause(self) -> str:
+        """Why what was last run failed, from what programs, not Bento, wrote here."""
+        said = self.tail(1 << 18).splitlines()
+        start = max((number for number, line in enumerate(said) if BY_BENTO.match(line)), default=-1)
+        return find_cause("\n".join(said[start + 1 :]))
 
     def hand_over(self, path: Path) -> None:
         """Moves the log to `path`, with the middle of a huge one left out, so that it is always worth uploading."""
@@ -895,6 +1032,186 @@ class Log:
                 os.rename(self.path, path)
                 sync_directory(path.parent)
         self.kept = False
+
+
+# --- signatures ---
+
+NAMESPACE, PRINCIPAL = "bento-release", "bento"
+SIGNED_1 = "bento-release 1"
+PUBLIC_KEY = re.compile(r"(?:^|\s)((?:ssh|ecdsa|sk)-[!-~]+) +(AAAA[A-Za-z0-9+/]+=*)(?:\s+(.*))?$")
+
+
+def format_signed(signed: Signed) -> str:
+    lines = [SIGNED_1, f"host {signed.host}", f"release {signed.release}", f"size {signed.size}"]
+    lines += [f"system {signed.system or '-'}", f"serial {signed.serial}", f"expires {signed.expires}"]
+    lines += ["unsign yes"] if signed.unsign else []
+    lines += [f"revoked {signer}" for signer in signed.revoked]
+    return "\n".join(lines) + "\n"
+
+
+def parse_signed(text: str, what: str) -> Signed:
+    first, *lines = text.removesuffix("\n").split("\n")
+    if first != SIGNED_1:
+        raise BentoError(
+            f"{what}: it begins with {one_line(repr(first), 40)}, not with '{SIGNED_1}': update Bento here"
+        )
+    pairs = [(name, value) for name, _, value in (line.partition(" ") for line in lines)]
+    revoked = tuple(value for name, value in pairs if name == "revoked" and FINGERPRINT.fullmatch(value))
+    fields: dict[str, Any] = {name: value for name, value in pairs if name != "revoked"}
+    if len(fields) + sum(name == "revoked" for name, _ in pairs) != len(pairs):
+        raise BentoError(f"{what}: it says something twice")
+    for name in ("size", "serial"):
+        if re.fullmatch("[0-9]{1,16}", fields.get(name, "")):
+            fields[name] = int(fields[name])
+    if fields.get("system") == "-":
+        fields["system"] = None
+    return Signed(
+        host=take(fields, "host", HOST_NAME, what),
+        release=take(fields, "release", RELEASE_ID, what),
+        size=take(fields, "size", int, what),
+        system=take(fields, "system", STORE_PATH, what, null="system" in fields),
+        serial=take(fields, "serial", int, what),
+        expires=take(fields, "expires", TIME, what),
+        unsign=fields.get("unsign") == "yes",
+        revoked=revoked,
+    )
+
+
+def fingerprint(blob: str) -> str:
+    """A public key's name, as ssh-keygen shows it. ValueError for what is no key."""
+    import base64
+    import hashlib
+
+    digest = hashlib.sha256(base64.b64decode(blob, validate=True)).digest()
+    return f"SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
+
+
+def read_signers(path: Path) -> dict[str, tuple[str, str]]:
+    """The public keys in a file, one a line: by fingerprint, the key and its comment."""
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: the signers' keys cannot be read: {one_line(str(error), 100)}") from None
+    found = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        key = PUBLIC_KEY.search(line.strip())
+        try:
+            found[fingerprint(key[2] if key else "?")] = (f"{key[1]} {key[2]}", key[3] or "") if key else ("", "")
+        except ValueError:
+            raise UsageError(f"{path}:{number}: not a public key") from None
+    if not found:
+        raise UsageError(f"{path}: no signer's key in it")
+    return found
+
+
+def find_signer(text: str, signature: str, signers: Path, directory: Path) -> str:
+    """The fingerprint of the signer whose signature this is. BentoError when it is nobody's that is trusted."""
+    keys = read_signers(signers)
+    allowed = "".join(f'{PRINCIPAL} namespaces="{NAMESPACE}" {key}\n' for key, _ in keys.values())
+    for name, content in (("allowed", allowed), ("signature", signature), ("text", text)):
+        (directory / name).write_text(content, "utf-8")
+    argv = ["ssh-keygen", "-Y", "verify", "-f", "allowed", "-I", PRINCIPAL, "-n", NAMESPACE, "-s", "signature"]
+    try:
+        with open(directory / "text", "rb") as file:
+            done = subprocess.run(
+                argv, cwd=directory, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                timeout=60, check=False,
+            )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BentoError(f"the signature cannot be checked: {one_line(str(error))}") from None
+    said = done.stdout.decode(errors="replace").strip()
+    found = re.search(rf"^Good .* key ({FINGERPRINT.pattern})$", said, re.MULTILINE)
+    if done.returncode != 0 or found is None or found[1] not in keys:
+        raise BentoError(f"its signature is of nobody in {signers} ({one_line(said.splitlines()[-1] if said else '')})")
+    return found[1]
+
+
+def verify(current: Current, trust: Trust, directory: Path, what: str) -> Current:
+    """The same release with what was signed of it, and by whom. BentoError when nobody who is trusted vouches for it, or
+    when this is an older one than was seen: a server can keep silent, and do nothing else."""
+    where = f"{what}: release {current.release[:12]}"
+    if not current.signed or not current.signature:
+        raise BentoError(f"{where} is not signed, as this machine wants it: 'bento.py sign', then publish it again")
+    try:
+        signer = find_signer(current.signed, current.signature, trust.signers, directory)
+        signed = parse_signed(current.signed, "its signed text")
+    except UsageError:
+        raise
+    except BentoError as error:
+        raise BentoError(f"{where}: {error}") from None
+    if (signed.host, signed.release, signed.size) != (current.host, current.release, current.size):
+        about = f"release {signed.release[:12]} ({signed.size} bytes) for host {signed.host!r}"
+        raise BentoError(f"{where}: its signed text is about another one: {about}")
+    seen = highest_serial(trust, signed.revoked)
+    if signed.serial < seen:
+        raise BentoError(f"{where}: it was signed with serial {signed.serial}, and {seen} was seen: sign it anew")
+    return current._replace(signer=signer, system=signed.system)
+
+
+def highest_serial(trust: Trust, revoked: Sequence[str] = ()) -> int:
+    """Of the signers that are trusted now: a stolen key's serials go with it."""
+    counting = read_signers(trust.signers).keys() - set(revoked)
+    return max((serial for signer, serial in map(parse_serial, trust.serials) if signer in counting), default=0)
+
+
+def trust_of(settings: Settings, state: State) -> Trust | None:
+    return Trust(Path(settings.signers), state.serials) if settings.signers else None
+
+
+def accepted(state: State, current: Current) -> dict[str, Any]:
+    """What state.json has to remember of what a poll has accepted: no lower serial is taken after it."""
+    if current.signer is None or current.signed is None:
+        return {"signer": None, "signed": None}
+    serials = {current.signer: parse_signed(current.signed, "signed text").serial}
+    for signer, serial in map(parse_serial, state.serials):
+        serials[signer] = max(serial, serials.get(signer, 0))
+    kept = tuple(f"{signer} {serial}" for signer, serial in sorted(serials.items()))
+    return {"serials": kept, "signer": current.signer, "signed": current.signed}
+
+
+def parse_serial(text: str) -> tuple[str, int]:
+    signer, _, serial = text.partition(" ")
+    return signer, int(serial) if serial.isdecimal() else 0
+
+
+def vouched_until(state: State) -> str | None:
+    """The end of the time for which somebody has signed what this machine follows."""
+    return parse_signed(state.signed, "signed text").expires if state.signed else None
+
+
+def nobody_vouches(state: State, now_s: float) -> str | None:
+    """What a person is told when that time is over."""
+    until = vouched_until(state)
+    if until is None or parse_time(until) > now_s:
+        return None
+    return f"expired: nobody vouches for this machine's state since {until}: sign its release anew"
+
+
+def check_trust(settings: Settings) -> None:
+    """UsageError when these settings would let a stranger in, or nobody."""
+    if settings.signers:
+        read_signers(Path(settings.signers))
+    elif len(settings.server) > 1 and not (settings.known_hosts and Path(settings.known_hosts).exists()):
+        raise UsageError(
+            "several servers need 'known_hosts' (services.bento.serverKeys) or 'signers': each of them would be trusted"
+            " at its first contact, whoever answers then"
+        )
+
+
+def drops_signers(settings: Settings, asked: Mapping[str, Any], system: str, signed: str | None) -> str | None:
+    """Why a new system must not follow this one: it would take what nobody signed. `asked`: its client.json."""
+    if not settings.signers or not asked or (signed and parse_signed(signed, "signed text").unsign):
+        return None
+    path = str(asked.get("signers") or "")
+    inside = Path(system, path.lstrip("/"))
+    try:
+        read_signers(inside if path.startswith("/etc/") else Path(path))
+    except BentoError as error:
+        why = str(error) if path else "it has no services.bento.signers"
+        return f"the new system would take releases that nobody signed: {why}; or sign it with --unsign"
+    return None
 
 
 # --- sftp ---
@@ -1027,10 +1344,14 @@ class Sftp:
 
     def get(self, remote: str, local: str, ceiling: int, *, resume: bool = False) -> Path:
         path = self.directory / local
+        if not resume:
+            path.unlink(missing_ok=True)  # another server's
         # It grows by a whole request at a time.
         limit_s = STALL_S + min(ceiling, REQUEST_BYTES) / LEAST_RATE
         self.do(f"{'reget' if resume else 'get'} {remote} {local}", limit_s, grows=path, ceiling=ceiling)
-        if path.stat().st_size > ceiling:
+        if not path.exists():
+            raise BentoError(f"{self.server}: {remote} did not come")
+        if size_of(path) > ceiling:
             raise BentoError(f"{self.server}: {remote} is larger than the announced {ceiling} bytes")
         return path
 
@@ -1090,12 +1411,19 @@ def read_current(session: Sftp, settings: Settings, directory: str) -> Current:
 
 
 def poll(
-    settings: Settings, directory: str, log: Log, *, seen: str | None = None, patience_s: float = 0.0
+    settings: Settings,
+    directory: str,
+    log: Log,
+    *,
+    seen: str | None = None,
+    patience_s: float = 0.0,
+    trust: Trust | None = None,
 ) -> tuple[Sftp, Current]:
     """A connection to the first server that has a usable `current.json`, and what it says.
 
     Tries again for `patience_s` seconds: at boot and after a resume, names and routes come late. With several
-    servers, one whose publication is older than `seen` is taken only when no other answers.
+    servers, one whose publication is older than `seen` is taken only when no other answers. `trust`: what is not signed
+    is no release at all.
     """
     if not settings.identity_file.exists():
         raise Unreachable(f"no SSH key at {settings.identity_file}: make one with 'bento-client key'", passing=False)
@@ -1108,13 +1436,15 @@ def poll(
             try:
                 session = connect(settings, server, log)
                 current = read_current(session, settings, directory)
+                if trust is not None:
+                    current = verify(current, trust, settings.state / directory, f"{server}: current.json")
             except BentoError as error:
                 failures.append(error)
                 if session is not None:
                     session.close()
                 continue
-            if len(settings.server) > 1 and seen is not None and current.published < seen:
-                log.say(f"{server} is behind: it publishes a release of {current.published}")
+            if len(settings.server) > 1 and is_odd(current, seen, time.time()):
+                log.say(f"{server} is behind, or its clock wrong: it publishes a release of {current.published}")
                 if behind is None:
                     behind = session, current
                 else:
@@ -1622,6 +1952,11 @@ class Machine:
                 code = run_in_unit(argv, f"bento-switch-{token}-{os.urandom(3).hex()}", out, limit_s)
         return Done(code, self.log.tail(max(0, min(self.log.size() - before, 1 << 18))))
 
+    def has_begun(self) -> bool:
+        """Whether the last switch got as far as to change anything, by its own words. True where there are none left."""
+        said = self.log.tail().rpartition("switch-to-configuration test: ")[2]
+        return not said or "the following units:" in said or "activating the configuration" in said
+
     def end_switches(self, token: str) -> None:
         """Ends what an attempt started and left, with the jobs that it queued: a unit that waits for one that hangs would
         start after the way back. Not during a boot or a shutdown, when the jobs are others'.
@@ -1764,6 +2099,8 @@ def make_report(machine: Machine, phase: Phase = Phase.IDLE) -> Report:
         waiting_for_boot=state.release if trial is not None and trial != running else None,
         boot_trial=machine.loader.trial_way(),
         known_to_boot=machine.good,
+        signer=state.signer,
+        expires=vouched_until(state),
     )
 
 
@@ -1877,10 +2214,12 @@ def record(machine: Machine, pending: Pending, outcome: Outcome) -> None:
     older = pending.trial and state.tried is not None and not again
     changes: dict[str, Any] = {"last": state.tried if older and outcome.result == Result.OK else last}
     if release is not None and not older:
-        before = (state.interruptions, state.doubts) if again else (0, 0)
+        interruptions, doubts = (state.interruptions, state.doubts) if again else (0, 0)
+        interruptions += outcome.result == Result.INTERRUPTED
+        doubts += 1 if outcome.doubt else 2 * (outcome.result == Result.ROLLED_BACK)  # what is sure is not tried again
         changes |= {
             "tried": last, "published": pending.published, "costly": outcome.costly,
-            "interruptions": before[0] + (outcome.result == Result.INTERRUPTED), "doubts": before[1] + (1 if outcome.doubt else 2 * (outcome.result == Result.ROLLED_BACK)),
+            "interruptions": interruptions, "doubts": doubts,
         }  # fmt: skip
     if outcome.result in (Result.POSTPONED, Result.INTERRUPTED):
         changes["rebooted"] = None
@@ -1924,8 +2263,38 @@ def what_is_where(machine: Machine, pending: Pending, outcome: Outcome) -> dict[
 def fetch(session: Sftp, settings: Settings, current: Current, *, thrifty: bool) -> None:
     """Downloads, checks and unpacks a release into config.new. Whatever goes wrong, config/ stays what it is.
 
-    `thrifty`: what lies in config/ already is not downloaded again.
+    What one server does not bring, in time and whole, the next one may: a release is known by its SHA-256, whoever has
+    it. `thrifty`: what lies in config/ already is not downloaded again.
     """
+    tar = make_room(settings, current)
+    failures: list[BentoError] = []
+    for server in sorted(settings.server, key=lambda server: server != session.server):
+        source = session
+        try:
+            if server != session.server:
+                source = connect(settings, server, Log(settings.state / "deploy.log"))
+            fetch_from(source, settings, current, tar, thrifty=thrifty and not failures)
+            unpack(tar, settings.state / "config.new")
+            break
+        except Unreachable as error:
+            failures.append(error)  # the next server, or the next run, goes on where the line broke
+        except BentoError as error:
+            failures.insert(0, error)
+            clear_download(settings)
+        except OSError:
+            clear_download(settings)
+            raise
+        finally:
+            if source is not session:
+                source.close()
+    else:
+        whole = "; ".join(str(failure) for failure in failures)
+        raise Unreachable(whole) if isinstance(failures[0], Unreachable) else failures[0]
+    remove(tar.parent)
+
+
+def make_room(settings: Settings, current: Current) -> Path:
+    """Where the release's archive is to go. What is left of other downloads goes."""
     if current.size > MAX_RELEASE_BYTES:
         raise BentoError(
             f"release {current.release[:12]} has {current.size} bytes, more than the limit of {MAX_RELEASE_BYTES}"
@@ -1933,8 +2302,8 @@ def fetch(session: Sftp, settings: Settings, current: Current, *, thrifty: bool)
     remove(settings.state / "config.new")
     partial = settings.state / "partial"
     partial.mkdir(mode=0o700, exist_ok=True)
-    name = f"{current.release}.tar"
-    wanted = {name: current.size} | {part.sha256: part.size for part in current.parts}
+    tar = partial / f"{current.release}.tar"
+    wanted = {tar.name: current.size} | {part.sha256: part.size for part in current.parts}
     for left in partial.iterdir():
         if left.stat().st_size > wanted.get(left.name, -1):
             left.unlink()
@@ -1942,29 +2311,27 @@ def fetch(session: Sftp, settings: Settings, current: Current, *, thrifty: bool)
     free, needed = free_bytes(settings.state), 2 * current.size + MIN_FREE_BYTES - here
     if free < needed:
         raise BentoError(f"{settings.state}: {free} bytes free, {needed} needed: free some space")
-    tar = partial / name
-    try:
-        if thrifty:
-            join_parts(session, settings, current, tar)
-        if not tar.exists() or tar.stat().st_size < current.size:
-            session.get(f"releases/{name}", f"partial/{name}", current.size, resume=tar.exists())
-        size, digest = tar.stat().st_size, hash_file(tar)
-        if size != current.size:
-            raise BentoError(
-                f"releases/{name}: {size} bytes came, {current.size} were announced: remove it on the server, 'bento.py populate' makes it anew"
-            )
-        if digest != current.release:
-            raise BentoError(
-                f"releases/{name}: its SHA-256 is {digest[:12]}…: damaged; remove it on the server, 'bento.py populate' makes it anew"
-            )
-        unpack(tar, settings.state / "config.new")
-    except Unreachable:
-        raise  # the next run goes on where the line broke
-    except (BentoError, OSError):
-        remove(settings.state / "config.new")
-        remove(partial)
-        raise
-    remove(partial)
+    return tar
+
+
+def clear_download(settings: Settings) -> None:
+    remove(settings.state / "config.new")
+    remove(settings.state / "partial")
+
+
+def fetch_from(session: Sftp, settings: Settings, current: Current, tar: Path, *, thrifty: bool) -> None:
+    """Downloads the archive from one server, and checks it."""
+    tar.parent.mkdir(mode=0o700, exist_ok=True)
+    if thrifty:
+        join_parts(session, settings, current, tar)
+    if not tar.exists() or tar.stat().st_size < current.size:
+        session.get(f"releases/{tar.name}", f"partial/{tar.name}", current.size, resume=tar.exists())
+    size, digest = tar.stat().st_size, hash_file(tar)
+    remedy = "remove it on the server, 'bento.py populate' makes it anew"
+    if size != current.size:
+        raise BentoError(f"releases/{tar.name}: {size} bytes came, {current.size} were announced: {remedy}")
+    if digest != current.release:
+        raise BentoError(f"releases/{tar.name}: its SHA-256 is {digest[:12]}…: damaged; {remedy}")
 
 
 def join_parts(session: Sftp, settings: Settings, current: Current, tar: Path) -> None:
@@ -2012,47 +2379,125 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+BLOCK = 512
+INVALID = "the release is no valid archive"
+
+
+class Entry(NamedTuple):
+    """One member of an archive. `size` in bytes, for a file; a directory has none."""
+
+    name: str
+    size: int | None
+    executable: bool
+
+
 def unpack(tar_path: Path, target: Path) -> None:
-    """Unpacks a release into a new directory `target`. BentoError for anything that `populate` would not have made.
-
-    A release has only directories and regular files, so this is stricter than tarfile's `data` filter, which
-    Python 3.11.2 does not have.
-    """
-    import shutil
-    import tarfile
-
+    """Unpacks a release into a new directory `target`. BentoError for anything that `populate` would not have made."""
     remove(target)
     target.mkdir(mode=0o755)
+    directories = [target]
     try:
-        with tarfile.open(tar_path, "r:", encoding="utf-8") as tar:
-            for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # it would keep every header in memory
-                where = one_line(repr(member.name), 120)
-                if any(part in ("", ".", "..") for part in member.name.split("/")):
-                    raise BentoError(f"the release has a member with the unsafe name {where}")
-                path = target / member.name
-                if member.type == tarfile.DIRTYPE:
+        with open(tar_path, "rb") as tar:
+            while (entry := read_entry(tar)) is not None:
+                path = target / entry.name
+                if entry.size is None:
                     path.mkdir(mode=0o755)
-                elif member.type == tarfile.REGTYPE and member.sparse is None:
-                    source = tar.extractfile(member)
-                    assert source is not None
-                    mode = 0o755 if member.mode & 0o100 else 0o644
-                    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-                    with open(descriptor, "wb") as file:
-                        shutil.copyfileobj(source, file, 1 << 20)
-                        os.fchmod(descriptor, mode)
-                    os.utime(path, (1, 1))
+                    directories.append(path)
                 else:
-                    raise BentoError(f"the release has {where}, which is neither a file nor a directory")
-        for directory, _, _ in os.walk(target, topdown=False):
+                    unpack_file(tar, entry.size, path, 0o755 if entry.executable else 0o644)
+        for directory in reversed(directories):
             os.utime(directory, (1, 1))
             os.chmod(directory, 0o755)
-    except (tarfile.TarError, UnicodeError, ValueError, EOFError) as error:
-        raise BentoError(f"the release is no valid archive: {one_line(str(error))}") from None
     except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
-        raise BentoError(
-            f"the release is no valid archive: {error.strerror}: {one_line(repr(error.filename), 120)}"
-        ) from None
+        raise BentoError(f"{INVALID}: {error.strerror}: {one_line(repr(error.filename), 120)}") from None
+
+
+def unpack_file(tar: IO[bytes], size: int, path: Path, mode: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    with open(descriptor, "wb") as file:
+        left = size
+        while left:
+            chunk = read_exactly(tar, min(left, 1 << 20))
+            file.write(chunk)
+            left -= len(chunk)
+        os.fchmod(descriptor, mode)
+    os.utime(path, (1, 1))
+    read_exactly(tar, -size % BLOCK)
+
+
+def read_exactly(tar: IO[bytes], size: int) -> bytes:
+    data = tar.read(size)
+    if len(data) != size:
+        raise BentoError(f"{INVALID}: it ends in the middle of a member")
+    return data
+
+
+def read_entry(tar: IO[bytes]) -> Entry | None:
+    """The next member of an archive as `populate` writes them, None at its end.
+
+    That is much less than tar knows: a directory or a regular file, behind at most one pax header, which gives its name.
+    So nothing here can be chained, nested or huge.
+    """
+    block = read_exactly(tar, BLOCK)
+    if not any(block):
+        return None
+    name, kind, size = read_header(block)
+    if kind == b"x":
+        if size > 2 * MAX_NAME_BYTES:
+            raise BentoError(f"{INVALID}: a header of {size} bytes")
+        records = read_pax(read_exactly(tar, size + -size % BLOCK)[:size])
+        block = read_exactly(tar, BLOCK)
+        name, kind, size = read_header(block)
+        name = records.pop("path", name)
+        if records:
+            kind = b"?"  # it says more of the member than is known here
+    if kind == b"5":
+        name = name.removesuffix("/")
+    where = one_line(repr(name), 120)
+    parts = name.split("/")
+    if "\0" in name or any(part in ("", ".", "..") for part in parts):
+        raise BentoError(f"the release has a member with the unsafe name {where}")
+    if len(parts) > MAX_DEPTH + 1 or len(name.encode(errors="replace")) > MAX_NAME_BYTES:
+        raise BentoError(f"the release has a member {len(parts) - 1} directories deep: {where}")
+    if kind not in (b"0", b"5") or (kind == b"5" and size):
+        raise BentoError(f"the release has {where}, which is neither a file nor a directory")
+    return Entry(name, size if kind == b"0" else None, bool(read_octal(block[100:108]) & 0o100))
+
+
+def read_header(block: bytes) -> tuple[str, bytes, int]:
+    """Name, kind and size of the member that follows."""
+    total = sum(block[:148]) + 8 * ord(" ") + sum(block[156:])
+    if total != read_octal(block[148:156]):
+        raise BentoError(f"{INVALID}: a header's checksum is wrong")
+    name = block[:100].partition(b"\0")[0]
+    try:
+        text = name.decode()
+    except UnicodeDecodeError:
+        raise BentoError(f"{INVALID}: a name that is not UTF-8: {one_line(repr(name), 120)}") from None
+    return text, block[156:157], read_octal(block[124:136])
+
+
+def read_octal(field: bytes) -> int:
+    digits = field.strip(b" \0")
+    if not re.fullmatch(rb"[0-7]{0,12}", digits):
+        raise BentoError(f"{INVALID}: {one_line(repr(field), 40)} is no number")
+    return int(digits or b"0", 8)
+
+
+def read_pax(raw: bytes) -> dict[str, str]:
+    """The records of a pax header: each has its length, a name and a value."""
+    records: dict[str, str] = {}
+    while raw:
+        found = re.match(rb"([0-9]{1,5}) ([^=\n]{1,100})=", raw)
+        end = int(found[1]) if found else 0
+        if found is None or not found.end() < end <= len(raw) or raw[end - 1 : end] != b"\n":
+            raise BentoError(f"{INVALID}: a malformed pax header")
+        try:
+            records[found[2].decode()] = raw[found.end() : end - 1].decode()
+        except UnicodeDecodeError:
+            raise BentoError(f"{INVALID}: a name that is not UTF-8") from None
+        raw = raw[end:]
+    return records
 
 
 def is_untouched(tree: Path) -> bool:
@@ -2086,10 +2531,21 @@ def is_flake(tree: Path, recipe: Recipe) -> bool:
     return (tree / recipe.directory / "flake.nix").exists()
 
 
+def flake_url(tree: Path, directory: str) -> str:
+    """A flake's address for Nix. With `?dir=` it may read what lies beside its directory, as it may in its owner's
+    repository; Nix before 2.24, and Lix, have no such thing for a path."""
+    if not directory:
+        return f"path:{tree}"
+    said = run(["nix", "--version"], check=False, timeout=60).output
+    found = re.search(r"\(Nix\) (\d+)\.(\d+)", said)
+    whole = found is not None and (int(found[1]), int(found[2])) >= (2, 24)
+    return f"path:{tree}?dir={directory}" if whole else f"path:{tree}/{directory}"
+
+
 def rebuild_argv(action: str, tree: Path, recipe: Recipe) -> list[str]:
-    """nixos-rebuild's command line, on both sides. `?dir=`: a flake in a directory may read what lies beside that."""
+    """nixos-rebuild's command line, on both sides."""
     if is_flake(tree, recipe):
-        where = f"path:{tree}?dir={recipe.directory}" if recipe.directory else f"path:{tree}"
+        where = flake_url(tree, recipe.directory)
         return ["nixos-rebuild", action, "--flake", f"{where}#{recipe.attribute}", *recipe.options]
     entry = tree / recipe.directory / "configuration.nix"
     return ["nixos-rebuild", action, "--no-flake", "-I", f"nixos-config={entry}", *recipe.options]
@@ -2130,7 +2586,7 @@ def build(settings: Settings, log: Log) -> str:
     if code is None:
         raise BentoError(f"nixos-rebuild build did not end within {settings.build_timeout} s")
     if code != 0:
-        raise BentoError(f"nixos-rebuild build: exit {code}: {log.last_words()}")
+        raise BentoError(f"nixos-rebuild build: exit {code}: {log.cause()}")
     new = os.path.realpath(link)
     if not Path(new, "bin/switch-to-configuration").exists():
         raise BentoError(f"nixos-rebuild build left no system in {link}")
@@ -2351,7 +2807,7 @@ def make_default(machine: Machine, system: str, pending: Pending) -> str | None:
         return f"the system profile could not be set: {error}"
     done = machine.switch(system, "boot", pending.token)
     if done.code != 0:
-        return f"the boot loader could not be written ({how_ended(done.code)}): {machine.log.last_words()}"
+        return f"the boot loader could not be written ({how_ended(done.code)}): {machine.log.cause()}"
     fault = machine.loader.entry_fault(system)
     if fault is None and trial:
         try_once(machine, system, good)
@@ -2398,7 +2854,7 @@ def find_way_back(pending: Pending, facts: Facts, owner: str, good: str) -> tupl
     if pending.boot_id != facts.boot_id:
         away = facts.running == pending.new and facts.running != pending.profile
         return default, pending.profile if away else None
-    began = pending.switched and facts.running == owner
+    began = pending.switched and facts.running == owner  # units may be stopped that are to run
     return default, pending.old if began or facts.running == pending.new else None
 
 
@@ -2433,6 +2889,7 @@ def go_back(machine: Machine, pending: Pending, outcome: Outcome) -> Outcome | N
         pending = advance(machine, pending, machine.settings.activation_timeout + machine.settings.confirm_timeout)
     machine.end_switches(pending.token)
     facts, owner = machine.facts(pending.new, pending.profile), owner_of(pending.old, [pending.profile])[0]
+    pending = pending._replace(switched=pending.switched and (facts.running == pending.new or machine.has_begun()))
     default, system = find_way_back(pending, facts, owner, machine.good)
     trouble = None if default is None else make_default(machine, default, pending)
     came = Switched.LIVE if system is None else activate_again(machine, pending, system)
@@ -2443,7 +2900,7 @@ def go_back(machine: Machine, pending: Pending, outcome: Outcome) -> Outcome | N
         return blame(machine, pending, outcome)
     if facts.booted == pending.new or came == Switched.NEEDS_BOOT:
         return go_back_by_boot(machine, pending, outcome)
-    words = f"going back to {system} failed ({came}: {machine.log.last_words()}): tried again at the next run"
+    words = f"going back to {system} failed ({came}: {machine.log.cause()}): tried again at the next run"
     return Outcome(Result.ROLLBACK_FAILED, f"{outcome.reason}; and {words}")
 
 
@@ -2478,7 +2935,7 @@ def take_over(machine: Machine, pending: Pending) -> Outcome | None:
     if before != new:
         done = machine.switch(new, "test", pending.token)
         switched = judge_switch(done.code, done.output, is_new=machine.running == new, is_old=machine.running == before)
-        words = f"switch-to-configuration test: {how_ended(done.code)}: {machine.log.last_words()}"
+        words = f"switch-to-configuration test: {how_ended(done.code)}: {find_cause(done.output)}"
         if switched == Switched.REFUSED:
             return give_up(machine, pending, Outcome(Result.POSTPONED, f"not activated: {words}", costly=True))
         if switched == Switched.FAILED:
@@ -2512,7 +2969,10 @@ def wait_for_boot(machine: Machine, pending: Pending) -> Outcome | None:
 def activate(machine: Machine, pending: Pending) -> Outcome | None:
     """take_over, with the journal and the watchdog around it, and a way back from our own failures too."""
     if machine.is_switching():
-        return Outcome(Result.POSTPONED, "not activated: another switch-to-configuration is at work on this machine")
+        return Outcome(
+            Result.POSTPONED,
+            "not activated: somebody else holds the lock of switch-to-configuration: tried again later",
+        )
     if not machine.has_systemd:
         machine.log.say("systemd does not run here: no watchdog guards this activation")
     try:
@@ -2554,12 +3014,11 @@ def align_trial(machine: Machine) -> None:
 
     A person's new default ends a trial, and so does its proof.
     """
-    new = machine.on_trial
+    new, good = machine.on_trial, machine.good
     if new is None:
         end_trial(machine)
-    elif machine.state.armed and machine.loader.entry_fault(machine.good) is None:
-        if lead_back_to(machine, machine.good):
-            try_once(machine, new, machine.good)
+    elif machine.state.armed and machine.loader.entry_fault(good) is None and lead_back_to(machine, good):
+        try_once(machine, new, good)
 
 
 def can_fall_back(machine: Machine, good: str, token: str) -> bool:
@@ -2651,6 +3110,7 @@ def settle_earlier(machine: Machine) -> bool:
     if outcome is None:
         return False
     conclude(machine, pending, outcome)
+    align_trial(machine)
     return True
 
 
@@ -2734,6 +3194,9 @@ def refuse_to_activate(machine: Machine, pending: Pending, *, force: bool) -> Ou
         if not force and not has_left(new) and not Path(new, part).exists():
             reason = f"the new system has no {part}: it would be this machine's last update: import ./utils/bento.nix"
             return Outcome(Result.BUILD_FAILED, reason, new)
+    unsigned = drops_signers(machine.settings, settings_of(new), new, machine.state.signed)
+    if unsigned is not None:
+        return Outcome(Result.BUILD_FAILED, unsigned, new)
     if free_bytes(machine.settings.state) < MIN_FREE_BYTES:
         return Outcome(Result.POSTPONED, f"built, but not activated: the disk of {machine.settings.state} is full", new)
     return None
@@ -2783,8 +3246,10 @@ def poll_once(machine: Machine) -> Current:
     state, settings = machine.state, machine.settings
     try:
         machine.session, current = poll(
-            settings, machine.directory, machine.log, seen=state.published, patience_s=settings.connect_timeout
-        )
+            settings, machine.directory, machine.log, seen=state.published, patience_s=settings.connect_timeout,
+            trust=trust_of(settings, state),
+        )  # fmt: skip
+        machine.remember(**accepted(state, current))
         return current
     except Unreachable:
         raise
@@ -2809,6 +3274,10 @@ def update(machine: Machine, *, force: bool) -> int:
         machine.remember(good=facts.default, good_release=None, good_revision=None)  # a person's, and known to boot
     assert machine.session is not None
     if action == Action.NOTHING:
+        if machine.state.tried is not None and facts.running not in (machine.state.system, machine.default):
+            why = f"release {current.release[:12]} is deployed, but another system runs: {facts.running}"
+        elif facts.running != facts.default:
+            why = f"release {current.release[:12]} waits for the next boot" if machine.on_trial else why
         print(why)
         if state.last is not None and state.last.release is None:  # the server's files are in order again
             machine.remember(last=state.tried)
@@ -2862,21 +3331,18 @@ def command_run(settings: Settings, *, force: bool) -> int:
             code = update(machine, force=force)
             if code == 0:
                 reboot_if_due(machine)
-            return code
+            if (expired := nobody_vouches(machine.state, time.time())) is not None:
+                machine.log.say(f"error: {expired}")
+            return code if expired is None else code or 1
 
 
 def refuse_volatile(settings: Settings) -> None:
     """The state must outlive a boot: the key, and the journal that leads back from a system that does not do its job."""
-    if settings.root != "/":
-        return
-    kind = ""
+    mount = None
     with suppress(OSError):
-        mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-        state = os.path.realpath(settings.state)
-        over = [m for m in mounts if f"{state}/".startswith(f"{m[4].rstrip('/')}/")]
-        kind = max(over, key=lambda m: len(m[4]))[mounts[0].index("-") + 1] if over else ""
-    if kind in ("tmpfs", "ramfs"):
-        raise BentoError(f"{settings.state} is on a {kind}, and gone at the next boot: make this directory persistent")
+        mount = mount_of(settings, settings.state)
+    if mount is not None and mount.kind in ("tmpfs", "ramfs"):
+        raise BentoError(f"{settings.state} is on a {mount.kind}, and gone at the next boot: persist this directory")
 
 
 def upgrade(machine: Machine) -> None:
@@ -3015,6 +3481,15 @@ def command_probe(settings: Settings) -> int:
     return 0
 
 
+def command_align(settings: Settings) -> int:
+    """For the end of a boot, and for a switch to a system without Bento: nothing of ours stays in the boot loader's
+    variables once the default is another's. An attempt under way settles that itself."""
+    machine = Machine(settings, log="no-log")
+    if load_pending(machine) is None and machine.on_trial is None:
+        end_trial(machine)
+    return 0
+
+
 def command_key(settings: Settings) -> int:
     """Prints the public key; makes the identity first where there is none. The private half never leaves."""
     private = settings.identity_file
@@ -3065,6 +3540,10 @@ def format_status(report: Report, pending: Pending | None, waiting: int) -> str:
         rows.append(("reboot", "needed"))
     rows.append(("boot trial", report.boot_trial or "none"))
     rows.append(("boots", report.known_to_boot or "not known yet"))
+    if report.signer is not None and report.expires is not None:
+        over = parse_time(report.expires) <= parse_time(report.polled)
+        rows.append(("signed", f"by {report.signer}, until {report.expires}"))
+        rows += [("expired", "nobody vouches for this machine's state: sign its release anew")] if over else []
     if waiting:
         rows.append(("outbox", f"{waiting} not delivered yet"))
     return "\n".join(f"{name:<10} {value}" for name, value in rows)
@@ -3113,7 +3592,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("-v", "--verbose", action="store_true", help="show the programs that are run")
     parser.add_argument("--force", action="store_true", help="run: try again what was given up or refused")
     parser.add_argument("--token", help=argparse.SUPPRESS)
-    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of those below")
+    parser.add_argument("command", metavar="COMMAND", choices=[*COMMANDS, "align"], help="one of those below")
     add_settings(parser)
     return parser
 
@@ -3155,11 +3634,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = read_settings(options)
         if command in ("run", "probe") and not settings.server:
             raise UsageError("no server is set: give --server, or 'server' in the configuration file")
+        if command in ("run", "probe"):
+            check_trust(settings)
         if command == "run":
             return command_run(settings, force=options["force"])
         if command == "rollback":
             return command_rollback(settings, token=options["token"])
-        return {"key": command_key, "probe": command_probe, "status": command_status}[command](settings)
+        return {"align": command_align, "key": command_key, "probe": command_probe, "status": command_status}[command](settings)
     except BentoError as error:
         print(f"bento: error: {error}", file=sys.stderr)
         return error.exit_code

@@ -310,7 +310,7 @@ class ModelLog:
     def say(self, text: str) -> None:
         self.world.say("   " + text.replace(str(self.world.top) + "/store/", "")[:160])
 
-    def last_words(self) -> str:
+    def cause(self) -> str:
         return "-"
 
 
@@ -358,6 +358,9 @@ class ModelMachine(Machine):
 
     def end_switches(self, token: str) -> None:
         pass
+
+    def has_begun(self) -> bool:
+        return True
 
     def nix_env(self, *words: str) -> None:
         self.world.nix_env(*words)

@@ -16,6 +16,7 @@ let
   package = name: {
     type = "derivation";
     inherit name;
+    version = "10.2";
     outPath = "/nix/store/eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee-${name}";
   };
 
@@ -100,7 +101,10 @@ let
         package = option types.package pkgs.nix;
       };
       programs.ssh.package = option types.package pkgs.openssh;
-      security.pam.loginLimits = option (types.listOf types.anything) [ ];
+      security.pam = {
+        loginLimits = option (types.listOf types.anything) [ ];
+        services = attrs;
+      };
       services.openssh = {
         enable = option types.bool false;
         extraConfig = option types.lines "";
@@ -130,6 +134,8 @@ let
       };
     };
     config = {
+      # As the real module has it, and in its place among the rules: each has a hundred of its own.
+      security.pam.services.sshd.rules.session.systemd.order = 12600;
       environment.sessionVariables.NIX_PATH = "nixpkgs=/channels/nixos:nixos-config=/etc/nixos/configuration.nix";
       system.build.nixos-rebuild = pkgs.nixos-rebuild;
     };
@@ -222,6 +228,7 @@ in
       inherit (config.users) users groups;
       tmpfiles = config.systemd.tmpfiles.rules;
       limits = config.security.pam.loginLimits;
+      pam = config.security.pam.services;
       inherit (config.services.openssh) enable settings extraConfig;
     };
 

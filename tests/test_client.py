@@ -521,6 +521,11 @@ class Lab:
     def file(self, name: str) -> str:
         return str(self.directory / name)
 
+    def use_two_servers(self) -> None:
+        """With known host keys, without which a list of servers is refused."""
+        Path(self.file("known")).touch()
+        self.settings |= {"server": ["first", "second"], "known_hosts": self.file("known")}
+
     def publish(self, label: str, *, flake: bool = True, settings: dict[str, Any] | None = None, **behaviour: Any) -> str:
         """Writes and publishes a configuration; the release's name. `settings` differ in the new system only."""
         client_json = self.settings | (settings or {})
@@ -1123,7 +1128,7 @@ def test_release_that_never_arrives_does_not_hide_the_host(lab: Lab) -> None:
 
 def test_a_report_goes_where_its_release_came_from(lab: Lab) -> None:
     """Though another server, which has no release, answers first."""
-    lab.settings["server"] = ["first", "second"]
+    lab.use_two_servers()
     lab.publish("v1")
     empty = lab.directory / "empty"
     (empty / "logs").mkdir(parents=True)
@@ -1134,7 +1139,7 @@ def test_a_report_goes_where_its_release_came_from(lab: Lab) -> None:
 
 
 def test_second_server_when_the_first_is_down(lab: Lab) -> None:
-    lab.settings["server"] = ["first", "second"]
+    lab.use_two_servers()
     path = sftp_by_server(lab, first=None, second=lab.chroot)
     lab.publish("v1")
     lab.client("run", PATH=path, TOY_SERVER="")
@@ -1146,7 +1151,7 @@ def test_second_server_when_the_first_is_down(lab: Lab) -> None:
 
 def test_server_that_lags_behind(lab: Lab) -> None:
     """A replica with an older release never takes a host back; its newer one is taken."""
-    lab.settings["server"] = ["first", "second"]
+    lab.use_two_servers()
     lab.publish("v1")
     stale = lab.directory / "stale"
     shutil.copytree(lab.chroot, stale, symlinks=True)

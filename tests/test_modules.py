@@ -510,7 +510,7 @@ def test_trigger(code: int, last: str, tmp_path: Path) -> None:
     script = evaluate_host(HOST_MODULE, FULL)["services"]["bento-trigger@"]["script"]
     programs = {
         "journalctl": 'echo "$@"\nuntil [ -e started ]; do sleep 0.1; done\necho building\nexec sleep 60',
-        "systemctl": f'[ "$*" = "start bento.service" ] || exit 9\ntouch started\nsleep 1\nexit {code}',
+        "systemctl": f'[ "$*" = "start --wait bento.service" ] || exit 9\ntouch started\nsleep 1\nexit {code}',
     }
     for name, text in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
@@ -597,6 +597,7 @@ def write_fleet(directory: Path, keys: Mapping[str, Sequence[str]], chroot_dir: 
     hosts.mkdir(parents=True)
     shutil.copy(REPO / "fleet.nix.in", directory)
     for name, lines in keys.items():
+        (hosts / name).mkdir()
         (hosts / f"{name}.pub").write_text("".join(f"{line}\n" for line in lines))
     argv: list[str | Path] = [
         sys.executable,

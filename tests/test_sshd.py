@@ -170,6 +170,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         for host in HOSTS:
             # With a shell: that there is none is to be sshd's doing.
             add_user(f"bento-{host}", "bento", found.chroot(host))
+            (top / "fleet/hosts" / host).mkdir()  # `fleet` is of these only
             (top / f"fleet/hosts/{host}.pub").write_text(found.make_key(f"bento-{host}", "restrict "))
         found.make_key(UNRESTRICTED, "")
         with open(top / f"authorized/bento-{EVIL}", "a") as file:

@@ -102,11 +102,10 @@ def test_inhibitors_of_the_booted_system_do_not_count(tmp_path: Path) -> None:
 def test_the_way_back_is_open_as_long_as_the_old_system_says_so(tmp_path: Path) -> None:
     """Inhibitors that only the booted system had say nothing of the way from the new one to the old one."""
     lab = create(tmp_path, inhibitors={"dbus": "1", "old": "1"})
-    release = lab.publish("v1", inhibitors={"dbus": "1"}, cut_network=True)
+    lab.publish("v1", inhibitors={"dbus": "1"}, cut_network=True)
     run(lab)
     assert lab.labels() == ("v0", "v0", "v0") and lab.machine.network() == "up"
-    run(lab)
-    assert results(lab, release) == [Result.ROLLED_BACK]
+    assert lab.machine.activations() == ["v0", "v1", "v0"]
 
 
 def test_an_earlier_nixpkgs_compared_bytes_with_the_booted_system(tmp_path: Path) -> None:
@@ -217,7 +216,7 @@ def test_a_server_that_boots_slower_than_its_hosts(booting: tuple[Lab, ToySystem
     lab.down.touch()
     systemd.boot()
     assert run(lab, PATH=systemd.path)[0] == 75
-    assert not systemd.reboots() and lab.labels() == ("v1", "v1", "v1"), "patience first"
+    assert not systemd.reboots() and everything(lab) == ("v1", "v1"), "patience first"
     lab.down.unlink()
     settle(lab, systemd)
     assert lab.labels() == ("v1", "v1", "v1") and lab.report().release == release

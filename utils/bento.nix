@@ -382,6 +382,11 @@ in
     };
   };
 
+  imports = [
+    # The module is there, and Bento is not wanted: the client takes that as its leave, not as a mistake.
+    { environment.etc = lib.mkIf (!cfg.enable) { "bento/left".text = ""; }; }
+  ];
+
   config = lib.mkIf cfg.enable {
     assertions = [
       {
@@ -490,14 +495,15 @@ in
         // config.networking.proxy.envVars;
 
       serviceConfig = {
-        Type = "oneshot";
+        # Its start is done at once. A oneshot unit would be part of the boot: the system stays "starting" while one runs,
+        # and a switch of 2024 waits for the end of that.
+        Type = "exec";
         ExecStart = "${command}/bin/bento-client run";
         StateDirectory = lib.removePrefix "/var/lib/" cfg.stateDir;
         StateDirectoryMode = "0700";
         UMask = "0022";
 
-        # The client limits each step by itself.
-        TimeoutStartSec = "infinity";
+        # The client limits each step by itself, and ends what it started.
         # When memory runs out in an evaluation, that is what has to end: the client is needed, to report it.
         OOMPolicy = "continue";
 
@@ -587,6 +593,21 @@ in
       };
     };
 
+    # Variables of a boot loader outlive everything: whoever makes another system the default, or leaves Bento, by hand,
+    # is not to find ours in them. It stops with a shutdown, and when a system without it is switched to.
+    systemd.services.bento-trial = lib.mkIf (bootLoader != [ ]) {
+      description = "Let go of the boot loader when the default is another's";
+      wantedBy = [ "multi-user.target" ];
+      restartIfChanged = false;
+      serviceConfig = {
+        Type = "oneshot";
+        RemainAfterExit = true;
+        ExecStart = "${pkgs.coreutils}/bin/true";
+        ExecStop = "${command}/bin/bento-client align";
+        TimeoutStopSec = "30s";
+      };
+    };
+
     systemd.services.bento-hibernate = lib.mkIf (bootLoader != [ ]) {
       description = "Leave the trial of a new system for after hibernation";
       wantedBy = [
@@ -629,7 +650,7 @@ in
       script = ''
         since=$(date +%s)
         journalctl --follow --output=cat --since="@$since" --unit=bento.service &
-        if systemctl start bento.service; then
+        if systemctl start --wait bento.service; then
           outcome="bento: done"
         else
           outcome="bento: failed; bento-client status tells root why"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from lab.image import ImageError, base_root, cache_dir, image_path, locked, write
+from lab.image import PATH, ImageError, base_root, cache_dir, image_path, locked, write
 
 from boot.initrd import BTRFS, MODULES, in_order, make_initrd
 
@@ -111,9 +111,9 @@ OOMScoreAdjust=-1000
 [Install]
 WantedBy=sysinit.target
 """,
-    "/etc/systemd/system.conf.d/lab.conf": """\
+    "/etc/systemd/system.conf.d/lab.conf": f"""\
 [Manager]
-DefaultEnvironment=PATH=/run/current-system/sw/bin:/opt/lab/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin TOY_MODE=simulated TOY_ROOT=/ PYTHONDONTWRITEBYTECODE=1
+DefaultEnvironment=PATH={PATH} TOY_MODE=simulated TOY_ROOT=/ PYTHONDONTWRITEBYTECODE=1
 DefaultTimeoutStopSec=10s
 StatusUnitFormat=name
 LogColor=no

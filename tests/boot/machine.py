@@ -5,6 +5,7 @@ What the machine had not synced is lost then, as on a real one.
 """
 
 import base64
+import contextlib
 import json
 import shutil
 import signal
@@ -184,6 +185,14 @@ class Machine:
             if not chunk:
                 raise Gone(f"off before: {what}")
             self._received += chunk
+
+    def drain(self) -> None:
+        """Notes the boots that there were."""
+        if self._agent is None:
+            return
+        with contextlib.suppress(MachineError):
+            while True:
+                self._receive(time.monotonic() + 0.05, "nothing")
 
     def order(self, script: str) -> int:
         """Gives the machine a shell script to run, and does not wait. A number, for `result`."""

@@ -63,8 +63,8 @@ def test_a_switch_that_is_refused_for_a_while(host: Host, server: Server, kind: 
     before = activations(host)
     behaviour: dict[str, Any] = {}
     if kind == "lock":
-        lock = "/run/nixos/switch-to-configuration.lock"
-        host.run("systemd-run", "--quiet", "--unit=person", "flock", lock, "sleep", "600")
+        script = "mkdir -p /run/nixos && exec flock /run/nixos/switch-to-configuration.lock sleep 600"
+        host.run("systemd-run", "--quiet", "--unit=person", "sh", "-c", script)
         host.wait_for(lambda: is_active(host, "person"))
         words = "lock"
     else:
@@ -119,8 +119,10 @@ def test_hosts_that_boot_faster_than_their_server(host: Host, server: Server, re
     assert wait(server_goes, 60), told(host, server, release)
     server.stop_sshd()
     host.power_cut()
+    boots = host.boots
     host.boot()
-    time.sleep(25)
+    # It comes in the worst moment, if there is one: when the host has just given up on its new system.
+    wait(lambda: host.boots > boots + 1 or which(host)[0] == "v1", 25)
     server.start_sshd()
     assert wait(lambda: which(host) == ("v2", "v2") and host.label(host.fallback_system()) == "v2", 150), (
         told(host, server, release)

@@ -363,6 +363,82 @@ def test_a_system_that_cuts_the_network(nixos: Host) -> None:
     nixos.run("ping", "-c1", "-W1", "server")
 
 
+def build(nixos: Host, **behaviour: Any) -> str:
+    write_config(nixos.path("/etc/nixos"), flake=True, host="h1", **nixos.behaviour() | behaviour)
+    nixos.run("nixos-rebuild", "build", "--flake", "path:/etc/nixos#h1")
+    return os.readlink(nixos.path("/root/result"))
+
+
+def test_a_kernel_that_panics_boots_again_by_itself(nixos: Host) -> None:
+    """Fact: default and one boot together; with EFI variables that outlive a power cut."""
+    old, new = nixos.default_system(), build(nixos, label="v2", kernel="panic")
+    nixos.run("bootctl", "set-default", "nixos-generation-1.conf")
+    nixos.run("nix-env", "-p", "/nix/var/nix/profiles/system", "--set", new)
+    nixos.run(f"{new}/bin/switch-to-configuration", "boot")
+    nixos.run("bootctl", "set-oneshot", "nixos-generation-2.conf")
+    assert (nixos.default_system(), nixos.fallback_system()) == (new, old)
+    boots = nixos.boots
+    nixos.power_cut()
+    nixos.boot()
+    assert nixos.boots == boots + 2
+    assert nixos.current_system() == nixos.booted_system() == nixos.default_system() == old
+    nixos.run("bootctl", "set-default", "")
+    assert nixos.default_system() == new
+    nixos.power_cut()
+    nixos.pick("nixos-generation-1.conf")
+    nixos.boot()
+    assert nixos.current_system() == old and nixos.default_system() == new
+
+
+MOUNT = "[Mount]\nWhat=nothing\nWhere=/mnt\nType=nosuchfs\n"
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_emergency_mode(nixos: Host, masked: bool) -> None:
+    """Fact: emergency mode. Masked is what systemd.enableEmergencyMode = false makes of it."""
+    if masked:
+        for unit in ("emergency.target", "emergency.service"):
+            nixos.run("ln", "-s", "/dev/null", f"/etc/systemd/system/{unit}")
+        nixos.run("systemctl", "daemon-reload")
+    new = build(nixos, label="v2", units=nixos.behaviour()["units"] | {"mnt.mount": MOUNT})
+    accuracy = "--timer-property=AccuracySec=100ms"
+    free = ("--timer-property=DefaultDependencies=no", "--property=DefaultDependencies=no")
+    nixos.run("systemd-run", "--quiet", "--unit=plain", "--on-active=6", accuracy, "touch", "/root/plain")
+    nixos.run("systemd-run", "--quiet", "--unit=free", "--on-active=6", accuracy, *free, "touch", "/root/free")
+    start = ("systemd-run", "--quiet", "--no-block", "--unit=switch", "--property=RemainAfterExit=yes")
+    nixos.run(*start, f"{new}/bin/switch-to-configuration", "test")
+    nixos.wait_for(lambda: nixos.exists("/root/free"), 30, "the timer without default dependencies")
+    time.sleep(1)
+    active = {
+        name: nixos.run("systemctl", "is-active", name, check=False).stdout.strip() == "active"
+        for name in ("sysinit.target", "bento.timer", "plain.timer")
+    }
+    assert nixos.exists("/root/plain") == masked
+    assert active["sysinit.target"] == active["bento.timer"] == masked
+    if masked:
+        nixos.wait_for(lambda: "=4" in nixos.run("systemctl", "show", "-p", "ExecMainStatus", "switch").stdout)
+    nixos.power_cut()
+    nixos.boot()
+    assert nixos.label(nixos.current_system()) == "v1"
+    assert nixos.run("systemctl", "is-active", "bento.timer").stdout == "active\n"
+
+
+def test_queued_jobs_outlive_their_switch(nixos: Host) -> None:
+    """Fact: jobs. What waits for its turn is not active, so the next switch neither sees nor stops it."""
+    hang = "[Service]\nType=oneshot\nExecStart=sleep 600\n"
+    bad = "[Unit]\nAfter=hang.service\n[Service]\nExecStart=sh -c 'touch /root/ran; sleep 600'\n"
+    units = nixos.behaviour()["units"] | {"hang.service": hang, "bad.service": bad}
+    new = build(nixos, label="v2", units=units, starts=["hang.service", "bad.service"])
+    old = nixos.current_system()
+    nixos.run("systemd-run", "--quiet", "--no-block", "--unit=switch", f"{new}/bin/switch-to-configuration", "test")
+    nixos.wait_for(lambda: "bad.service" in nixos.run("systemctl", "list-jobs").stdout, 20, "the job")
+    nixos.run("systemctl", "kill", "--signal=KILL", "switch.service")
+    nixos.wait_for(lambda: nixos.run("systemctl", "is-active", "switch", check=False).stdout != "active\n")
+    assert "bad.service" in nixos.run("systemctl", "list-jobs").stdout
+    nixos.run(f"{old}/bin/switch-to-configuration", "test")
+    nixos.wait_for(lambda: nixos.exists("/root/ran"), 10, "the unit of the system that was left")
+
+
 @pytest.mark.skipif(not CLIENT.exists(), reason="no client")
 def test_the_whole_loop(nixos: Host, server: Server) -> None:
     """Published on the server, deployed by the host's own timer, and reported: the lab is complete."""

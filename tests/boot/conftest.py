@@ -1,0 +1,82 @@
+"""Machines of the boot lab are made once for all its tests, and start anew for each."""
+
+import os
+import shutil
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+
+import pytest
+from lab.conftest import need as need_lab
+from lab.image import ImageError
+
+from boot.bed import Bed, Server, first_boot, make_bed
+from boot.image import Kind, base_tree
+from boot.machine import FIRMWARE, TOOLS, VARIABLES
+
+WHOLE = os.environ.get("BENTO_BOOT") == "all"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "whole: only with BENTO_BOOT=all")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [item for item in items if item.get_closest_marker("whole") and not WHOLE]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def need() -> None:
+    """Skips the test, with the reason, where there can be no such machine; under BENTO_TESTS=all it fails instead."""
+    need_lab()
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+    missing = [tool for tool in TOOLS if shutil.which(tool, path=path) is None]
+    missing += [str(file) for file in (FIRMWARE, VARIABLES) if not file.exists()]
+    reason = f"the boot lab needs {', '.join(missing)}" if missing else ""
+    if not reason:
+        try:
+            base_tree()
+        except ImageError as error:
+            reason = f"the boot lab: {error}"
+    if reason:
+        if os.environ.get("BENTO_TESTS") == "all":
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def beds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Kind], Bed]]:
+    """A machine of a kind as it was after its first boot, off; with an empty server that is up."""
+    need()
+    directory = tmp_path_factory.mktemp("boot")
+    server = Server(directory)
+    made: dict[str, tuple[Bed, tuple[Path, Path]]] = {}
+
+    def give(kind: Kind) -> Bed:
+        if kind.name not in made:
+            bed = make_bed(kind, directory, server)
+            made[kind.name] = bed, first_boot(bed)
+        bed, kept = made[kind.name]
+        for other, _ in made.values():
+            other.machine.power_cut()
+        bed.machine.reset(*kept)
+        server.stop()
+        server.empty()
+        server.start()
+        return bed
+
+    yield give
+    for bed, _ in made.values():
+        bed.machine.power_cut()
+    server.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failed test shows the end of its machine's console."""
+    report = yield
+    for used in getattr(item, "funcargs", {}).values():
+        if report.failed and isinstance(used, Bed):
+            report.sections.append(("console", used.tail()))
+    return report

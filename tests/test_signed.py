@@ -1,0 +1,501 @@
+"""Signed releases: what a server that is taken over, a replica or a man in the middle can do to a host is keep silent.
+
+The host polls a real sshd; what that serves is in the test's hand."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_sshd import FRESH, SERVER, Done, Host, Line, Server, call, fresh, server
+from toynixos import write_config
+
+import bento
+import bento_client as client
+from bento_client import BentoError, Signed, State, Trust, format_signed, format_time, parse_signed
+
+__all__ = ["fresh", "server"]  # fixtures
+
+A = "a" * 64
+BULK = 1_000_000
+YEAR_2050 = 2_524_608_000
+ALICE = Signed("toy", A, 10240, None, 1_795_435_200, "2026-12-24T00:00:00Z")
+
+
+# --- the text ---
+
+
+@pytest.mark.parametrize(
+    "signed",
+    [
+        ALICE,
+        ALICE._replace(system="/nix/store/abc-nixos"),
+        ALICE._replace(unsign=True),
+        ALICE._replace(revoked=(f"SHA256:{'x' * 43}", f"SHA256:{'y' * 43}")),
+    ],
+)
+def test_the_text_says_it_all(signed: Signed) -> None:
+    assert parse_signed(format_signed(signed), "test") == signed
+
+
+def test_the_text_is_lines_for_a_person() -> None:
+    assert format_signed(ALICE) == (
+        f"bento-release 1\nhost toy\nrelease {A}\nsize 10240\nsystem -\nserial 1795435200\nexpires 2026-12-24T00:00:00Z\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("bento-release 1", "bento-release 2", "it begins with 'bento-release 2', not with 'bento-release 1': update"),
+        ("host toy\n", "", "field 'host' is missing"),
+        ("host toy\n", "host toy\nhost toy\n", "it says something twice"),
+        ("size 10240", "size -1", "field 'size' is missing or malformed"),
+        ("size 10240", "size 99999999999999999999", "field 'size' is missing or malformed"),
+        ("system -\n", "", "field 'system' is missing"),
+        ("system -", "system ../x", "field 'system' is missing or malformed"),
+        ("serial 1795435200", "serial 1e9", "field 'serial' is missing or malformed"),
+        ("expires 2026", "expires 20xx", "field 'expires' is missing or malformed"),
+        ("release a", "release b/", "field 'release' is missing or malformed"),
+    ],
+)
+def test_a_text_that_cannot_be_read(old: str, new: str, words: str) -> None:
+    text = format_signed(ALICE).replace(old, new)
+    assert text != format_signed(ALICE)
+    with pytest.raises(BentoError, match=words):
+        parse_signed(text, "test")
+
+
+def test_what_a_newer_text_says_besides_is_ignored() -> None:
+    assert parse_signed(format_signed(ALICE) + "colour blue\n", "test") == ALICE
+
+
+# --- a fleet whose administrators sign ---
+
+
+@dataclass(frozen=True)
+class Site:
+    """One host, and the keys of alice and bob, who may sign for it, and of mallory, who may not."""
+
+    host: Host
+    keys: Path
+
+    @property
+    def server(self) -> Server:
+        return self.host.server
+
+    @property
+    def current(self) -> Path:
+        return self.server.chroot(FRESH) / "current.json"
+
+    def signers(self, *names: str) -> str:
+        path = self.keys / "-".join(["signers", *names])
+        path.write_text("# who may sign\n" + "".join((self.keys / f"{name}.pub").read_text() for name in names))
+        return str(path)
+
+    def write(self, label: str, *signers: str, **behaviour: Any) -> None:
+        settings = self.host.settings | ({"signers": self.signers(*signers)} if signers else {})
+        directory = self.server.top / "fleet/hosts" / FRESH
+        write_config(directory, flake=True, host=FRESH, label=label, client_json=settings, **behaviour)
+
+    def sign(self, key: str, *flags: str) -> Signed:
+        done = self.server.bento("sign", FRESH, "--key", str(self.keys / key), *flags)
+        assert done.returncode == 0, done.stdout
+        return self.signature.signed
+
+    @property
+    def signature(self) -> bento.Signature:
+        fleet = bento.Fleet(self.server.top / "fleet", self.server.top / "chroots")
+        found = bento.read_signature(fleet, FRESH)
+        assert found is not None
+        return found
+
+    def populate(self, code: int = 0) -> str:
+        done = self.server.bento("populate", FRESH)
+        assert done.returncode == code, done.stdout
+        return done.stdout
+
+    def publish(self, label: str, *flags: str, key: str = "alice", signers: tuple[str, ...] = ("alice", "bob")) -> Signed:
+        self.write(label, *signers)
+        signed = self.sign(key, *flags)
+        self.populate()
+        return signed
+
+    def forge(self, **changes: Any) -> None:
+        """Changes what the server says, as who has taken it over can."""
+        self.current.write_text(json.dumps(json.loads(self.current.read_text()) | changes))
+
+    def make_signature(self, key: str, text: str, namespace: str = client.NAMESPACE) -> str:
+        path = self.keys / "text"
+        path.write_text(text)
+        (self.keys / "text.sig").unlink(missing_ok=True)
+        call("ssh-keygen", "-q", "-Y", "sign", "-f", self.keys / key, "-n", namespace, path)
+        return (self.keys / "text.sig").read_text()
+
+    def forge_text(self, key: str, namespace: str = client.NAMESPACE, **changes: Any) -> None:
+        text = format_signed(self.signature.signed._replace(**changes))
+        self.forge(signed=text, signature=self.make_signature(key, text, namespace))
+
+    def run(self, *flags: str, code: int = 0) -> str:
+        """With the settings of the system that runs, which is who decides whom to trust."""
+        config = self.host.machine.root / "run/current-system/etc/bento/client.json"
+        done = self.host.run(*([] if not config.exists() else ["--config", str(config)]), *flags)
+        assert done.returncode == code and "Traceback" not in done.stdout, done.stdout
+        return done.stdout
+
+    def status(self) -> str:
+        return self.host.client("status").stdout
+
+    @property
+    def state(self) -> State:
+        return client.parse_state((self.host.state / "state.json").read_bytes(), "state.json")
+
+
+@pytest.fixture
+def site(fresh: Host, tmp_path: Path) -> Site:
+    """A host that runs v1, which alice has signed, and trusts alice and bob."""
+    found = Site(fresh, tmp_path / "keys")
+    found.keys.mkdir()
+    for name in ("alice", "bob", "mallory"):
+        call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"{name}@example.org", "-f", found.keys / name)
+    (found.server.top / f"fleet/hosts/{FRESH}.sig").unlink(missing_ok=True)
+    found.publish("v1")
+    done = fresh.run("--signers", found.signers("alice", "bob"))
+    assert done.returncode == 0, done.stdout
+    assert fresh.machine.labels() == ("v1", "v1", "v1")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_signature_is_left(server: Server) -> Any:
+    yield
+    (server.top / f"fleet/hosts/{FRESH}.sig").unlink(missing_ok=True)
+
+
+def check_refused(site: Site, words: str, *, label: str = "v1") -> None:
+    """Nothing but current.json is fetched, nothing is unpacked, the system stays; and --force is no way around."""
+    before = client.size_of(site.host.state / "config/bulk"), (site.host.state / "config/toy.json").read_bytes()
+    for force in ((), ("--force",)):
+        with Line(site.server.port) as line:
+            said = site.run("--port", str(line.port), *force, code=1)
+        assert words in said, said
+        assert line.carried < BULK // 4
+        assert not (site.host.state / "partial").exists() and not (site.host.state / "config.new").exists()
+    assert before == (client.size_of(site.host.state / "config/bulk"), (site.host.state / "config/toy.json").read_bytes())
+    assert site.host.machine.labels() == (label, label, label)
+    last = site.state.last
+    assert last is not None and last.result == "fetch-failed" and words in last.reason
+    row = site.server.status(FRESH)
+    assert row["last"]["result"] == "fetch-failed" and words in row["last"]["reason"]
+
+
+def test_a_signed_release_is_followed(site: Site) -> None:
+    first = site.state
+    signed = site.publish("v2", key="bob")
+    site.run()
+    assert site.host.machine.labels() == ("v2", "v2", "v2")
+    assert signed.serial > max(serial for _, serial in map(client.parse_serial, first.serials))
+    bob = client.fingerprint((site.keys / "bob.pub").read_text().split()[1])
+    assert dict(map(client.parse_serial, site.state.serials))[bob] == signed.serial
+    assert f"by {bob}, until {signed.expires}" in site.status()
+    assert "up to date" in site.run()
+    report = client.parse_report((site.server.chroot(FRESH) / "logs/status.json").read_bytes(), "status.json")
+    assert (report.signer, report.expires) == (bob, signed.expires)
+
+
+def test_the_first_release_of_a_machine_is_checked_too(fresh: Host, site: Site, tmp_path: Path) -> None:
+    """Bootstrap: with the signers from the command line, before any of Bento's systems runs."""
+    again = Host.create(site.server, tmp_path / "again", FRESH)
+    site.forge_text("mallory")
+    done = again.run("--signers", site.signers("alice"))
+    assert done.returncode == 1 and "its signature is of nobody in" in done.stdout, done.stdout
+    assert again.machine.current_label() == "v0"
+
+
+TARS: dict[str, Callable[[bytes], bytes]] = {
+    "truncated": lambda tar: tar[: len(tar) // 2],
+    "oversized": lambda tar: tar + bytes(100_000),
+    "another": lambda tar: tar[:-1024] + b"x" + tar[-1023:],
+}
+
+
+@pytest.mark.parametrize("kind", TARS)
+def test_a_tar_that_is_not_the_signed_one(site: Site, kind: str) -> None:
+    signed = site.publish("v2")
+    tar = site.server.chroot(FRESH) / f"releases/{signed.release}.tar"
+    damaged = TARS[kind](tar.read_bytes())
+    tar.unlink()
+    tar.write_bytes(damaged)
+    said = site.run(code=1)
+    assert "fetch-failed" in said and not (site.host.state / "config.new").exists()
+    assert site.host.machine.labels() == ("v1", "v1", "v1")
+
+
+@pytest.mark.parametrize("field", ["release", "size"])
+def test_current_json_is_of_another_release_than_the_text(site: Site, field: str) -> None:
+    site.publish("v2")
+    current = client.parse_current(site.current.read_bytes(), "current.json")
+    site.forge(**{field: "b" * 64 if field == "release" else current.size + 512})
+    check_refused(site, "its signed text is about another one")
+
+
+def test_the_signature_is_taken_away(site: Site) -> None:
+    site.publish("v2")
+    current = json.loads(site.current.read_text())
+    del current["signed"]
+    site.current.write_text(json.dumps(current))
+    check_refused(site, "is not signed, as this machine wants it")
+
+
+def test_forged(site: Site) -> None:
+    """By a key of another fleet, or nobody's: a replay from there is the same."""
+    site.publish("v2")
+    site.forge_text("mallory")
+    check_refused(site, "its signature is of nobody in")
+
+
+def test_a_changed_text(site: Site) -> None:
+    signed = site.publish("v2")
+    site.forge(signed=format_signed(signed._replace(serial=signed.serial + 1)))
+    check_refused(site, "its signature is of nobody in")
+
+
+def test_a_signature_for_something_else(site: Site) -> None:
+    """The administrator's key signs commits, too: such a signature says nothing of a release."""
+    site.publish("v2")
+    site.forge_text("alice", "git")
+    check_refused(site, "its signature is of nobody in")
+
+
+def test_a_release_of_another_host(site: Site) -> None:
+    site.publish("v2")
+    site.forge_text("alice", host="another")
+    check_refused(site, "its signed text is about another one")
+
+
+@pytest.mark.parametrize("signature", ["", "x", "-----BEGIN SSH SIGNATURE-----\n", "\0" * 1000, "-----BEGIN SSH SIGNATURE-----\n" + "A" * 40_000])
+def test_a_signature_that_is_none(site: Site, signature: str) -> None:
+    site.publish("v2")
+    site.forge(signature=signature)
+    check_refused(site, "not signed" if not signature else "its signature is of nobody in")
+
+
+def test_an_older_release_is_played_back(site: Site) -> None:
+    old = site.current.read_text()
+    tar = site.server.chroot(FRESH) / f"releases/{json.loads(old)['release']}.tar"
+    site.publish("v2")
+    site.run()
+    assert site.host.machine.current_label() == "v2" and tar.exists()
+    site.current.write_text(old)
+    check_refused(site, "was seen: sign it anew", label="v2")
+
+
+def test_going_back_is_signing_the_old_content_anew(site: Site) -> None:
+    site.publish("v2")
+    site.run()
+    site.publish("v1")
+    site.run()
+    assert site.host.machine.labels() == ("v1", "v1", "v1")
+
+
+def test_an_older_one_at_the_proof(site: Site) -> None:
+    """The server is there, which is all that the proof asks: it is settled as it should be, and refused afterwards."""
+    old = site.keys / "old.json"
+    shutil.copy(site.current, old)
+    site.write("v2", "alice", "bob", activation_command=f"cp {old} {site.current}")
+    site.sign("alice")
+    site.populate()
+    site.run()
+    assert site.host.machine.labels() == ("v2", "v2", "v2")
+    check_refused(site, "was seen: sign it anew", label="v2")
+
+
+def test_a_stolen_key_runs_ahead_and_is_revoked(site: Site) -> None:
+    """Whoever has bob's key counts so far that no serial of alice's is higher: her revocation is heard all the same."""
+    site.publish("v2", key="bob")
+    site.forge_text("bob", serial=(1 << 53) - 1)
+    site.run()
+    assert site.host.machine.current_label() == "v2"
+    site.publish("v3", signers=("alice",))
+    check_refused(site, "and 9007199254740991 was seen: sign it anew", label="v2")
+    revoking = site.publish("v3", "--revoke", str(site.keys / "bob.pub"), signers=("alice",))
+    assert len(revoking.revoked) == 1
+    site.run()
+    assert site.host.machine.labels() == ("v3", "v3", "v3")
+    # From then on bob's serials, and what he signs, count no more.
+    site.publish("v4", signers=("alice",))
+    site.run()
+    assert site.host.machine.labels() == ("v4", "v4", "v4")
+    site.forge_text("bob")
+    check_refused(site, "its signature is of nobody in", label="v4")
+
+
+def test_a_key_that_does_not_revoke_itself_is_heard_no_more_once_it_is_dropped(site: Site) -> None:
+    """A machine that a person sees to: --signers without the stolen key."""
+    site.publish("v2", key="bob")
+    site.forge_text("bob", serial=(1 << 53) - 1)
+    site.run()
+    site.publish("v3", signers=("alice",))
+    site.run("--signers", site.signers("alice"))
+    assert site.host.machine.labels() == ("v3", "v3", "v3")
+
+
+def test_rotation(site: Site) -> None:
+    site.publish("v2", signers=("mallory",))
+    site.run()
+    assert site.host.machine.labels() == ("v2", "v2", "v2")
+    site.publish("v3", key="mallory", signers=("mallory",))
+    site.run()
+    assert site.host.machine.labels() == ("v3", "v3", "v3")
+    site.publish("v4", signers=("mallory",))
+    check_refused(site, "its signature is of nobody in", label="v3")
+
+
+def test_frozen(site: Site) -> None:
+    """A server that shows the same for ever: the machine goes on, and says that nobody vouches for it."""
+    signed = site.publish("v2", "--days", "-2")
+    assert signed.expires < format_time(time.time())
+    said = site.run(code=1)
+    assert f"expired: nobody vouches for this machine's state since {signed.expires}" in said
+    assert site.host.machine.labels() == ("v2", "v2", "v2")
+    assert "up to date" in site.run(code=1)
+    assert "expired" in site.status()
+    site.sign("alice")
+    assert "unchanged" in site.populate()
+    site.run()
+    assert "expired" not in site.status()
+
+
+def test_a_release_that_asks_for_no_signatures_is_refused(site: Site) -> None:
+    site.publish("v2", signers=())
+    said = site.run(code=1)
+    assert "the new system would take releases that nobody signed: it has no services.bento.signers" in said
+    assert site.host.machine.labels() == ("v1", "v1", "v1")
+    site.run("--force", code=1)
+    assert site.host.machine.labels() == ("v1", "v1", "v1")
+    site.publish("v2", "--unsign", signers=())
+    site.run("--force")  # it failed a moment ago
+    assert site.host.machine.labels() == ("v2", "v2", "v2")
+    (site.server.top / f"fleet/hosts/{FRESH}.sig").unlink()
+    site.write("v3")
+    site.populate()
+    site.run()
+    assert site.host.machine.labels() == ("v3", "v3", "v3")
+
+
+def test_a_release_whose_signers_cannot_be_read_is_refused(site: Site) -> None:
+    site.write("v2", "alice")
+    config = site.server.top / f"fleet/hosts/{FRESH}/toy.json"
+    config.write_text(config.read_text().replace(site.signers("alice"), "/nonexistent/signers"))
+    site.sign("alice")
+    site.populate()
+    assert "/nonexistent/signers: the signers' keys cannot be read" in site.run(code=1)
+    assert site.host.machine.labels() == ("v1", "v1", "v1")
+
+
+# --- the server ---
+
+
+def test_what_is_not_signed_is_not_published(site: Site) -> None:
+    before = site.current.read_bytes()
+    site.write("v2", "alice", "bob")
+    directory = site.server.top / "fleet/hosts" / FRESH
+    (directory / "new.nix").write_text("{ }\n")
+    said = site.populate(code=1)
+    assert f"{FRESH}: not signed: hosts/{FRESH}.sig is for release" in said
+    assert "(they differ in new.nix, toy.json)" in said
+    assert site.current.read_bytes() == before
+    assert not list((site.server.chroot(FRESH) / "releases").glob(".new*"))
+    site.sign("alice")
+    (directory / "new.nix").unlink()
+    assert f"{FRESH}: not signed: hosts/{FRESH}.sig is for release" in site.populate(code=1)
+    site.sign("alice")
+    assert f"{FRESH}: published" in site.populate()
+
+
+def test_the_signature_of_another_host_is_refused(site: Site) -> None:
+    text = format_signed(site.signature.signed._replace(host="another"))
+    path = site.server.top / f"fleet/hosts/{FRESH}.sig"
+    path.write_text(text + site.make_signature("alice", text))
+    assert f"{FRESH}: not signed: hosts/{FRESH}.sig is for host 'another'" in site.populate(code=1)
+
+
+def test_the_signed_system_is_published(site: Site) -> None:
+    site.write("v2", "alice")
+    site.sign("alice")
+    text = format_signed(site.signature.signed._replace(system="/nix/store/signed"))
+    path = site.server.top / f"fleet/hosts/{FRESH}.sig"
+    path.write_text(text + site.make_signature("alice", text))
+    site.populate()
+    assert json.loads(site.current.read_text())["system"] == "/nix/store/signed"
+    site.forge(system="/nix/store/evil")
+    trust = Trust(Path(site.signers("alice")))
+    current = client.parse_current(site.current.read_bytes(), "current.json")
+    assert client.verify(current, trust, site.keys, "test").system == "/nix/store/signed"
+
+
+def test_a_serial_is_never_lower_than_the_last(site: Site) -> None:
+    first, second = site.sign("alice"), site.sign("alice")
+    assert second.serial > first.serial
+    text = format_signed(second._replace(serial=YEAR_2050))
+    path = site.server.top / f"fleet/hosts/{FRESH}.sig"
+    path.write_text(text + site.make_signature("alice", text))
+    assert site.sign("alice").serial == YEAR_2050 + 1
+
+
+def test_a_key_that_is_not_there(site: Site) -> None:
+    before = site.signature
+    done = site.server.bento("sign", FRESH, "--key", str(site.keys / "nobody"))
+    assert (done.returncode, site.signature) == (2, before) and "no such file" in done.stdout
+
+
+CLOCK = """
+import sys, time
+sys.path.insert(0, {path!r})
+real = time.time
+time.time = lambda: real() + {ahead}
+import bento
+sys.exit(bento.main(sys.argv[1:]))
+"""
+
+
+def test_two_clones_sign_the_same_text(site: Site, tmp_path: Path) -> None:
+    """With another umask, other times of the files, and another clock: all but the serial is the same."""
+    texts = []
+    for number, umask in enumerate((0o022, 0o077)):
+        clone = tmp_path / f"clone{number}"
+        shutil.copytree(site.server.top / "fleet", clone, copy_function=shutil.copyfile, symlinks=True)
+        for path in clone.rglob("*"):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+            os.utime(path, (number + 5, number + 5))
+        (clone / f"hosts/{FRESH}.sig").unlink()
+        midday = time.time() // 86400 * 86400 + 43200 - time.time()
+        code = CLOCK.format(path=str(SERVER.parent), ahead=midday + 3600 * number)
+        argv: list[str | Path] = [sys.executable, "-c", code, "--fleet", clone, "sign", FRESH, "--key", site.keys / "alice"]
+        done: Done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, umask=umask, check=False)
+        assert done.returncode == 0, done.stdout
+        found = bento.read_signature(bento.Fleet(clone, tmp_path), FRESH)
+        assert found is not None
+        texts.append(found)
+    first, second = (each.signed for each in texts)
+    assert second.serial - first.serial in (3599, 3600, 3601, 3602, 3603)
+    assert texts[0].text.replace(str(first.serial), "") == texts[1].text.replace(str(second.serial), "")
+
+
+# --- serials ---
+
+S1, S2 = f"SHA256:{'1' * 43}", f"SHA256:{'2' * 43}"
+
+
+def test_old_states_and_reports_are_read() -> None:
+    state = client.encode(State())
+    assert b"serial" not in state and client.parse_state(state, "state.json") == State()
+    kept = State(serials=(f"{S1} 5", f"{S2} 7"), signer=S1, signed=format_signed(ALICE))
+    assert client.parse_state(client.encode(kept), "state.json") == kept
