@@ -171,7 +171,8 @@ class Fleet:
 
 
 class Row(NamedTuple):
-    """What is known of a host. `seen_s`: seconds since 1970 on the server's clock."""
+    """What is known of a host. `seen_s`: seconds since 1970 on the server's clock. `expired`: what is published for it is
+    signed, for a time that is over."""
 
     host: str
     state: str
@@ -182,10 +183,12 @@ class Row(NamedTuple):
     report: Report | None
     seen_s: float | None
     problem: str
+    expired: bool = False
 
     @property
     def needs_a_person(self) -> bool:
-        return self.state in ("failing", "rolled-back") or self.offline or self.drift or bool(self.problem)
+        flags = self.offline or self.drift or self.expired or bool(self.problem)
+        return self.state in ("failing", "rolled-back") or flags
 
     @property
     def other_client(self) -> bool:
@@ -1080,7 +1083,15 @@ def recall_host(chroot: str, name: str, memory: Memory) -> Found:
 
 def make_row(name: str, found: Found, now_s: float, offline_after_s: float) -> Row:
     current, report, seen_s, _ = found
-    return Row(name, *judge(current, report, seen_s, now_s, offline_after_s), *found)
+    return Row(name, *judge(current, report, seen_s, now_s, offline_after_s), *found, is_expired(current, now_s))
+
+
+def is_expired(current: Current | None, now_s: float) -> bool:
+    """Whether nobody vouches any more for what is published."""
+    with suppress(BentoError):
+        if current is not None and current.signed is not None:
+            return client.parse_time(client.parse_signed(current.signed, "").expires) <= now_s
+    return False
 
 
 URGENCY = {"failing": 0, "rolled-back": 1, "pending": 3, "building": 4, "new": 5, "up-to-date": 6}
@@ -1187,6 +1198,7 @@ def notes(row: Row, now_s: float) -> list[str]:
     found = [row.problem] if row.problem else []
     # Of another client, the version is told, further down.
     found += [mark.replace("_", " ") for mark in MARKS if mark != "other_client" and getattr(row, mark)]
+    found += [f"signature expired: 'bento.py sign {row.host}'"] if row.expired else []
     last = row.report.last if row.report else None
     if row.state in ("failing", "rolled-back") and last is not None:
         found.append(one_line(last.reason if last.result == row.state else f"{last.result}: {last.reason}"))
@@ -1335,7 +1347,8 @@ def row_json(row: Row) -> dict[str, object]:
     """A host in `status --json`. Every string that a host wrote is one line of printable characters."""
     last, since_s, ahead_s = row.report.last if row.report else None, row.since_s, row.ahead_s
     published = row.current._asdict() if row.current else {}
-    published.pop("parts", None)  # of no interest to whom this is for
+    for name in ("parts", "signed", "signature", "signer"):  # of no interest to whom this is for
+        published.pop(name, None)
     return {
         "host": row.host,
         "state": row.state,
@@ -1343,6 +1356,7 @@ def row_json(row: Row) -> dict[str, object]:
         "needs_reboot": row.needs_reboot,
         "drift": row.drift,
         "other_client": row.other_client,
+        "expired": row.expired,
         "published": published or None,
         "release": row.report.release if row.report else None,
         "revision": row.revision,

@@ -690,10 +690,11 @@ LAST_LINES = 6
 
 
 def explain_ssh(output: str) -> tuple[str, bool]:
-    """What ssh's words mean, and whether the failure may pass by itself."""
+    """What ssh's words mean, and whether the failure may pass by itself. Its last ones say most, but for sftp's own."""
     said = [one_line(line) for line in output.splitlines() if line.strip() and not line.startswith("sftp> ")]
-    for pattern, passing, meaning in SSH_FAILURES:
-        for line in said[-LAST_LINES:]:
+    last = sorted(said[: -LAST_LINES - 1 : -1], key=lambda line: line.rstrip(".") == "Connection closed")
+    for line in last:
+        for pattern, passing, meaning in SSH_FAILURES:
             if re.search(pattern, line):
                 return f"{meaning} ({line.removeprefix('ssh: ')})", passing
     return (said[-1] if said else "sftp ended without a word"), True
@@ -3640,7 +3641,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return command_run(settings, force=options["force"])
         if command == "rollback":
             return command_rollback(settings, token=options["token"])
-        return {"align": command_align, "key": command_key, "probe": command_probe, "status": command_status}[command](settings)
+        return {"align": command_align, "key": command_key, "probe": command_probe, "status": command_status}[command](
+            settings
+        )
     except BentoError as error:
         print(f"bento: error: {error}", file=sys.stderr)
         return error.exit_code
