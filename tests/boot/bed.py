@@ -156,7 +156,8 @@ class Bed:
         params = [*more.pop("params", self.params), *more.pop("more_params", ())]
         units = host_units(HOST, settings, slot_s=30, boot_s=1)
         loader = {"loader": "grub"} if self.kind.loader == "grub" else {}
-        return {"label": label, "client_json": settings, "units": units, "kernel_params": params} | loader | more
+        made = {"label": label, "client_json": settings, "units": units, "kernel_params": params, "compiled": True}
+        return made | loader | more
 
     def publish(self, label: str, **more: Any) -> None:
         write_config(self.server.fleet / "hosts" / HOST, flake=True, host=HOST, **self.behaviour(label, **more))
@@ -193,17 +194,24 @@ class Bed:
                 return
 
     def wait(self, condition: Callable[[Seen], bool], what: str, timeout_s: float = 420.0) -> Seen:
-        """Until the machine looks as it is wanted, however often it boots meanwhile, with its timers at work."""
+        """Until the machine looks as it is wanted, however often it boots meanwhile, with its timers at work. It is
+        looked at when it has reported something new: looking takes time from it."""
         deadline = time.monotonic() + timeout_s
         seen: Seen | None = None
+        told: object = ()
         while time.monotonic() < deadline:
+            self.machine.drain()
+            if (now := (self.server.report(), self.attempts(), len(self.machine.boots))) == told:
+                time.sleep(0.5)
+                continue
+            told = now
+            time.sleep(2)
             try:
                 seen = self.look()
                 if condition(seen):
                     return seen
-            except (Gone, MachineError, ValueError, IndexError, KeyError):
-                pass
-            time.sleep(2)
+            except (MachineError, ValueError, IndexError, KeyError):
+                told = ()
         raise MachineError(f"not in {timeout_s:g} s: {what}; seen: {seen}; reported: {self.server.report()}\n{self.tail()}")
 
     def wait_report(self, condition: Callable[[dict[str, Any]], bool], what: str, timeout_s: float = 420.0) -> None:

@@ -121,7 +121,6 @@ LogColor=no
     "/etc/machine-id": "b0070000000000000000000000001ab1\n",
     "/etc/hostname": "toy\n",
 }
-EXECUTABLE = ("/opt/boot-lab/network",)
 
 
 @dataclass(frozen=True)
@@ -222,6 +221,7 @@ mount --bind /dev "$merged/dev"
 mount -t tmpfs tmpfs "$merged/run"
 chroot "$merged" /usr/bin/env PATH=/opt/lab/bin:/usr/bin:/bin TOY_ROOT=/ TOY_MODE=simulated PYTHONDONTWRITEBYTECODE=1 \
     nixos-rebuild boot --flake "path:/root/v0#toy"
+chroot "$merged" python3 -m compileall -q /bento/bento_client.py
 umount "$merged/run" "$merged/dev" "$merged/proc"
 rm -rf "$merged/root/v0"
 [ -z "$4" ] || { mkdir -p "$work/boot"; cp -a "$merged/boot/." "$work/boot/"; rm -rf "$merged"/boot/*; }
@@ -259,8 +259,10 @@ def write_extra(extra: Path, tree: Path, kind: Kind, files: dict[str, str]) -> N
     (parts / "initrd").write_bytes(make_initrd((tree / "parts/busybox").read_bytes(), named))
     for name, text in (MACHINE_FILES | files).items():
         write(extra, name, text)
-        if name in EXECUTABLE or text.startswith("#!"):
+        if text.startswith("#!"):
             (extra / name.lstrip("/")).chmod(0o755)
+        if "PRIVATE KEY" in text:
+            (extra / name.lstrip("/")).chmod(0o600)
         if "\n[Install]\nWantedBy=" in text:
             wants = extra / f"etc/systemd/system/{text.rpartition('WantedBy=')[2].strip()}.wants"
             wants.mkdir(parents=True, exist_ok=True)
