@@ -1,6 +1,7 @@
 """What a scenario of the boot lab plays in: one machine, its server (a real sshd of this machine's, on 127.0.0.1), and
 what can be seen of them."""
 
+import base64
 import json
 import re
 import shutil
@@ -223,6 +224,34 @@ class Bed:
             wait_for(reported, timeout_s, what, every_s=0.5)
         except MachineError as error:
             raise MachineError(f"{error}; reported: {self.server.report()}\n{self.tail()}") from None
+
+    def wait_console(self, text: str, times: int = 1, timeout_s: float = 420.0) -> None:
+        """Until this has been on its console so often."""
+
+        def there() -> bool:
+            return self.machine.console_text().count(text) >= times
+
+        try:
+            wait_for(there, timeout_s, f"{text!r} on the console, {times} times", every_s=0.05)
+        except MachineError as error:
+            raise MachineError(f"{error}; reported: {self.server.report()}\n{self.tail()}") from None
+
+    def power_cycle(self) -> None:
+        self.machine.power_cut()
+        self.machine.boot()
+
+    def write_config(self, label: str, **more: Any) -> str:
+        """A configuration on the machine itself, as a person has one. Its directory there."""
+        with tempfile.TemporaryDirectory() as scratch:
+            write_config(Path(scratch, "c"), flake=True, host=HOST, **self.behaviour(label, **more))
+            argv = ["tar", "-C", scratch, "-cz", "c"]
+            packed = base64.b64encode(subprocess.run(argv, check=True, capture_output=True).stdout).decode()
+        place = f"/root/{label}"
+        self.machine.run(f"mkdir -p {place}")
+        for at in range(0, len(packed), 2000):  # a serial line
+            self.machine.run(f"printf %s {packed[at : at + 2000]} >>{place}/tar")
+        self.machine.run(f"base64 -d {place}/tar | tar -xz -C {place} && mv {place}/c/* {place}/")
+        return place
 
     def tail(self) -> str:
         text = re.sub(r"\x1b\[[0-9;?=]*[A-Za-z]", "", self.machine.console_text())

@@ -89,13 +89,25 @@ ip link set lo up
 read -r line </proc/cmdline
 case " $line " in *" toy.no-network "*) exit ;; esac
 for word in $line; do
-    case $word in init=*) grep -q '"kernel": "broken' "${word#init=}/../toy.json" && exit ;; esac
+    system=${word#init=}
+    case $word in init=*) ! grep -q '"kernel": "broken' "${system%/init}/toy.json" || exit 0 ;; esac
 done
 for device in /sys/class/net/e*; do
     ip address replace 10.0.2.15/24 dev "${device##*/}"
     ip link set "${device##*/}" up
 done
 ip route replace default via 10.0.2.2
+""",
+    # The real one, which a test can hold at one of its steps, once: by its words, in /etc/lab/hold.
+    "/opt/lab/bin/bootctl": """\
+#!/bin/sh
+if [ "$(cat /etc/lab/hold 2>/dev/null)" = "$1 ${2:+entry}" ]; then
+    rm /etc/lab/hold
+    sync
+    echo "lab: held at $1" >/dev/console
+    sleep 1000
+fi
+exec /usr/bin/bootctl "$@"
 """,
     "/etc/systemd/system/lab-agent.service": """\
 [Unit]
