@@ -511,7 +511,7 @@ def test_a_bug_before_the_activation_is_recorded_reported_and_paced(lab: Lab) ->
     release = lab.publish("v1")
 
     def broken() -> "subprocess.CompletedProcess[str]":
-        patch = "import tarfile; tarfile.open = lambda *_, **__: [].pop()"
+        patch = "c.unpack = lambda *_, **__: [].pop()"
         return lab.run_patched(patch)
 
     done = broken()

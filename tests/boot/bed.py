@@ -1,6 +1,7 @@
 """What a scenario of the boot lab plays in: one machine, its server (a real sshd of this machine's, on 127.0.0.1), and
 what can be seen of them."""
 
+import base64
 import json
 import re
 import shutil
@@ -156,7 +157,8 @@ class Bed:
         params = [*more.pop("params", self.params), *more.pop("more_params", ())]
         units = host_units(HOST, settings, slot_s=30, boot_s=1)
         loader = {"loader": "grub"} if self.kind.loader == "grub" else {}
-        return {"label": label, "client_json": settings, "units": units, "kernel_params": params} | loader | more
+        made = {"label": label, "client_json": settings, "units": units, "kernel_params": params, "compiled": True}
+        return made | loader | more
 
     def publish(self, label: str, **more: Any) -> None:
         write_config(self.server.fleet / "hosts" / HOST, flake=True, host=HOST, **self.behaviour(label, **more))
@@ -193,17 +195,24 @@ class Bed:
                 return
 
     def wait(self, condition: Callable[[Seen], bool], what: str, timeout_s: float = 420.0) -> Seen:
-        """Until the machine looks as it is wanted, however often it boots meanwhile, with its timers at work."""
+        """Until the machine looks as it is wanted, however often it boots meanwhile, with its timers at work. It is
+        looked at when it has reported something new: looking takes time from it."""
         deadline = time.monotonic() + timeout_s
         seen: Seen | None = None
+        told: object = ()
         while time.monotonic() < deadline:
+            self.machine.drain()
+            if (now := (self.server.report(), self.attempts(), len(self.machine.boots))) == told:
+                time.sleep(0.5)
+                continue
+            told = now
+            time.sleep(2)
             try:
                 seen = self.look()
                 if condition(seen):
                     return seen
-            except (Gone, MachineError, ValueError, IndexError, KeyError):
-                pass
-            time.sleep(2)
+            except (MachineError, ValueError, IndexError, KeyError):
+                told = ()
         raise MachineError(f"not in {timeout_s:g} s: {what}; seen: {seen}; reported: {self.server.report()}\n{self.tail()}")
 
     def wait_report(self, condition: Callable[[dict[str, Any]], bool], what: str, timeout_s: float = 420.0) -> None:
@@ -215,6 +224,34 @@ class Bed:
             wait_for(reported, timeout_s, what, every_s=0.5)
         except MachineError as error:
             raise MachineError(f"{error}; reported: {self.server.report()}\n{self.tail()}") from None
+
+    def wait_console(self, text: str, times: int = 1, timeout_s: float = 420.0) -> None:
+        """Until this has been on its console so often."""
+
+        def there() -> bool:
+            return self.machine.console_text().count(text) >= times
+
+        try:
+            wait_for(there, timeout_s, f"{text!r} on the console, {times} times", every_s=0.05)
+        except MachineError as error:
+            raise MachineError(f"{error}; reported: {self.server.report()}\n{self.tail()}") from None
+
+    def power_cycle(self) -> None:
+        self.machine.power_cut()
+        self.machine.boot()
+
+    def write_config(self, label: str, **more: Any) -> str:
+        """A configuration on the machine itself, as a person has one. Its directory there."""
+        with tempfile.TemporaryDirectory() as scratch:
+            write_config(Path(scratch, "c"), flake=True, host=HOST, **self.behaviour(label, **more))
+            argv = ["tar", "-C", scratch, "-cz", "c"]
+            packed = base64.b64encode(subprocess.run(argv, check=True, capture_output=True).stdout).decode()
+        place = f"/root/{label}"
+        self.machine.run(f"mkdir -p {place}")
+        for at in range(0, len(packed), 2000):  # a serial line
+            self.machine.run(f"printf %s {packed[at : at + 2000]} >>{place}/tar")
+        self.machine.run(f"base64 -d {place}/tar | tar -xz -C {place} && mv {place}/c/* {place}/")
+        return place
 
     def tail(self) -> str:
         text = re.sub(r"\x1b\[[0-9;?=]*[A-Za-z]", "", self.machine.console_text())

@@ -89,13 +89,25 @@ ip link set lo up
 read -r line </proc/cmdline
 case " $line " in *" toy.no-network "*) exit ;; esac
 for word in $line; do
-    case $word in init=*) grep -q '"kernel": "broken' "${word#init=}/../toy.json" && exit ;; esac
+    system=${word#init=}
+    case $word in init=*) ! grep -q '"kernel": "broken' "${system%/init}/toy.json" || exit 0 ;; esac
 done
 for device in /sys/class/net/e*; do
     ip address replace 10.0.2.15/24 dev "${device##*/}"
     ip link set "${device##*/}" up
 done
 ip route replace default via 10.0.2.2
+""",
+    # The real one, which a test can hold at one of its steps, once: by its words, in /etc/lab/hold.
+    "/opt/lab/bin/bootctl": """\
+#!/bin/sh
+if [ "$(cat /etc/lab/hold 2>/dev/null)" = "$1 ${2:+entry}" ]; then
+    rm /etc/lab/hold
+    sync
+    echo "lab: held at $1" >/dev/console
+    sleep 1000
+fi
+exec /usr/bin/bootctl "$@"
 """,
     "/etc/systemd/system/lab-agent.service": """\
 [Unit]
@@ -121,7 +133,6 @@ LogColor=no
     "/etc/machine-id": "b0070000000000000000000000001ab1\n",
     "/etc/hostname": "toy\n",
 }
-EXECUTABLE = ("/opt/boot-lab/network",)
 
 
 @dataclass(frozen=True)
@@ -222,6 +233,7 @@ mount --bind /dev "$merged/dev"
 mount -t tmpfs tmpfs "$merged/run"
 chroot "$merged" /usr/bin/env PATH=/opt/lab/bin:/usr/bin:/bin TOY_ROOT=/ TOY_MODE=simulated PYTHONDONTWRITEBYTECODE=1 \
     nixos-rebuild boot --flake "path:/root/v0#toy"
+chroot "$merged" python3 -m compileall -q /bento/bento_client.py
 umount "$merged/run" "$merged/dev" "$merged/proc"
 rm -rf "$merged/root/v0"
 [ -z "$4" ] || { mkdir -p "$work/boot"; cp -a "$merged/boot/." "$work/boot/"; rm -rf "$merged"/boot/*; }
@@ -259,8 +271,10 @@ def write_extra(extra: Path, tree: Path, kind: Kind, files: dict[str, str]) -> N
     (parts / "initrd").write_bytes(make_initrd((tree / "parts/busybox").read_bytes(), named))
     for name, text in (MACHINE_FILES | files).items():
         write(extra, name, text)
-        if name in EXECUTABLE or text.startswith("#!"):
+        if text.startswith("#!"):
             (extra / name.lstrip("/")).chmod(0o755)
+        if "PRIVATE KEY" in text:
+            (extra / name.lstrip("/")).chmod(0o600)
         if "\n[Install]\nWantedBy=" in text:
             wants = extra / f"etc/systemd/system/{text.rpartition('WantedBy=')[2].strip()}.wants"
             wants.mkdir(parents=True, exist_ok=True)

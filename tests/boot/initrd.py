@@ -114,6 +114,6 @@ def in_order(tree: Path) -> list[Path]:
             wanted.append(path)
 
     for name in MODULES.split():
-        if (path := by_name.get(name.replace("-", "_"))) is not None:  # else it is in the kernel itself
-            add(path)
+        if name.replace("-", "_") in by_name:  # else it is in the kernel itself
+            add(by_name[name.replace("-", "_")])
     return [tree / path for path in wanted]

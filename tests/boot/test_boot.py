@@ -2,16 +2,20 @@
 
     tests/run tests/boot                                a part
     BENTO_BOOT=all tests/run tests/boot                 all of it, and its table in tests/boot/table.md
+
+v0 is what the machine runs, v1 the release that is tried, v2 a good one after it. A kernel's version is its fate: see
+initrd.py. `at_rest`: running, booted, the profile, nothing armed, no journal.
 """
 
 from collections.abc import Callable
 
 import pytest
 
-from boot.bed import Bed, at_rest
-from boot.image import SYSTEMD_BOOT, Kind
+from boot.bed import Bed, Seen, at_rest
+from boot.image import GRUB_BTRFS, GRUB_EXT4, GRUB_VFAT, SYSTEMD_BOOT, Kind
 
 Beds = Callable[[Kind], Bed]
+whole = pytest.mark.whole
 
 
 @pytest.fixture
@@ -20,22 +24,288 @@ def bed(beds: Beds, request: pytest.FixtureRequest) -> Bed:
     return beds(kind)
 
 
+def on(*kinds: Kind) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("bed", kinds, indirect=True, ids=lambda kind: kind.name)
+
+
+def rests(bed: Bed, label: str, result: str) -> Callable[[Seen], bool]:
+    return lambda seen: seen.settled == at_rest(label) and bed.result()[0] == result
+
+
+# --- what comes of a new kernel ---
+
+
+@pytest.mark.parametrize(
+    "bed",
+    [SYSTEMD_BOOT, pytest.param(GRUB_EXT4, marks=whole), pytest.param(GRUB_VFAT, marks=whole)],
+    indirect=True,
+    ids=lambda kind: kind.name,
+)
 def test_good(bed: Bed) -> None:
-    """A new kernel that is good: proven, the default, and nothing is left armed."""
+    """Proven, the default, and nothing is left armed."""
     bed.publish("v1", kernel="6.13")
     bed.boot()
-    seen = bed.wait(lambda seen: seen.settled == at_rest("v1"), "v1 at rest")
-    assert bed.result() == ("ok", "")
-    assert seen.way == "systemd-boot"
-    assert len(bed.machine.boots) == 2
+    seen = bed.wait(rests(bed, "v1", "ok"), "v1 at rest")
+    assert seen.way == bed.kind.loader
+    assert len(bed.machine.boots) == 3  # the first of all, before the test; v0; and v1
+    assert bed.attempts() == ["ok"]
 
 
+@pytest.mark.parametrize(
+    "bed",
+    [SYSTEMD_BOOT, GRUB_EXT4, pytest.param(GRUB_VFAT, marks=whole)],
+    indirect=True,
+    ids=lambda kind: kind.name,
+)
 def test_panic(bed: Bed) -> None:
-    """A kernel that panics at once: back by itself, tried once more, given up; and the next good release is deployed."""
+    """Back by itself, tried once more, given up."""
     bed.publish("v1", kernel="panic-6.13")
     bed.boot()
-    bed.wait(lambda seen: seen.settled == at_rest("v0") and bed.result()[0] == "rolled-back", "given up")
+    bed.wait(rests(bed, "v0", "rolled-back"), "v1 given up")
     assert bed.attempts() == ["interrupted", "rolled-back"]
     assert bed.machine.console_text().count("stage 1: kernel panic-6.13") == 2
+
+
+@whole
+def test_the_next_release_after_a_panic(bed: Bed) -> None:
+    bed.publish("v1", kernel="panic-6.13")
+    bed.boot()
+    bed.wait(rests(bed, "v0", "rolled-back"), "v1 given up")
     bed.publish("v2", kernel="6.14")
-    bed.wait(lambda seen: seen.settled == at_rest("v2"), "v2 at rest")
+    bed.wait(rests(bed, "v2", "ok"), "v2 at rest")
+
+
+@whole
+@pytest.mark.parametrize("params", [["toy.fail"], ["toy.rootless"]], ids=["initrd fails", "no root"])
+def test_stage_1_fails(bed: Bed, params: list[str]) -> None:
+    bed.publish("v1", more_params=params)
+    bed.boot()
+    bed.wait(rests(bed, "v0", "rolled-back"), "v1 given up")
+    assert bed.attempts() == ["interrupted", "rolled-back"]
+
+
+@whole
+def test_hang_with_a_watchdog(bed: Bed) -> None:
+    """The hardware watchdog that the new initrd has armed ends it."""
+    bed.publish("v1", kernel="armed-hang-6.13")
+    bed.boot()
+    bed.wait(rests(bed, "v0", "rolled-back"), "v1 given up")
+    assert bed.attempts() == ["interrupted", "rolled-back"]
+
+
+@whole
+def test_hang_without_a_watchdog(bed: Bed) -> None:
+    """A power cycle is enough: nobody needs to choose in a boot menu."""
+    bed.publish("v1", kernel="hang-6.13")
+    bed.boot()
+    for times in (1, 2):
+        bed.wait_console("stage 1: hangs", times)
+        bed.power_cycle()
+    bed.wait(rests(bed, "v0", "rolled-back"), "v1 given up")
+    assert bed.attempts() == ["interrupted", "rolled-back"]
+
+
+def test_dead_network(bed: Bed) -> None:
+    """The new kernel has none: back by itself, and the old one is compared with it."""
+    bed.publish("v1", kernel="broken-6.13")
+    bed.boot()
+    bed.wait(rests(bed, "v0", "rolled-back"), "v1 given up", timeout_s=900)
+    assert bed.attempts() == ["rolled-back"]
+    assert bed.result()[1].startswith("after the boot, ")
+
+
+# --- power cuts ---
+
+CUTS = {
+    "before the arming": "set-default entry",
+    "between the two variables": "set-oneshot entry",
+    "while the default is being cleared": "set-default ",
+}
+
+
+@pytest.mark.parametrize(
+    "when", [pytest.param(name, marks=() if "between" in name else whole) for name in CUTS]
+)
+def test_power_cut_at_a_variable(bed: Bed, when: str) -> None:
+    """Never is the boot default a system that has not booted; and the release is tried once more."""
+    bed.boot()
+    bed.machine.run(f"printf %s '{CUTS[when]}' >/etc/lab/hold; sync")
+    bed.publish("v1", kernel="6.13")
+    bed.wait_console("lab: held at")
+    bed.power_cycle()
+    first = bed.machine.run("cat /run/booted-system/nixos-version").strip()
+    assert first == ("v1" if "cleared" in when else "v0")
+    bed.wait(lambda seen: seen.settled == at_rest("v1"), "v1 at rest", timeout_s=1500)
+
+
+@whole
+@pytest.mark.parametrize("when", ["in the firmware", "in the trial"])
+def test_power_cut_in_the_trial(bed: Bed, when: str) -> None:
+    """It is one of the tries."""
+    bed.publish("v1", kernel="6.13")
+    bed.boot()
+    bed.wait_console("reboot: Restarting system" if "firmware" in when else "stage 1: kernel 6.13")
+    bed.power_cycle()
+    bed.wait(lambda seen: seen.settled == at_rest("v1"), "v1 at rest", timeout_s=1500)
+
+
+@whole
+def test_power_cut_during_the_proof(bed: Bed) -> None:
+    checks = ['[ "$(cat /run/booted-system/nixos-version)" = v0 ] || [ -e /var/tried ] || { touch /var/tried; sync; '
+              'echo "lab: proving" >/dev/console; sleep 25; }']  # fmt: skip
+    bed.publish("v1", kernel="6.13", settings={"health_checks": checks, "confirm_timeout": 60})
+    bed.boot()
+    bed.wait_console("lab: proving")
+    bed.power_cycle()
+    bed.wait(lambda seen: seen.settled == at_rest("v1"), "v1 at rest", timeout_s=1500)
+
+
+@whole
+def test_server_away_in_the_trial(bed: Bed) -> None:
+    """A site's power cut is not the release's fault."""
+    bed.publish("v1", kernel="6.13")
+    bed.boot()
+    bed.wait_console("stage 1: kernel 6.13")
+    bed.server.stop()
+    bed.machine.wait_boot(timeout_s=300)
+    bed.wait_console("cannot reach")
+    bed.server.start()
+    bed.wait(rests(bed, "v1", "ok"), "v1 at rest", timeout_s=900)
+    assert bed.attempts() == ["ok"]
+
+
+# --- the boot loader's files ---
+
+
+@whole
+@pytest.mark.parametrize("builder", ["today", "old", "lies"])
+def test_full_esp(bed: Bed, builder: str) -> None:
+    """Also with the builders that leave half a kernel, one of which says that all is well."""
+    bed.boot()
+    bed.machine.run("free=$(df --output=avail -k /boot | tail -n 1); head -c $((free - 4096))k /dev/zero >/boot/filler; sync")
+    bed.publish("v1", kernel="6.13", **({} if builder == "today" else {"builder": builder}))
+    bed.wait(rests(bed, "v0", "postponed"), "v0 at rest")
+    bed.machine.run("rm /boot/filler")
+    bed.power_cycle()
+    assert bed.machine.run("cat /run/booted-system/nixos-version").strip() == "v0"
+
+
+@whole
+def test_configuration_limit(bed: Bed) -> None:
+    """Without an entry of the old system there is no way back to it: no trial, and nothing armed."""
+    bed.publish("v1", kernel="6.13", configuration_limit=1)
+    bed.boot()
+    bed.wait(rests(bed, "v1", "ok"), "v1 at rest")
+
+
+@whole
+def test_entry_collected(bed: Bed) -> None:
+    """The system that is known to boot keeps its entry, also from nix-collect-garbage -d in the meantime."""
+    bed.publish("v1", kernel="panic-6.13", settings={"reboot": "never"})
+    bed.boot()
+    armed = bed.wait(lambda seen: seen.once == "v1", "armed")
+    assert (armed.running, armed.booted, armed.default) == ("v1", "v0", "v0")
+    bed.machine.run("nix-collect-garbage -d; /run/current-system/bin/switch-to-configuration boot")
+    bed.machine.order("systemctl reboot")
+    bed.machine.wait_boot(timeout_s=300)
+    assert bed.machine.run("cat /run/booted-system/nixos-version").strip() == "v0"
+
+
+# --- a person's hand ---
+
+
+@whole
+def test_reboot_never(bed: Bed) -> None:
+    """It waits for a person's reboot, which is the trial."""
+    bed.publish("v1", kernel="6.13", settings={"reboot": "never"})
+    bed.boot()
+    seen = bed.wait(lambda seen: seen.once == "v1", "armed")
+    assert (seen.running, seen.booted, seen.profile, seen.default) == ("v1", "v0", "v1", "v0")
+    bed.machine.order("systemctl reboot")
+    bed.machine.wait_boot(timeout_s=300)
+    bed.wait(lambda seen: seen.settled == at_rest("v1"), "v1 at rest")
+
+
+@whole
+def test_the_old_entry_is_picked(bed: Bed) -> None:
+    """During a trial it is a fallback; long after, it is theirs."""
+    bed.publish("v1", kernel="6.13", settings={"reboot": "never"})
+    bed.boot()
+    bed.wait(lambda seen: seen.once == "v1", "armed")
+    pick = "bootctl set-oneshot nixos-generation-1.conf && systemctl reboot"  # the loader cannot tell it from its menu
+    bed.machine.order(pick)
+    bed.machine.wait_boot(timeout_s=300)
+    bed.wait(lambda seen: bed.result()[0] == "interrupted" and seen.running == "v0", "a fallback")
+    bed.wait(lambda seen: seen.once == "v1", "armed again", timeout_s=900)
+    bed.machine.order("systemctl reboot")
+    bed.machine.wait_boot(timeout_s=300)
+    bed.wait(lambda seen: seen.settled == at_rest("v1"), "v1 at rest")
+    bed.machine.order(pick)
+    bed.machine.wait_boot(timeout_s=300)
+    bed.update()
+    seen = bed.look()
+    assert (seen.running, seen.profile, seen.default, seen.once) == ("v0", "v1", "", "")
+
+
+@whole
+def test_nixos_rebuild_by_hand_while_armed(bed: Bed) -> None:
+    """Theirs is the default at the next run at the latest; nothing of ours stays."""
+    bed.publish("v1", kernel="6.13", settings={"reboot": "never"})
+    bed.boot()
+    bed.wait(lambda seen: seen.once == "v1", "armed")
+    place = bed.write_config("own", kernel="6.15", settings={"reboot": "never"})
+    bed.machine.run(f"PATH=/opt/lab/bin:$PATH TOY_ROOT=/ nixos-rebuild switch --flake path:{place}#toy", timeout_s=300)
+    bed.update()
+    seen = bed.look()
+    assert (seen.profile, seen.default, seen.once) == ("own", "", "")
+    bed.machine.order("systemctl reboot")
+    bed.machine.wait_boot(timeout_s=300)
+    assert bed.machine.run("cat /run/booted-system/nixos-version").strip() == "own"
+
+
+@whole
+def test_another_system_from_the_menu(bed: Bed) -> None:
+    """The loader has used up the one shot: one of the tries, not a verdict."""
+    bed.publish("v1", kernel="6.13", settings={"reboot": "never"})
+    bed.boot()
+    bed.wait(lambda seen: seen.once == "v1", "armed")
+    bed.machine.run("bootctl set-oneshot auto-reboot-to-firmware-setup")
+    bed.power_cycle()
+    bed.wait(lambda seen: bed.result()[0] in ("interrupted", "ok"), "no verdict")
+
+
+@whole
+def test_variables_that_forget(bed: Bed) -> None:
+    """Fresh NVRAM in a trial: the boot is proven all the same."""
+    bed.publish("v1", kernel="6.13", settings={"reboot": "never"})
+    bed.boot()
+    bed.wait(lambda seen: seen.once == "v1", "armed")
+    bed.machine.run("sync")
+    bed.machine.power_cut()
+    bed.machine.forget_variables()
+    bed.machine.boot()
+    bed.wait(lambda seen: seen.settled == at_rest("v1"), "v1 at rest")
+
+
+# --- where there is no trial ---
+
+
+@whole
+@on(GRUB_BTRFS)
+def test_grub_cannot_write(bed: Bed) -> None:
+    """It would start the one trial again and again: there is none, and it is said."""
+    bed.publish("v1", kernel="6.13")
+    bed.boot()
+    seen = bed.wait(rests(bed, "v1", "ok"), "v1 at rest")
+    assert seen.way == "none: GRUB cannot write to /boot/grub (btrfs)"
+    assert not bed.machine.run("ls /boot/grub").split().count("grubenv")
+
+
+@whole
+def test_no_efi_variables(bed: Bed) -> None:
+    bed.publish("v1", kernel="6.13", more_params=["efi=noruntime"])
+    bed.boot()
+    seen = bed.wait(rests(bed, "v1", "ok"), "v1 at rest")
+    assert seen.way == "none: this machine was booted without EFI variables"
+    bed.publish("v2", kernel="6.14", more_params=["efi=noruntime"])
+    bed.wait(rests(bed, "v2", "ok"), "v2 at rest")
