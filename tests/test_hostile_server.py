@@ -278,6 +278,13 @@ def test_a_changed_port_is_no_silent_first_contact(site: Site) -> None:
     assert "warning" not in site.client("probe")
     known.write_text(known.read_text().replace(f"]:{site.rogue.port}", "]:1"))
     assert f"its host key is kept in {known}" in site.client("probe")
+    site.run()
+    assert site.lab.report().first_contact == client.format_time(known.stat().st_mtime)
+    assert "the server's key was taken at first contact" in site.client("status")
+    site.lab.settings["known_hosts"] = site.lab.file("given")
+    Path(site.lab.file("given")).write_text(site.rogue.known)
+    site.run()
+    assert site.lab.report().first_contact is None
 
 
 # --- neighbours ---
