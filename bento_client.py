@@ -3125,7 +3125,8 @@ def settle_earlier(machine: Machine) -> bool:
     if outcome is None:
         return False
     conclude(machine, pending, outcome)
-    align_trial(machine)
+    if outcome.result != Result.ROLLBACK_FAILED:
+        align_trial(machine)
     return True
 
 
