@@ -2841,21 +2841,6 @@ def commit(machine: Machine, pending: Pending, note: str = "") -> Outcome | None
     return Outcome(Result.OK, note, pending.new)
 
 
-def unfit_for_boot(machine: Machine, pending: Pending) -> str | None:
-    """Why a system that only a boot can prove must not have one: its client would not find what it is to settle, or not
-    run, and nothing would lead back."""
-    before, after = (settings_of(system).get("state_dir") for system in (pending.old, pending.new))
-    if before is not None and after is not None and before != after:
-        return f"it needs a reboot, and moves Bento's files to {after}: move them in a release of its own"
-    if runs_bento(pending.new):
-        argv = [f"{pending.new}/sw/bin/bento-client", "--config", f"{pending.new}/etc/bento/client.json", "status"]
-        done = run(argv, check=False, timeout=machine.settings.confirm_timeout)
-        said = done.output.rpartition("bento: error: ")[2]
-        if done.code == UsageError.exit_code and said != done.output:
-            return f"it needs a reboot, and its client refuses its settings: {one_line(said)}"
-    return None
-
-
 # --- the way back ---
 
 
@@ -3096,17 +3081,6 @@ def judge_boot(machine: Machine, pending: Pending) -> Outcome | None:
     return go_back(machine, pending._replace(boot_id=boot_id), outcome)
 
 
-def trial_of(machine: Machine) -> Pending:
-    """The journal of a way back from the boot default, should it be needed: whose first boot came, or did not."""
-    state, good = machine.state, machine.good
-    return Pending(
-        release=state.release or NO_RELEASE, published=state.published or format_time(0), revision=state.revision, old=good,
-        new=state.system or good, profile=good, step=Step.ACTIVATING, boot_id=machine.boot_id,
-        token=os.urandom(4).hex(), started=format_time(time.time()), attempt=state.tried.attempt if state.tried else 1,
-        switched=machine.facts().running != good, committed=True, trial=True,
-    )  # fmt: skip
-
-
 def settle_earlier(machine: Machine) -> bool:
     """Brings to its end what an earlier process, or a boot, left. False when a reboot is on its way."""
     pending = load_pending(machine)
@@ -3145,29 +3119,6 @@ def carry_out(machine: Machine, pending: Pending, move: Move) -> Outcome | None:
     again = again and tried is not None and tried.release == pending.release
     words = "it did not come up, the boot loader went back" + (", for the second time" if again else "")
     return go_back(machine, pending, Outcome(Result.ROLLED_BACK if again else Result.INTERRUPTED, words))
-
-
-def reboot_if_due(machine: Machine) -> None:
-    """Reboots into the boot default, when that is needed, allowed now, and was not tried for it before: to prove it, or
-    to be rid of the kernel of what was rolled back. What else was booted is a person's choice."""
-    new, before, now, tried = machine.default, machine.state.rebooted, time.localtime(), machine.state.tried
-    if not machine.needs_reboot and before is not None:
-        machine.remember(rebooted=None)
-    due = machine.on_trial is not None or (tried is not None and tried.system == machine.facts().booted != new)
-    allowed = may_reboot(machine.settings.reboot, now.tm_hour, now.tm_min)
-    if not (machine.needs_reboot and due and allowed) or before == new:
-        return
-    if not machine.has_systemd:
-        machine.log.say("a reboot is due, but systemd does not run here")
-        return
-    machine.log.say(f"rebooting into {new}")
-    report(machine, Phase.ACTIVATING)
-    machine.remember(rebooted=new)
-    try:
-        machine.reboot()
-    except BentoError:
-        machine.remember(rebooted=before)  # it is to be asked for again
-        raise
 
 
 # --- commands ---
@@ -3218,6 +3169,21 @@ def refuse_to_activate(machine: Machine, pending: Pending, *, force: bool) -> Ou
     return None
 
 
+def unfit_for_boot(machine: Machine, pending: Pending) -> str | None:
+    """Why a system that only a boot can prove must not have one: its client would not find what it is to settle, or not
+    run, and nothing would lead back."""
+    before, after = (settings_of(system).get("state_dir") for system in (pending.old, pending.new))
+    if before is not None and after is not None and before != after:
+        return f"it needs a reboot, and moves Bento's files to {after}: move them in a release of its own"
+    if runs_bento(pending.new):
+        argv = [f"{pending.new}/sw/bin/bento-client", "--config", f"{pending.new}/etc/bento/client.json", "status"]
+        done = run(argv, check=False, timeout=machine.settings.confirm_timeout)
+        said = done.output.rpartition("bento: error: ")[2]
+        if done.code == UsageError.exit_code and said != done.output:
+            return f"it needs a reboot, and its client refuses its settings: {one_line(said)}"
+    return None
+
+
 def obtain(machine: Machine, pending: Pending, current: Current, action: Action) -> Outcome | Pending:
     """Fetches a release and builds it. Raises Unreachable where the line broke in the middle."""
     settings, session = machine.settings, machine.session
@@ -3255,6 +3221,29 @@ def deploy(machine: Machine, pending: Pending, *, server: str, force: bool) -> O
         return Outcome(Result.POSTPONED, reason, pending.new, unreachable=True)
     outcome = activate(machine, pending)
     return outcome and outcome._replace(system=pending.new)
+
+
+def reboot_if_due(machine: Machine) -> None:
+    """Reboots into the boot default, when that is needed, allowed now, and was not tried for it before: to prove it, or
+    to be rid of the kernel of what was rolled back. What else was booted is a person's choice."""
+    new, before, now, tried = machine.default, machine.state.rebooted, time.localtime(), machine.state.tried
+    if not machine.needs_reboot and before is not None:
+        machine.remember(rebooted=None)
+    due = machine.on_trial is not None or (tried is not None and tried.system == machine.facts().booted != new)
+    allowed = may_reboot(machine.settings.reboot, now.tm_hour, now.tm_min)
+    if not (machine.needs_reboot and due and allowed) or before == new:
+        return
+    if not machine.has_systemd:
+        machine.log.say("a reboot is due, but systemd does not run here")
+        return
+    machine.log.say(f"rebooting into {new}")
+    report(machine, Phase.ACTIVATING)
+    machine.remember(rebooted=new)
+    try:
+        machine.reboot()
+    except BentoError:
+        machine.remember(rebooted=before)  # it is to be asked for again
+        raise
 
 
 def poll_once(machine: Machine) -> Current:
@@ -3457,25 +3446,44 @@ def go_back_now(machine: Machine, pending: Pending | None, *, by_hand: bool) -> 
         return 0
     conclude(machine, pending, outcome)
     print(f"{outcome.result}: {outcome.reason}; this machine runs {machine.running}")
-    if outcome.result == Result.ROLLBACK_FAILED and not by_hand and machine.has_systemd:
-        machine.log.say("the watchdog reboots: no other way is left")
-        run(["systemctl", "reboot", "--force"], check=False, timeout=60)
+    if outcome.result == Result.ROLLBACK_FAILED and not by_hand:
+        reboot_for_want(machine, pending)
     return 1 if outcome.result == Result.ROLLBACK_FAILED else 0
+
+
+def trial_of(machine: Machine) -> Pending:
+    """The journal of a way back from the boot default, should it be needed: whose first boot came, or did not."""
+    state, good = machine.state, machine.good
+    return Pending(
+        release=state.release or NO_RELEASE, published=state.published or format_time(0), revision=state.revision, old=good,
+        new=state.system or good, profile=good, step=Step.ACTIVATING, boot_id=machine.boot_id,
+        token=os.urandom(4).hex(), started=format_time(time.time()), attempt=state.tried.attempt if state.tried else 1,
+        switched=machine.facts().running != good, committed=True, trial=True,
+    )  # fmt: skip
+
+
+def reboot_for_want(machine: Machine, pending: Pending) -> None:
+    """Where the old system cannot be activated any more (in emergency mode there is no bus), a boot is the way back."""
+    stuck = machine.has_systemd and machine.running != pending.old and machine.default != pending.new
+    if stuck:
+        machine.log.say("the watchdog reboots: no other way is left")
+        try:
+            machine.reboot()
+        except BentoError:
+            run(["systemctl", "reboot", "--force"], check=False, timeout=60)
 
 
 def step_back(machine: Machine) -> Pending:
     """The journal of a way back by hand: to what ran before the last deployment, or before a person's own system."""
     state, facts = machine.state, machine.facts()
-    back = state.previous
-    if state.system is not None and state.system not in (facts.running, facts.default):
-        back = state.system
+    back = state.previous if facts.running in (state.system, state.previous) else state.system
     if back is None:
         raise BentoError("nothing to roll back: no earlier system is known on this machine")
     if not Path(back, "bin/switch-to-configuration").exists():
         raise BentoError(f"the earlier system {back} is gone (garbage collected): publish an older release instead")
     return trial_of(machine)._replace(
-        old=back, new=facts.default, profile=back, step=Step.ROLLING_BACK, verdict=Result.ROLLED_BACK,
-        reason="by hand", by_hand=True, switched=True, attempt=1,
+        old=back, new=facts.default if facts.default != back else facts.running, profile=back, step=Step.ROLLING_BACK,
+        verdict=Result.ROLLED_BACK, reason="by hand", by_hand=True, switched=facts.running != back, attempt=1,
     )  # fmt: skip
 
 
