@@ -176,21 +176,15 @@ def test_a_server_that_turns_bad_in_the_middle(site: Site, how: str) -> None:
     assert site.lab.labels() == ("v1", "v1", "v1")
 
 
-@pytest.mark.parametrize("how", HARMFUL)
+@pytest.mark.parametrize("how", ["close", "garbage", "noise", "flood"])
 def test_the_only_server_is_hostile(site: Site, how: str) -> None:
     """It is a server that is away, or one whose files cannot be used: said in a line, and no more than that."""
     site.lab.publish("v1")
     site.lab.settings["server"] = [site.rogue.address]
     site.rogue.does(how)
-    started = time.monotonic()
-    done = site.lab.run_patched(f"{IMPATIENT}; c.time.sleep = lambda s: None", **site.env())
-    assert "Traceback" not in done.stdout and "No such file" not in done.stdout
-    if how in ("endless-names", "huge-names", "marks", "drip", "flood"):
-        assert done.returncode in (0, 1, 75)
-    else:
-        assert done.returncode == 75
-    assert done.returncode == 0 or len([line for line in done.stdout.splitlines() if "error" in line]) >= 1
-    assert time.monotonic() - started < 120
+    said = site.run(code=1 if how == "flood" else 75, patch=f"{IMPATIENT}; c.time.sleep = lambda s: None")
+    assert [line for line in said.splitlines() if "error: " in line] and len(said.splitlines()) <= 3
+    assert site.lab.labels() == ("v0", "v0", "v0")
 
 
 @pytest.mark.parametrize("what", ["current.json", "release", "json", "digest"])
