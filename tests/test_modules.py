@@ -499,6 +499,7 @@ def write_fleet(directory: Path, keys: Mapping[str, Sequence[str]], chroot_dir: 
     hosts.mkdir(parents=True)
     shutil.copy(REPO / "fleet.nix.in", directory)
     for name, lines in keys.items():
+        (hosts / name).mkdir()
         (hosts / f"{name}.pub").write_text("".join(f"{line}\n" for line in lines))
     argv: list[str | Path] = [
         sys.executable,

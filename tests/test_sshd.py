@@ -185,6 +185,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             stack.callback(call, "groupdel", "bento")
         for host in HOSTS:
             found.make_account(stack, f"bento-{host}", found.chroot(host), "bento")
+            (top / f"fleet/hosts/{host}").mkdir()
             (top / f"fleet/hosts/{host}.pub").write_text(found.make_key(f"bento-{host}", "restrict "))
         found.make_key(UNRESTRICTED, "")
         with open(top / f"authorized/bento-{EVIL}", "a") as file:
