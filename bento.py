@@ -1739,16 +1739,16 @@ def prune_releases(chroot: Path, current: str, history: Sequence[Published]) -> 
 
 
 def prune_logs(chroot: Path) -> None:
-    """Removes the oldest of what a host left beyond a generous number of logs, and what is neither a log nor a report, in
-    several runs if it left very many: each makes room in what the next one looks at."""
+    """Removes the oldest of what a host left beyond a generous number of logs, in several runs if it left very many. Where
+    there is more than one run looks at, what is neither a log nor a report goes too, or it would hide the logs for ever."""
     with suppress(OSError), os.scandir(f"{chroot}/logs") as entries:
         names = sorted(entry.name for entry in itertools.islice(entries, MAX_PRUNED))
         logs = [name for name in names if client.LOG_NAME.fullmatch(name)]
         # A dot in front: under way, or cut short.
         uploads = [name for name in names if client.LOG_NAME.fullmatch(name.removeprefix(".")) and name not in logs]
-        ours = {"status.json", ".status.json", ".announcement", *logs[-KEEP_LOGS:], *uploads[-KEEP_LOGS:]}
-        for name in names:
-            if name not in ours:
+        kept = {"status.json", ".status.json", ".announcement", *logs[-KEEP_LOGS:], *uploads[-KEEP_LOGS:]}
+        for name in names if len(names) == MAX_PRUNED else logs:
+            if name not in kept:
                 with suppress(OSError):  # a directory, say
                     os.unlink(f"{chroot}/logs/{name}")
 

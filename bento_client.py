@@ -226,7 +226,8 @@ class Report(NamedTuple):
     """`logs/status.json`: what a host says of itself. `revision` is that of `release`.
 
     `waiting_for_boot`: the release that the next boot is to start. `boot_trial`: how this machine's boot loader tries a
-    system that has never booted. `known_to_boot`: the system that it falls back to.
+    system that has never booted. `known_to_boot`: the system that it falls back to. `first_contact`: when a server's key
+    was last taken on trust.
     """
 
     host: str
@@ -245,6 +246,7 @@ class Report(NamedTuple):
     known_to_boot: str | None = None
     signer: str | None = None
     expires: str | None = None
+    first_contact: str | None = None
 
 
 class State(NamedTuple):
@@ -400,7 +402,7 @@ FIELDS: dict[str, type | re.Pattern[str]] = {
     "log": LOG_NAME, "result": re.compile(r"[a-z-]{1,40}"), "phase": re.compile(r"[a-z-]{1,40}"),
     "client": re.compile(r"[!-~]{1,40}"), "step": re.compile("|".join(Step)), "last": dict, "tried": dict,
     "verdict": re.compile("|".join(("", *Result))), "Last.reason": TEXT, "Report.system": re.compile(r"[ -~]{0,400}"),
-    "boot_trial": LINE, "known_to_boot": LINE, "signer": FINGERPRINT, "expires": TIME,
+    "boot_trial": LINE, "known_to_boot": LINE, "signer": FINGERPRINT, "expires": TIME, "first_contact": TIME,
 }  # fmt: skip
 SIMPLE: dict[str, type] = {"str": str, "int": int, "bool": bool, "float": float}
 Record = TypeVar("Record", "Current", "Part", "Last", "Report", "State", "Pending")
@@ -524,7 +526,7 @@ def plain(value: Any) -> Any:
 
 def encode(record: Current | Report | State | Pending) -> bytes:
     data = {"format": FORMAT} | plain(record)
-    for name in ("parts", "signed", "signature", "signer", "expires", "serials"):
+    for name in ("parts", "signed", "signature", "signer", "expires", "serials", "first_contact"):
         if not data.get(name, True):
             del data[name]
     return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
@@ -1390,6 +1392,14 @@ def connect(settings: Settings, server: str, log: Log) -> Sftp:
             log.say(f"warning: first contact with {server}: its host key is kept in {known}")
 
 
+def first_contact(settings: Settings) -> str | None:
+    """When a server's key was last taken on trust: ssh adds it to the file then, and writes there for nothing else."""
+    known = known_hosts_file(settings)
+    if settings.known_hosts or not known.exists():
+        return None
+    return format_time(known.stat().st_mtime)
+
+
 def knock(settings: Settings, log: Log, favourite: str) -> Sftp:
     """A new connection to the favourite, or else to the first server that answers. Unreachable when none does."""
     failures: list[str] = []
@@ -2105,6 +2115,7 @@ def make_report(machine: Machine, phase: Phase = Phase.IDLE) -> Report:
         known_to_boot=machine.good,
         signer=state.signer,
         expires=vouched_until(state),
+        first_contact=first_contact(machine.settings),
     )
 
 
@@ -3557,6 +3568,8 @@ def format_status(report: Report, pending: Pending | None, waiting: int) -> str:
         over = parse_time(report.expires) <= parse_time(report.polled)
         rows.append(("signed", f"by {report.signer}, until {report.expires}"))
         rows += [("expired", "nobody vouches for this machine's state: sign its release anew")] if over else []
+    if report.first_contact is not None:
+        rows.append(("trust", f"the server's key was taken at first contact, {report.first_contact}"))
     if waiting:
         rows.append(("outbox", f"{waiting} not delivered yet"))
     return "\n".join(f"{name:<10} {value}" for name, value in rows)

@@ -3255,7 +3255,7 @@ def test_a_fleet_in_the_flakes_own_repository(site: Site) -> None:
         "flake.nix", "fleet", "fleet/hosts", "fleet/hosts/own", "fleet/hosts/own/configuration.nix", "fleet/utils",
         "fleet/utils/bento.nix",
     ]  # fmt: skip
-    (site.fleet / "hosts/a.sig").write_text("signed\n")
+    (site.fleet / "hosts/elsewhere.sig").write_text("signed\n")
     (site.fleet / "hosts/a.pub").write_text(f"{key('b')}\n")
     git(site.fleet, "add", "-A")
     assert "4 unchanged" in site.publish().out
