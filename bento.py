@@ -776,9 +776,17 @@ class Source:
         name = tree.name(path)
         return name in tree.files or (is_directory and name in tree.directories)
 
+    def check_name(self, item: os.DirEntry[str]) -> None:
+        try:
+            known_as = os.fsencode(item.name).decode()
+        except UnicodeDecodeError:
+            raise BentoError(f"{one_line(repr(self.called(item.path)))}: the name is not UTF-8: rename it") from None
+        if known_as != item.name:
+            raise BentoError(f"{self.show(item.path)}: this locale is not UTF-8: run this with PYTHONUTF8=1")
+
     def look(self, tree: WorkTree | None, item: os.DirEntry[str]) -> Entry | None:
         """What a name in a directory stands for. None: nothing that could be in a release."""
-        check_name(item.name, self.called(item.path))
+        self.check_name(item)
         linked = item.is_symlink()
         path = os.path.realpath(item.path) if linked else item.path
         try:
@@ -869,15 +877,6 @@ class Source:
             )
             lines.append(f"{words}: {show_names([one_line(path) for path in sorted(paths)])}")
         return lines
-
-
-def check_name(name: str, where: str) -> None:
-    try:
-        known_as = os.fsencode(name).decode()
-    except UnicodeDecodeError:
-        raise BentoError(f"{one_line(repr(where))}: the name is not UTF-8: rename it") from None
-    if known_as != name:
-        raise BentoError(f"{one_line(where)}: this locale is not UTF-8: run this with PYTHONUTF8=1")
 
 
 def list_members(fleet: Fleet, name: str) -> list[Member]:

@@ -10,10 +10,23 @@ from lab.conftest import need as need_lab
 from lab.image import ImageError
 
 from boot.bed import Bed, Server, first_boot, make_bed
-from boot.image import Kind, base_tree
+from boot.image import ALL_KINDS, Kind, base_tree
 from boot.machine import FIRMWARE, TOOLS, VARIABLES
 
 WHOLE = os.environ.get("BENTO_BOOT") == "all"
+TABLE = Path(__file__).with_name("table.md")
+HEAD = """\
+# The first boot is a trial: what was seen
+
+Written by `BENTO_BOOT=all tests/run tests/boot`. Each row is a machine in QEMU with real firmware, boot loader, kernel and
+systemd, and the real client's `run`. Boots: how often it got up, from its first one on. See [the tests](test_boot.py) for
+what each one looks at in the end.
+
+| event | boot loader | | boots | minutes |
+| --- | --- | --- | --- | --- |
+"""
+# Of each test: its row.
+rows: list[str] = []
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -79,4 +92,17 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     for used in getattr(item, "funcargs", {}).values():
         if report.failed and isinstance(used, Bed):
             report.sections.append(("console", used.tail()))
+        if report.when == "call" and isinstance(used, Bed):
+            words = item.name.removeprefix("test_").replace("_", " ")
+            for kind in ALL_KINDS:
+                words = words.replace(f"{kind.name}-", "").replace(f"[{kind.name}]", "")
+            rows.append(
+                f"| {words.replace('[', ': ').replace(']', '')} | {used.kind.name} | {report.outcome} |"
+                f" {len(used.machine.boots)} | {report.duration / 60:.1f} |\n"
+            )
     return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if WHOLE and rows and not session.config.option.keyword:
+        TABLE.write_text(HEAD + "".join(rows), encoding="utf-8")

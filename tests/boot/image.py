@@ -27,7 +27,11 @@ ESP_MIB, ROOT_MIB, BTRFS_MIB = 160, 900, 160
 # For GRUB to find a file system by: which one has this file.
 GRUB_FILE = "bento-boot-lab"
 
-PACKAGES = "busybox-static systemd-boot-efi systemd-boot-tools kmod"
+PACKAGES = "busybox-static systemd-boot-efi systemd-boot-tools kmod grub-efi-amd64-bin grub-common libdevmapper1.02.1"
+GRUB_MODULES = """
+    part_gpt fat ext2 btrfs normal linux search search_fs_file configfile loadenv echo test serial terminal sleep reboot
+    minicmd halt
+"""
 # Arguments: target. In namespaces of its own. The kernel's package is unpacked, not installed: nothing runs for it.
 RECIPE = r"""
 set -eu
@@ -49,6 +53,13 @@ done
 modules=$(echo "$target"/unpacked/usr/lib/modules/*)
 cp "$target/unpacked/usr/bin/kmod" "$target/debs/depmod"
 chroot "$target" /debs/depmod -b /unpacked/usr "${modules##*/}"
+# GRUB for each place that it may have its files in. It finds the file system by a file of ours.
+for below in /boot/grub /grub; do
+    printf 'search --no-floppy --set=root --file /%s\nset prefix=($root)%s\nnormal\n' "$4" $below >"$target/debs/early.cfg"
+    chroot "$target" env LD_LIBRARY_PATH=/unpacked/usr/lib/x86_64-linux-gnu /unpacked/usr/bin/grub-mkimage \
+        -d /unpacked/usr/lib/grub/x86_64-efi -O x86_64-efi -o "/unpacked/grub-$(basename "${below%/grub}").efi" \
+        -c /debs/early.cfg -p $below $3
+done
 rm -rf "$target/var/lib/apt/lists" "$target/var/cache/apt" "$target/debs" "$target/etc/apt/apt.conf.d/00lab"
 : >"$target/etc/resolv.conf"
 umount "$target/proc"
@@ -152,13 +163,14 @@ SYSTEMD_BOOT = Kind("systemd-boot", "systemd-boot", "esp")
 GRUB_EXT4 = Kind("grub-ext4", "grub", "root")
 GRUB_VFAT = Kind("grub-vfat", "grub", "esp")
 GRUB_BTRFS = Kind("grub-btrfs", "grub", "btrfs")
+ALL_KINDS = (SYSTEMD_BOOT, GRUB_EXT4, GRUB_VFAT, GRUB_BTRFS)
 
 
 # --- the tree ---
 
 
 def tree_path() -> Path:
-    parts = (image_path().name, PACKAGES, RECIPE, MODULES)
+    parts = (image_path().name, PACKAGES, GRUB_MODULES, RECIPE, MODULES)
     return cache_dir() / f"boot-{sha256(chr(0).join(parts).encode()).hexdigest()[:12]}"
 
 
@@ -177,7 +189,7 @@ def base_tree() -> Path:
             try:
                 run("cp", "-a", f"{base}/.", aside / "root")
                 run("unshare", "--mount", "--pid", "--fork", "--kill-child", "--", "sh", "-c", RECIPE, "boot-image",
-                    aside / "root", PACKAGES)  # fmt: skip
+                    aside / "root", PACKAGES, GRUB_MODULES, GRUB_FILE)  # fmt: skip
                 take_parts(aside)
                 shutil.rmtree(aside / "root/unpacked")
                 aside.chmod(0o755)
@@ -201,6 +213,8 @@ def take_parts(aside: Path) -> None:
     for number, (name, content) in enumerate(modules):
         (parts / "modules" / f"{number:02}-{name}").write_bytes(content)
     shutil.copyfile(unpacked / "usr/lib/systemd/boot/efi/systemd-bootx64.efi", parts / "systemd-boot.efi")
+    shutil.copyfile(unpacked / "grub-boot.efi", parts / "grub-root.efi")
+    shutil.copyfile(unpacked / "grub-.efi", parts / "grub-separate.efi")
 
 
 def run(*argv: str | Path, cwd: Path | None = None) -> str:
@@ -227,6 +241,7 @@ mount -t tmpfs -o size=1500m tmpfs "$work/overlay"
 mkdir "$work/overlay/upper" "$work/overlay/work" "$work/overlay/merged"
 mount -t overlay -o "lowerdir=$tree,upperdir=$work/overlay/upper,workdir=$work/overlay/work" overlay "$work/overlay/merged"
 merged=$work/overlay/merged
+rm -rf "$merged/opt/lab/bin"
 cp -a "$work/extra/." "$merged/"
 mount -t proc proc "$merged/proc"
 mount --bind /dev "$merged/dev"
@@ -322,24 +337,12 @@ def assemble(kind: Kind, disk: Path, work: Path, parts: Path) -> Path:
     return disk
 
 
-GRUB_MODULES = """
-    part_gpt fat ext2 btrfs normal linux search search_fs_file configfile loadenv echo test serial terminal sleep reboot
-    minicmd halt
-"""
-
-
 def make_esp(kind: Kind, work: Path, parts: Path) -> Path:
     esp = work / "esp.img"
     run("truncate", "-s", f"{ESP_MIB}M", esp)
     run("mkfs.vfat", "-F", "32", "-s", "1", "-n", "ESP", esp)
-    if kind.loader == "systemd-boot":
-        image = parts / "systemd-boot.efi"
-    else:
-        image = work / "grub.efi"
-        below = "/boot/grub" if kind.boot == "root" else "/grub"
-        early = work / "early.cfg"
-        early.write_text(f"search --no-floppy --set=root --file /{GRUB_FILE}\nset prefix=($root){below}\nnormal\n")
-        run("grub-mkimage", "-O", "x86_64-efi", "-o", image, "-c", early, "-p", below, *GRUB_MODULES.split())
+    grub = "grub-root.efi" if kind.boot == "root" else "grub-separate.efi"
+    image = parts / ("systemd-boot.efi" if kind.loader == "systemd-boot" else grub)
     tree = work / "boot" if kind.boot == "esp" else work / "esp"
     (tree / "EFI/BOOT").mkdir(parents=True)
     shutil.copyfile(image, tree / "EFI/BOOT/BOOTX64.EFI")

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 FIRMWARE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
 VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
-TOOLS = ("qemu-system-x86_64", "qemu-img", "mkfs.vfat", "mcopy", "sgdisk", "mke2fs", "mkfs.btrfs", "grub-mkimage")
+TOOLS = ("qemu-system-x86_64", "qemu-img", "mkfs.vfat", "mcopy", "sgdisk", "mke2fs", "mkfs.btrfs")
 BOOT_TIMEOUT_S = 180.0
 COMMAND_TIMEOUT_S = 120.0
 
