@@ -309,6 +309,23 @@ def test_wrong_keys_behind_a_nat_shut_no_neighbour_out(site: Site, tmp_path: Pat
     site.client("probe")
 
 
+def test_fleet_says_what_to_do_about_a_stolen_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its key is gone from the next switch on; the session that its thief has open is not."""
+    for name in ("kept", "stolen"):
+        (tmp_path / "hosts" / name).mkdir(parents=True)
+        call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", tmp_path / name)
+        shutil.copy(tmp_path / f"{name}.pub", tmp_path / "hosts")
+    argv = ["--fleet", str(tmp_path), "fleet"]
+    assert bento.main(argv) == 0 and capsys.readouterr().err == ""
+    call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "new", "-f", tmp_path / "new")
+    shutil.copy(tmp_path / "new.pub", tmp_path / "hosts/stolen.pub")
+    assert bento.main(argv) == 0
+    assert capsys.readouterr().err == (
+        "bento: warning: stolen: a key is gone, and a session that is open with it goes on: after the switch, end it with"
+        " 'pkill -KILL -u bento-stolen'\n"
+    )
+
+
 def test_a_planted_link_is_not_written_through(tmp_path: Path) -> None:
     """Where others may write, too: a page for a web server, say."""
     (tmp_path / "fleet/hosts").mkdir(parents=True)
