@@ -3,9 +3,9 @@
 
 Files. In the fleet directory: hosts/NAME/ (one host's configuration, or a symlink to it), hosts/NAME.pub (its SSH
 public keys), hosts/NAME.sig (what the administrator signed for it), fleet.nix (written from fleet.nix.in). In the
-chroot directory, for each host: current.json (the release to run; replacing it is the moment of publication), releases/ID/ and releases/ID.tar, config -> releases/ID,
-history, and logs/, which belongs to the host: nothing there is trusted. Beside the chroots: .store/, which has each
-release once, for the chroots to link to, and .lock.
+chroot directory, for each host: current.json (the release to run; replacing it is the moment of publication),
+releases/ID/ and releases/ID.tar, config -> releases/ID, history, and logs/, which belongs to the host: nothing there
+is trusted. Beside the chroots: .store/, which has each release once, for the chroots to link to, and .lock.
 
 Exit codes: 0 done, 1 something failed (each failure on stderr) or a host needs a person, 2 usage.
 
