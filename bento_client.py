@@ -70,7 +70,7 @@ MIN_FREE_BYTES = 8 << 20
 STALL_S, LEAST_RATE, FLOOR_RATE = 60.0, 1000, 1000
 # In one request of sftp's: as much as OpenSSH's servers take (SFTP_MAX_MSG_LENGTH, less room for a header).
 REQUEST_BYTES = 261120
-# What sftp may say to one command, and have in memory: a server can list names without end.
+# What sftp may say to one command, and have in memory (a ProxyCommand, too): a server can list names without end.
 MAX_ANSWER_BYTES, MAX_SFTP_BYTES = 16 << 20, 256 << 20
 CLOCKS_DIFFER_S = 24 * 3600
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 15 * 60, 24 * 3600
@@ -1297,7 +1297,7 @@ class Sftp:
             )
         except OSError as error:
             raise Unreachable(f"cannot run sftp: {error.strerror}; is OpenSSH on PATH?", passing=False) from None
-        resource.prlimit(self.process.pid, resource.RLIMIT_AS, (MAX_SFTP_BYTES, MAX_SFTP_BYTES))
+        resource.prlimit(self.process.pid, resource.RLIMIT_DATA, (MAX_SFTP_BYTES, MAX_SFTP_BYTES))
         # ssh has its own limit for connecting, with a better message; it does not cover what comes after.
         self.do("", settings.connect_timeout + 2)
 

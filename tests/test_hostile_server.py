@@ -485,3 +485,15 @@ def test_a_huge_header_takes_no_memory(tmp_path: Path) -> None:
     argv: list[str | Path] = [sys.executable, "-c", code, tmp_path / "tar", tmp_path / "config"]
     said, used_kib = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
     assert "a header of 629145600 bytes" in said and int(used_kib) < 64 << 10
+
+
+def test_a_directory_without_end_takes_no_memory_without_end(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sftp keeps a directory in memory until it has seen its end."""
+    site.rogue.does("endless-names")
+    monkeypatch.setattr(client, "MAX_SFTP_BYTES", 32 << 20)
+    (site.lab.chroot / "logs").mkdir(parents=True)
+    settings = client.make_settings(site.lab.settings | {"server": site.rogue.address}, "test")
+    session = client.connect(settings, site.rogue.address, client.Log(settings.state / "no-log"))
+    with pytest.raises(client.Unreachable, match="out of memory"):
+        session.do("-ls -1 logs")
+    session.close()
