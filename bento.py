@@ -1363,6 +1363,7 @@ def row_json(row: Row) -> dict[str, object]:
         "system": row.report.system if row.report else None,
         "client": row.report.client if row.report else None,
         "phase": row.report.phase if row.report else None,
+        "signer": row.report.signer if row.report else None,
         "last": None if last is None else last._asdict() | {"reason": one_line(last.reason)},
         "since": None if since_s is None else format_time(since_s),
         "seen": None if row.seen_s is None else format_time(row.seen_s),

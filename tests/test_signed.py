@@ -208,6 +208,7 @@ def test_a_signed_release_is_followed(site: Site) -> None:
     assert "up to date" in site.run()
     report = client.parse_report((site.server.chroot(FRESH) / "logs/status.json").read_bytes(), "status.json")
     assert (report.signer, report.expires) == (bob, signed.expires)
+    assert site.server.status(FRESH)["signer"] == bob
 
 
 def test_the_first_release_of_a_machine_is_checked_too(fresh: Host, site: Site, tmp_path: Path) -> None:
