@@ -1819,10 +1819,10 @@ def find_gone(fleet: Fleet, hosts: Sequence[str]) -> list[Path]:
     return gone
 
 
-def prune_chroots(gone: Sequence[Path], dry_run: bool, failures: list[Failure]) -> None:
+def prune_chroots(gone: Sequence[Path], plan: Plan, failures: list[Failure]) -> None:
     for path in gone:
         try:
-            if not dry_run:
+            if not plan.dry_run:
                 # Unpublish first, so that a kill in the middle never leaves a release announced and gone; releases/
                 # last, by which the next run knows it for a chroot.
                 if os.geteuid() == 0:
@@ -1834,7 +1834,9 @@ def prune_chroots(gone: Sequence[Path], dry_run: bool, failures: list[Failure]) 
         except OSError as error:  # the host is writing there, say
             failures.append(Failure(path.name, str(error)))
             continue
-        print(f"{path.name}: {'would remove' if dry_run else 'removed'} {path}")
+        done = "would remove" if plan.dry_run else "removed"
+        told = {"host": path.name, "result": done.replace(" ", "-")}
+        print(json.dumps(told) if plan.as_json else f"{path.name}: {done} {path}")
 
 
 # --- signatures ---
@@ -2644,12 +2646,13 @@ def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: boo
         errors += dict.fromkeys(text for name, text in bad_keys.items() if name in hosts or not wanted)
         work = Work(fleet, plan, Store(fleet.chroot_dir / ".store"))
         if prune:
-            prune_chroots(find_gone(fleet, hosts), plan.dry_run, work.failures)
+            prune_chroots(find_gone(fleet, hosts), plan, work.failures)
         if not plan.dry_run:
             client.remove(fleet.chroot_dir / ".copies")  # of version 1.0
             work.store.prune()
-        good = [name for name in hosts if name not in bad_keys]
-        populate_hosts(work, good)
+        for name in sorted(bad_keys.keys() & set(hosts)) if plan.as_json else ():
+            print(json.dumps({"host": name, "result": "failed", "error": bad_keys[name]}))
+        populate_hosts(work, [name for name in hosts if name not in bad_keys])
         if not plan.dry_run:
             work.store.prune()
     work.progress.clear()
