@@ -2,10 +2,10 @@
 """Bento's server: publishes the configuration of each NixOS host of a fleet, and shows what became of it.
 
 Files. In the fleet directory: hosts/NAME/ (one host's configuration, or a symlink to it), hosts/NAME.pub (its SSH
-public keys), fleet.nix (written from fleet.nix.in). In the chroot directory, for each host: current.json (the
-release to run; replacing it is the moment of publication), releases/ID/ and releases/ID.tar, config -> releases/ID,
-history, and logs/, which belongs to the host: nothing there is trusted. Beside the chroots: .store/, which has each
-release once, for the chroots to link to, and .lock.
+public keys), hosts/NAME.sig (what the administrator signed for it), fleet.nix (written from fleet.nix.in). In the
+chroot directory, for each host: current.json (the release to run; replacing it is the moment of publication),
+releases/ID/ and releases/ID.tar, config -> releases/ID, history, and logs/, which belongs to the host: nothing there
+is trusted. Beside the chroots: .store/, which has each release once, for the chroots to link to, and .lock.
 
 Exit codes: 0 done, 1 something failed (each failure on stderr) or a host needs a person, 2 usage.
 
@@ -92,6 +92,7 @@ AUTHORIZED_KEYS = Path("/etc/ssh/authorized_keys.d")
 # Files of this size are parts of a release of their own, the largest ones if there are many.
 LARGE_FILE, MAX_LARGE_FILES = 1 << 20, 100
 
+KEY_BLOB = re.compile("AAAA[A-Za-z0-9+/]+")
 KEY_TYPES = {
     "ssh-ed25519", "ssh-rsa", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521",
     "sk-ssh-ed25519@openssh.com", "sk-ecdsa-sha2-nistp256@openssh.com",
@@ -2330,6 +2331,18 @@ FLAKE = """\
 """
 
 
+def lost_keys(before: str, after: str) -> list[str]:
+    """What to do about hosts that had a key in the fleet.nix before, and have it no more: sshd does not end a session."""
+    kept = set(KEY_BLOB.findall(after))
+    hosts = re.findall(r'"([A-Za-z0-9_-]+)" = \[(.*?)\];', before, re.DOTALL)
+    names = [name for name, keys in hosts if not kept.issuperset(KEY_BLOB.findall(keys))]
+    return [
+        f"{name}: a key is gone, and a session that is open with it goes on: after the switch, end it with"
+        f" 'pkill -KILL -u bento-{name}'"
+        for name in names
+    ]
+
+
 def command_fleet(fleet: Fleet) -> int:
     """Writes fleet.nix. With one bad key it writes nothing: a host that were left out would be locked out."""
     keys, errors = check_keys(fleet)
@@ -2344,8 +2357,10 @@ def command_fleet(fleet: Fleet) -> int:
     if target.exists() and target.read_bytes() == text:
         print(f"fleet.nix: unchanged, {count_hosts(len(keys))}")
     else:
+        before = target.read_text("utf-8", errors="replace") if target.exists() else ""
         client.write_atomic(target, text, 0o644)
         make_known([target])
+        warn(lost_keys(before, text.decode()))
         print(f"fleet.nix: written, {count_hosts(len(keys))}; include it in this server's configuration and switch")
     return 0
 

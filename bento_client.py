@@ -1444,6 +1444,44 @@ def read_current(session: Sftp, settings: Settings, directory: str) -> Current:
     return parse_current(path.read_bytes(), f"{session.server}: current.json", settings.host)
 
 
+def ask(settings: Settings, server: str, directory: str, log: Log, trust: Trust | None) -> tuple[Sftp, Current]:
+    """A connection to one server, and what it publishes."""
+    session = connect(settings, server, log)
+    try:
+        current = read_current(session, settings, directory)
+        if trust is not None:
+            current = verify(current, trust, settings.state / directory, f"{server}: current.json")
+    except BaseException:
+        session.close()
+        raise
+    return session, current
+
+
+def ask_all(
+    settings: Settings, directory: str, log: Log, seen: str | None, trust: Trust | None
+) -> tuple[tuple[Sftp, Current] | None, list[BentoError]]:
+    """The first server with something usable, and what was wrong with those before it. With several, one that seems to
+    be behind is taken only when there is no other."""
+    failures: list[BentoError] = []
+    behind: tuple[Sftp, Current] | None = None
+    for server in settings.server:
+        try:
+            session, current = ask(settings, server, directory, log, trust)
+        except BentoError as error:
+            failures.append(error)
+            continue
+        if len(settings.server) == 1 or not is_odd(current, seen, time.time()):
+            if behind is not None:
+                behind[0].close()
+            return (session, current), failures
+        log.say(f"{server} is behind, or its clock wrong: it publishes a release of {current.published}")
+        if behind is None:
+            behind = session, current
+        else:
+            session.close()
+    return behind, failures
+
+
 def poll(
     settings: Settings,
     directory: str,
@@ -1455,40 +1493,16 @@ def poll(
 ) -> tuple[Sftp, Current]:
     """A connection to the first server that has a usable `current.json`, and what it says.
 
-    Tries again for `patience_s` seconds: at boot and after a resume, names and routes come late. With several
-    servers, one whose publication is older than `seen` is taken only when no other answers. `trust`: what is not signed
-    is no release at all.
+    Tries again for `patience_s` seconds: at boot and after a resume, names and routes come late. `seen`: the latest
+    publication that was seen. `trust`: what is not signed is no release at all.
     """
     if not settings.identity_file.exists():
         raise Unreachable(f"no SSH key at {settings.identity_file}: make one with 'bento-client key'", passing=False)
     give_up, pause_s = time.monotonic() + patience_s, 1.0
     while True:
-        failures: list[BentoError] = []
-        behind: tuple[Sftp, Current] | None = None
-        for server in settings.server:
-            session: Sftp | None = None
-            try:
-                session = connect(settings, server, log)
-                current = read_current(session, settings, directory)
-                if trust is not None:
-                    current = verify(current, trust, settings.state / directory, f"{server}: current.json")
-            except BentoError as error:
-                failures.append(error)
-                if session is not None:
-                    session.close()
-                continue
-            if len(settings.server) > 1 and is_odd(current, seen, time.time()):
-                log.say(f"{server} is behind, or its clock wrong: it publishes a release of {current.published}")
-                if behind is None:
-                    behind = session, current
-                else:
-                    session.close()
-                continue
-            if behind is not None:
-                behind[0].close()
-            return session, current
-        if behind is not None:
-            return behind
+        found, failures = ask_all(settings, directory, log, seen, trust)
+        if found is not None:
+            return found
         for failure in failures:
             if not isinstance(failure, Unreachable):
                 raise failure

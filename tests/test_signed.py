@@ -443,6 +443,26 @@ def test_the_signed_system_is_published(site: Site) -> None:
     assert client.verify(current, trust, site.keys, "test").system == "/nix/store/signed"
 
 
+def test_what_a_release_builds_to_is_signed_too(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """sign --build: the same system that the host then builds by itself; and a signature that is renewed keeps it."""
+    site.write("v2", "alice", "bob")
+    with monkeypatch.context() as patched:
+        patched.setattr(bento, "log_directory", lambda: tmp_path / "log")
+        for name, value in site.host.machine.env().items():
+            patched.setenv(name, value)
+        argv = ["--fleet", str(site.server.top / "fleet"), "sign", FRESH, "--key", str(site.keys / "alice"), "--build"]
+        assert bento.main(argv) == 0, capsys.readouterr().err
+    signed = site.signature.signed
+    site.populate()
+    site.run()
+    assert signed.system == os.path.realpath(site.host.machine.root / "run/current-system")
+    assert site.sign("alice").system == signed.system
+    site.write("v3", "alice", "bob")
+    assert site.sign("alice").system is None
+
+
 def test_a_serial_is_never_lower_than_the_last(site: Site) -> None:
     first, second = site.sign("alice"), site.sign("alice")
     assert second.serial > first.serial
