@@ -171,7 +171,8 @@ class Fleet:
 
 
 class Row(NamedTuple):
-    """What is known of a host. `seen_s`: seconds since 1970 on the server's clock."""
+    """What is known of a host. `seen_s`: seconds since 1970 on the server's clock. `expired`: what is published for it is
+    signed, for a time that is over."""
 
     host: str
     state: str
@@ -182,10 +183,12 @@ class Row(NamedTuple):
     report: Report | None
     seen_s: float | None
     problem: str
+    expired: bool = False
 
     @property
     def needs_a_person(self) -> bool:
-        return self.state in ("failing", "rolled-back") or self.offline or self.drift or bool(self.problem)
+        flags = self.offline or self.drift or self.expired or bool(self.problem)
+        return self.state in ("failing", "rolled-back") or flags
 
     @property
     def other_client(self) -> bool:
@@ -773,9 +776,17 @@ class Source:
         name = tree.name(path)
         return name in tree.files or (is_directory and name in tree.directories)
 
+    def check_name(self, item: os.DirEntry[str]) -> None:
+        try:
+            known_as = os.fsencode(item.name).decode()
+        except UnicodeDecodeError:
+            raise BentoError(f"{one_line(repr(self.called(item.path)))}: the name is not UTF-8: rename it") from None
+        if known_as != item.name:
+            raise BentoError(f"{self.show(item.path)}: this locale is not UTF-8: run this with PYTHONUTF8=1")
+
     def look(self, tree: WorkTree | None, item: os.DirEntry[str]) -> Entry | None:
         """What a name in a directory stands for. None: nothing that could be in a release."""
-        check_name(item.name, self.called(item.path))
+        self.check_name(item)
         linked = item.is_symlink()
         path = os.path.realpath(item.path) if linked else item.path
         try:
@@ -866,15 +877,6 @@ class Source:
             )
             lines.append(f"{words}: {show_names([one_line(path) for path in sorted(paths)])}")
         return lines
-
-
-def check_name(name: str, where: str) -> None:
-    try:
-        known_as = os.fsencode(name).decode()
-    except UnicodeDecodeError:
-        raise BentoError(f"{one_line(repr(where))}: the name is not UTF-8: rename it") from None
-    if known_as != name:
-        raise BentoError(f"{one_line(where)}: this locale is not UTF-8: run this with PYTHONUTF8=1")
 
 
 def list_members(fleet: Fleet, name: str) -> list[Member]:
@@ -1080,7 +1082,15 @@ def recall_host(chroot: str, name: str, memory: Memory) -> Found:
 
 def make_row(name: str, found: Found, now_s: float, offline_after_s: float) -> Row:
     current, report, seen_s, _ = found
-    return Row(name, *judge(current, report, seen_s, now_s, offline_after_s), *found)
+    return Row(name, *judge(current, report, seen_s, now_s, offline_after_s), *found, is_expired(current, now_s))
+
+
+def is_expired(current: Current | None, now_s: float) -> bool:
+    """Whether nobody vouches any more for what is published."""
+    with suppress(BentoError):
+        if current is not None and current.signed is not None:
+            return client.parse_time(client.parse_signed(current.signed, "").expires) <= now_s
+    return False
 
 
 URGENCY = {"failing": 0, "rolled-back": 1, "pending": 3, "building": 4, "new": 5, "up-to-date": 6}
@@ -1187,6 +1197,7 @@ def notes(row: Row, now_s: float) -> list[str]:
     found = [row.problem] if row.problem else []
     # Of another client, the version is told, further down.
     found += [mark.replace("_", " ") for mark in MARKS if mark != "other_client" and getattr(row, mark)]
+    found += [f"signature expired: 'bento.py sign {row.host}'"] if row.expired else []
     last = row.report.last if row.report else None
     if row.state in ("failing", "rolled-back") and last is not None:
         found.append(one_line(last.reason if last.result == row.state else f"{last.result}: {last.reason}"))
@@ -1335,7 +1346,8 @@ def row_json(row: Row) -> dict[str, object]:
     """A host in `status --json`. Every string that a host wrote is one line of printable characters."""
     last, since_s, ahead_s = row.report.last if row.report else None, row.since_s, row.ahead_s
     published = row.current._asdict() if row.current else {}
-    published.pop("parts", None)  # of no interest to whom this is for
+    for name in ("parts", "signed", "signature", "signer"):  # of no interest to whom this is for
+        published.pop(name, None)
     return {
         "host": row.host,
         "state": row.state,
@@ -1343,6 +1355,7 @@ def row_json(row: Row) -> dict[str, object]:
         "needs_reboot": row.needs_reboot,
         "drift": row.drift,
         "other_client": row.other_client,
+        "expired": row.expired,
         "published": published or None,
         "release": row.report.release if row.report else None,
         "revision": row.revision,
@@ -1726,16 +1739,16 @@ def prune_releases(chroot: Path, current: str, history: Sequence[Published]) -> 
 
 
 def prune_logs(chroot: Path) -> None:
-    """Removes the oldest of what a host left beyond a generous number of logs, and what is neither a log nor a report, in
-    several runs if it left very many: each makes room in what the next one looks at."""
+    """Removes the oldest of what a host left beyond a generous number of logs, in several runs if it left very many. Where
+    there is more than one run looks at, what is neither a log nor a report goes too, or it would hide the logs for ever."""
     with suppress(OSError), os.scandir(f"{chroot}/logs") as entries:
         names = sorted(entry.name for entry in itertools.islice(entries, MAX_PRUNED))
         logs = [name for name in names if client.LOG_NAME.fullmatch(name)]
         # A dot in front: under way, or cut short.
         uploads = [name for name in names if client.LOG_NAME.fullmatch(name.removeprefix(".")) and name not in logs]
-        ours = {"status.json", ".status.json", ".announcement", *logs[-KEEP_LOGS:], *uploads[-KEEP_LOGS:]}
-        for name in names:
-            if name not in ours:
+        kept = {"status.json", ".status.json", ".announcement", *logs[-KEEP_LOGS:], *uploads[-KEEP_LOGS:]}
+        for name in names if len(names) == MAX_PRUNED else logs:
+            if name not in kept:
                 with suppress(OSError):  # a directory, say
                     os.unlink(f"{chroot}/logs/{name}")
 

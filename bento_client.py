@@ -226,7 +226,8 @@ class Report(NamedTuple):
     """`logs/status.json`: what a host says of itself. `revision` is that of `release`.
 
     `waiting_for_boot`: the release that the next boot is to start. `boot_trial`: how this machine's boot loader tries a
-    system that has never booted. `known_to_boot`: the system that it falls back to.
+    system that has never booted. `known_to_boot`: the system that it falls back to. `first_contact`: when a server's key
+    was last taken on trust.
     """
 
     host: str
@@ -245,6 +246,7 @@ class Report(NamedTuple):
     known_to_boot: str | None = None
     signer: str | None = None
     expires: str | None = None
+    first_contact: str | None = None
 
 
 class State(NamedTuple):
@@ -400,7 +402,7 @@ FIELDS: dict[str, type | re.Pattern[str]] = {
     "log": LOG_NAME, "result": re.compile(r"[a-z-]{1,40}"), "phase": re.compile(r"[a-z-]{1,40}"),
     "client": re.compile(r"[!-~]{1,40}"), "step": re.compile("|".join(Step)), "last": dict, "tried": dict,
     "verdict": re.compile("|".join(("", *Result))), "Last.reason": TEXT, "Report.system": re.compile(r"[ -~]{0,400}"),
-    "boot_trial": LINE, "known_to_boot": LINE, "signer": FINGERPRINT, "expires": TIME,
+    "boot_trial": LINE, "known_to_boot": LINE, "signer": FINGERPRINT, "expires": TIME, "first_contact": TIME,
 }  # fmt: skip
 SIMPLE: dict[str, type] = {"str": str, "int": int, "bool": bool, "float": float}
 Record = TypeVar("Record", "Current", "Part", "Last", "Report", "State", "Pending")
@@ -524,7 +526,7 @@ def plain(value: Any) -> Any:
 
 def encode(record: Current | Report | State | Pending) -> bytes:
     data = {"format": FORMAT} | plain(record)
-    for name in ("parts", "signed", "signature", "signer", "expires", "serials"):
+    for name in ("parts", "signed", "signature", "signer", "expires", "serials", "first_contact"):
         if not data.get(name, True):
             del data[name]
     return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
@@ -690,10 +692,11 @@ LAST_LINES = 6
 
 
 def explain_ssh(output: str) -> tuple[str, bool]:
-    """What ssh's words mean, and whether the failure may pass by itself."""
+    """What ssh's words mean, and whether the failure may pass by itself. Its last ones say most, but for sftp's own."""
     said = [one_line(line) for line in output.splitlines() if line.strip() and not line.startswith("sftp> ")]
-    for pattern, passing, meaning in SSH_FAILURES:
-        for line in said[-LAST_LINES:]:
+    last = sorted(said[: -LAST_LINES - 1 : -1], key=lambda line: line.rstrip(".") == "Connection closed")
+    for line in last:
+        for pattern, passing, meaning in SSH_FAILURES:
             if re.search(pattern, line):
                 return f"{meaning} ({line.removeprefix('ssh: ')})", passing
     return (said[-1] if said else "sftp ended without a word"), True
@@ -1389,6 +1392,14 @@ def connect(settings: Settings, server: str, log: Log) -> Sftp:
             log.say(f"warning: first contact with {server}: its host key is kept in {known}")
 
 
+def first_contact(settings: Settings) -> str | None:
+    """When a server's key was last taken on trust: ssh adds it to the file then, and writes there for nothing else."""
+    known = known_hosts_file(settings)
+    if settings.known_hosts or not known.exists():
+        return None
+    return format_time(known.stat().st_mtime)
+
+
 def knock(settings: Settings, log: Log, favourite: str) -> Sftp:
     """A new connection to the favourite, or else to the first server that answers. Unreachable when none does."""
     failures: list[str] = []
@@ -1747,16 +1758,18 @@ def follows_profile(text: str) -> bool:
 
 
 class Mount(NamedTuple):
+    point: str
     kind: str
     plain: bool
 
 
 def mount_of(settings: Settings, path: Path) -> Mount | None:
-    """The file system that a path lies on: its type, and whether it is on a partition as such (no LVM, RAID, loop)."""
-    table = settings.system_path("/proc/self/mountinfo")
-    inside = "/" + os.path.relpath(os.path.realpath(path), os.path.realpath(settings.root)).removeprefix(".")
+    """The file system that a path lies on: where it is mounted, its type, and whether it is on a partition as such (no
+    LVM, RAID, loop)."""
+    root = Path(settings.root) if settings.system_path("/proc/self/mountinfo").exists() else Path("/")
+    inside = "/" + os.path.relpath(os.path.realpath(path), os.path.realpath(root)).removeprefix(".")
     best: tuple[str, str, str] | None = None
-    for line in table.read_text("utf-8", "replace").splitlines():
+    for line in (root / "proc/self/mountinfo").read_text("utf-8", "replace").splitlines():
         fields = line.split()
         point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4])
         kind = fields[fields.index("-") + 1]
@@ -1765,8 +1778,9 @@ def mount_of(settings: Settings, path: Path) -> Mount | None:
             best = point, kind, fields[2]
     if best is None:
         return None
-    device = os.path.realpath(settings.system_path(f"/sys/dev/block/{best[2]}"))
-    return Mount(best[1], os.path.exists(f"{device}/partition") and "/devices/virtual/block/" not in device)
+    device = os.path.realpath(root / f"sys/dev/block/{best[2]}")
+    plain = os.path.exists(f"{device}/partition") and "/devices/virtual/block/" not in device
+    return Mount(best[0], best[1], plain)
 
 
 def is_grubenv(data: bytes) -> bool:
@@ -1954,7 +1968,7 @@ class Machine:
 
     def has_begun(self) -> bool:
         """Whether the last switch got as far as to change anything, by its own words. True where there are none left."""
-        said = self.log.tail().rpartition("switch-to-configuration test: ")[2]
+        said = self.log.tail().rpartition("bento: switch-to-configuration test: ")[2]
         return not said or "the following units:" in said or "activating the configuration" in said
 
     def end_switches(self, token: str) -> None:
@@ -2101,6 +2115,7 @@ def make_report(machine: Machine, phase: Phase = Phase.IDLE) -> Report:
         known_to_boot=machine.good,
         signer=state.signer,
         expires=vouched_until(state),
+        first_contact=first_contact(machine.settings),
     )
 
 
@@ -2826,21 +2841,6 @@ def commit(machine: Machine, pending: Pending, note: str = "") -> Outcome | None
     return Outcome(Result.OK, note, pending.new)
 
 
-def unfit_for_boot(machine: Machine, pending: Pending) -> str | None:
-    """Why a system that only a boot can prove must not have one: its client would not find what it is to settle, or not
-    run, and nothing would lead back."""
-    before, after = (settings_of(system).get("state_dir") for system in (pending.old, pending.new))
-    if before is not None and after is not None and before != after:
-        return f"it needs a reboot, and moves Bento's files to {after}: move them in a release of its own"
-    if runs_bento(pending.new):
-        argv = [f"{pending.new}/sw/bin/bento-client", "--config", f"{pending.new}/etc/bento/client.json", "status"]
-        done = run(argv, check=False, timeout=machine.settings.confirm_timeout)
-        said = done.output.rpartition("bento: error: ")[2]
-        if done.code == UsageError.exit_code and said != done.output:
-            return f"it needs a reboot, and its client refuses its settings: {one_line(said)}"
-    return None
-
-
 # --- the way back ---
 
 
@@ -3081,17 +3081,6 @@ def judge_boot(machine: Machine, pending: Pending) -> Outcome | None:
     return go_back(machine, pending._replace(boot_id=boot_id), outcome)
 
 
-def trial_of(machine: Machine) -> Pending:
-    """The journal of a way back from the boot default, should it be needed: whose first boot came, or did not."""
-    state, good = machine.state, machine.good
-    return Pending(
-        release=state.release or NO_RELEASE, published=state.published or format_time(0), revision=state.revision, old=good,
-        new=state.system or good, profile=good, step=Step.ACTIVATING, boot_id=machine.boot_id,
-        token=os.urandom(4).hex(), started=format_time(time.time()), attempt=state.tried.attempt if state.tried else 1,
-        switched=machine.facts().running != good, committed=True, trial=True,
-    )  # fmt: skip
-
-
 def settle_earlier(machine: Machine) -> bool:
     """Brings to its end what an earlier process, or a boot, left. False when a reboot is on its way."""
     pending = load_pending(machine)
@@ -3110,7 +3099,8 @@ def settle_earlier(machine: Machine) -> bool:
     if outcome is None:
         return False
     conclude(machine, pending, outcome)
-    align_trial(machine)
+    if outcome.result != Result.ROLLBACK_FAILED:
+        align_trial(machine)
     return True
 
 
@@ -3129,29 +3119,6 @@ def carry_out(machine: Machine, pending: Pending, move: Move) -> Outcome | None:
     again = again and tried is not None and tried.release == pending.release
     words = "it did not come up, the boot loader went back" + (", for the second time" if again else "")
     return go_back(machine, pending, Outcome(Result.ROLLED_BACK if again else Result.INTERRUPTED, words))
-
-
-def reboot_if_due(machine: Machine) -> None:
-    """Reboots into the boot default, when that is needed, allowed now, and was not tried for it before."""
-    new, before, now = machine.default, machine.state.rebooted, time.localtime()
-    if not machine.needs_reboot and before is not None:
-        machine.remember(rebooted=None)
-    if not machine.needs_reboot or before == new or not may_reboot(machine.settings.reboot, now.tm_hour, now.tm_min):
-        return
-    if not machine.has_systemd:
-        machine.log.say("a reboot is due, but systemd does not run here")
-        return
-    if new not in (machine.state.system, machine.state.good):
-        machine.log.say("a reboot is due, but not into a system that Bento proved: left to a person")
-        return
-    machine.log.say(f"rebooting into {new}")
-    report(machine, Phase.ACTIVATING)
-    machine.remember(rebooted=new)
-    try:
-        machine.reboot()
-    except BentoError:
-        machine.remember(rebooted=before)  # it is to be asked for again
-        raise
 
 
 # --- commands ---
@@ -3202,6 +3169,21 @@ def refuse_to_activate(machine: Machine, pending: Pending, *, force: bool) -> Ou
     return None
 
 
+def unfit_for_boot(machine: Machine, pending: Pending) -> str | None:
+    """Why a system that only a boot can prove must not have one: its client would not find what it is to settle, or not
+    run, and nothing would lead back."""
+    before, after = (settings_of(system).get("state_dir") for system in (pending.old, pending.new))
+    if before is not None and after is not None and before != after:
+        return f"it needs a reboot, and moves Bento's files to {after}: move them in a release of its own"
+    if runs_bento(pending.new):
+        argv = [f"{pending.new}/sw/bin/bento-client", "--config", f"{pending.new}/etc/bento/client.json", "status"]
+        done = run(argv, check=False, timeout=machine.settings.confirm_timeout)
+        said = done.output.rpartition("bento: error: ")[2]
+        if done.code == UsageError.exit_code and said != done.output:
+            return f"it needs a reboot, and its client refuses its settings: {one_line(said)}"
+    return None
+
+
 def obtain(machine: Machine, pending: Pending, current: Current, action: Action) -> Outcome | Pending:
     """Fetches a release and builds it. Raises Unreachable where the line broke in the middle."""
     settings, session = machine.settings, machine.session
@@ -3239,6 +3221,29 @@ def deploy(machine: Machine, pending: Pending, *, server: str, force: bool) -> O
         return Outcome(Result.POSTPONED, reason, pending.new, unreachable=True)
     outcome = activate(machine, pending)
     return outcome and outcome._replace(system=pending.new)
+
+
+def reboot_if_due(machine: Machine) -> None:
+    """Reboots into the boot default, when that is needed, allowed now, and was not tried for it before: to prove it, or
+    to be rid of the kernel of what was rolled back. What else was booted is a person's choice."""
+    new, before, now, tried = machine.default, machine.state.rebooted, time.localtime(), machine.state.tried
+    if not machine.needs_reboot and before is not None:
+        machine.remember(rebooted=None)
+    due = machine.on_trial is not None or (tried is not None and tried.system == machine.facts().booted != new)
+    allowed = may_reboot(machine.settings.reboot, now.tm_hour, now.tm_min)
+    if not (machine.needs_reboot and due and allowed) or before == new:
+        return
+    if not machine.has_systemd:
+        machine.log.say("a reboot is due, but systemd does not run here")
+        return
+    machine.log.say(f"rebooting into {new}")
+    report(machine, Phase.ACTIVATING)
+    machine.remember(rebooted=new)
+    try:
+        machine.reboot()
+    except BentoError:
+        machine.remember(rebooted=before)  # it is to be asked for again
+        raise
 
 
 def poll_once(machine: Machine) -> Current:
@@ -3338,11 +3343,11 @@ def command_run(settings: Settings, *, force: bool) -> int:
 
 def refuse_volatile(settings: Settings) -> None:
     """The state must outlive a boot: the key, and the journal that leads back from a system that does not do its job."""
-    mount = None
     with suppress(OSError):
-        mount = mount_of(settings, settings.state)
-    if mount is not None and mount.kind in ("tmpfs", "ramfs"):
-        raise BentoError(f"{settings.state} is on a {mount.kind}, and gone at the next boot: persist this directory")
+        mount, root = (mount_of(settings, path) for path in (settings.state, Path(settings.root)))
+        own = settings.root == "/" or mount != root  # a machine of a test lies where its owner likes
+        if mount is not None and mount.kind in ("tmpfs", "ramfs") and own:
+            raise BentoError(f"{settings.state} is on a {mount.kind}, gone at the next boot: persist this directory")
 
 
 def upgrade(machine: Machine) -> None:
@@ -3441,25 +3446,44 @@ def go_back_now(machine: Machine, pending: Pending | None, *, by_hand: bool) -> 
         return 0
     conclude(machine, pending, outcome)
     print(f"{outcome.result}: {outcome.reason}; this machine runs {machine.running}")
-    if outcome.result == Result.ROLLBACK_FAILED and not by_hand and machine.has_systemd:
-        machine.log.say("the watchdog reboots: no other way is left")
-        run(["systemctl", "reboot", "--force"], check=False, timeout=60)
+    if outcome.result == Result.ROLLBACK_FAILED and not by_hand:
+        reboot_for_want(machine, pending)
     return 1 if outcome.result == Result.ROLLBACK_FAILED else 0
+
+
+def trial_of(machine: Machine) -> Pending:
+    """The journal of a way back from the boot default, should it be needed: whose first boot came, or did not."""
+    state, good = machine.state, machine.good
+    return Pending(
+        release=state.release or NO_RELEASE, published=state.published or format_time(0), revision=state.revision, old=good,
+        new=state.system or good, profile=good, step=Step.ACTIVATING, boot_id=machine.boot_id,
+        token=os.urandom(4).hex(), started=format_time(time.time()), attempt=state.tried.attempt if state.tried else 1,
+        switched=machine.facts().running != good, committed=True, trial=True,
+    )  # fmt: skip
+
+
+def reboot_for_want(machine: Machine, pending: Pending) -> None:
+    """Where the old system cannot be activated any more (in emergency mode there is no bus), a boot is the way back."""
+    stuck = machine.has_systemd and machine.running != pending.old and machine.default != pending.new
+    if stuck:
+        machine.log.say("the watchdog reboots: no other way is left")
+        try:
+            machine.reboot()
+        except BentoError:
+            run(["systemctl", "reboot", "--force"], check=False, timeout=60)
 
 
 def step_back(machine: Machine) -> Pending:
     """The journal of a way back by hand: to what ran before the last deployment, or before a person's own system."""
     state, facts = machine.state, machine.facts()
-    back = state.previous
-    if state.system is not None and state.system not in (facts.running, facts.default):
-        back = state.system
+    back = state.previous if facts.running in (state.system, state.previous) else state.system
     if back is None:
         raise BentoError("nothing to roll back: no earlier system is known on this machine")
     if not Path(back, "bin/switch-to-configuration").exists():
         raise BentoError(f"the earlier system {back} is gone (garbage collected): publish an older release instead")
     return trial_of(machine)._replace(
-        old=back, new=facts.default, profile=back, step=Step.ROLLING_BACK, verdict=Result.ROLLED_BACK,
-        reason="by hand", by_hand=True, switched=True, attempt=1,
+        old=back, new=facts.default if facts.default != back else facts.running, profile=back, step=Step.ROLLING_BACK,
+        verdict=Result.ROLLED_BACK, reason="by hand", by_hand=True, switched=facts.running != back, attempt=1,
     )  # fmt: skip
 
 
@@ -3544,6 +3568,8 @@ def format_status(report: Report, pending: Pending | None, waiting: int) -> str:
         over = parse_time(report.expires) <= parse_time(report.polled)
         rows.append(("signed", f"by {report.signer}, until {report.expires}"))
         rows += [("expired", "nobody vouches for this machine's state: sign its release anew")] if over else []
+    if report.first_contact is not None:
+        rows.append(("trust", f"the server's key was taken at first contact, {report.first_contact}"))
     if waiting:
         rows.append(("outbox", f"{waiting} not delivered yet"))
     return "\n".join(f"{name:<10} {value}" for name, value in rows)
@@ -3640,7 +3666,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return command_run(settings, force=options["force"])
         if command == "rollback":
             return command_rollback(settings, token=options["token"])
-        return {"align": command_align, "key": command_key, "probe": command_probe, "status": command_status}[command](settings)
+        return {"align": command_align, "key": command_key, "probe": command_probe, "status": command_status}[command](
+            settings
+        )
     except BentoError as error:
         print(f"bento: error: {error}", file=sys.stderr)
         return error.exit_code

@@ -65,7 +65,9 @@ def add_group(name: str) -> int:
 
 
 def add_user(name: str, group: str, home: str | Path = "/nonexistent", shell: str = "/bin/sh") -> int:
-    """An account with no password that could be right, yet not locked. Its number."""
+    """An account with no password that could be right, yet not locked, in place of one of that name. Its number."""
+    for file in ("passwd", "shadow"):
+        _remove(file, name)
     gid, uid = add_group(group), _free_id("passwd")
     _append("passwd", f"{name}:x:{uid}:{gid}::{home}:{shell}")
     _append("shadow", f"{name}:*:20000::::::")
@@ -100,6 +102,11 @@ def _lines(name: str) -> list[str]:
 def _append(name: str, line: str) -> None:
     with open(f"/etc/{name}", "a", encoding="utf-8") as file:
         file.write(f"{line}\n")
+
+
+def _remove(name: str, entry: str) -> None:
+    kept = [line for line in _lines(name) if not line.startswith(f"{entry}:")]
+    Path("/etc", name).write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 def _free_id(name: str) -> int:

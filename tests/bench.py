@@ -36,6 +36,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
@@ -80,6 +81,7 @@ class Scale:
     file_sizes: tuple[int, ...] = (10, 100, 1000)
     large_file: int = 50 * MB
     heavy: int = 300 * MB
+    shared: int = 200 * MB
     load_s: float = 20
     burst: int = 300
     stock_steady: bool = False  # the steady load with sshd's own MaxStartups, too
@@ -798,6 +800,41 @@ def bench_populate(bench: Bench) -> None:
     bench.compare(what, same, "rsync and diff, a host at a time", [shell], 1 / 50, target="≤ 1/50")
 
 
+def make_shared(top: Path, hosts: int, size: int) -> Site:
+    """Hosts that are links to one tree: 500 small files, and twenty large ones."""
+    fleet = top / "fleet"
+    (fleet / "hosts").mkdir(parents=True)
+    write_small_files(fleet / "all/modules", 500)
+    (fleet / "all/flake.nix").write_text("{ }\n")
+    for number in range(20):
+        write_random(fleet / f"all/firmware/{number}", size // 20)
+    for number in range(hosts):
+        (fleet / f"hosts/h{number:02}").symlink_to("../all")
+    return Site(fleet, top / "chroot", hosts)
+
+
+def bench_shared(bench: Bench) -> None:
+    """What hosts cost that share their tree with another."""
+    say("making a tree that 30 hosts share")
+    one, many = (make_shared(bench.top / f"shared-{hosts}", hosts, bench.scale.shared) for hosts in (1, 30))
+
+    def change(site: Site) -> float:
+        with open(site.fleet / "all/flake.nix", "a") as file:
+            file.write("# a line\n")
+        os.sync()
+        return site.populate().elapsed_s
+
+    what = f"populate of 30 hosts, one tree of {bench.scale.shared / MB:.0f} MB"
+    rounds = max(2, bench.scale.rounds)
+    for how, action in (("new", Site.populate_new), ("unchanged", Site.populate_same), ("a line changed", change)):
+        say(f"{what}, {how}")
+        ours, theirs = alternate(rounds, partial(action, many), partial(action, one))
+        bench.compare(f"{what}, {how}", ours, "one such host", theirs, 1.5)
+    room, other = (int(call("du", "-sk", site.chroot).split()[0]) / 1000 for site in (many, one))
+    good = room / other <= 1.1
+    bench.show(Row(f"{what}, room", f"{room:.0f} MB", "one such host", f"{other:.0f} MB", f"{room / other:.3g}", "≤ 1.1", good))
+
+
 def bench_growth(bench: Bench) -> None:
     """How cost grows with hosts and files."""
     sites = [bench.site(hosts) for hosts in bench.scale.sizes]
@@ -1310,6 +1347,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "start": bench_start,
     "poll": bench_poll,
     "populate": bench_populate,
+    "shared": bench_shared,
     "status": bench_status,
     "growth": bench_growth,
     "memory": bench_memory,
@@ -1331,7 +1369,7 @@ def make_scale(options: argparse.Namespace) -> Scale:
         return replace(found, file_sizes=(10, 100, 1000, 10_000), stock_steady=True)
     if options.quick:
         return replace(
-            found, delay_s=0.02, files=20, file_sizes=(10, 100), large_file=2 * MB, heavy=60 * MB, small=True
+            found, delay_s=0.02, files=20, file_sizes=(10, 100), large_file=2 * MB, heavy=60 * MB, shared=20 * MB, small=True
         )  # fmt: skip
     return found
 

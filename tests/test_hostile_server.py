@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import tarfile
@@ -23,6 +24,7 @@ from sshd import command, end_sshd, no_penalties
 from test_client import Lab, archive, lab, member
 from toynixos import CLIENT, TOY, need, need_root
 
+import bento
 import bento_client as client
 from bento_client import BentoError, unpack
 
@@ -276,6 +278,13 @@ def test_a_changed_port_is_no_silent_first_contact(site: Site) -> None:
     assert "warning" not in site.client("probe")
     known.write_text(known.read_text().replace(f"]:{site.rogue.port}", "]:1"))
     assert f"its host key is kept in {known}" in site.client("probe")
+    site.run()
+    assert site.lab.report().first_contact == client.format_time(known.stat().st_mtime)
+    assert "the server's key was taken at first contact" in site.client("status")
+    site.lab.settings["known_hosts"] = site.lab.file("given")
+    Path(site.lab.file("given")).write_text(site.rogue.known)
+    site.run()
+    assert site.lab.report().first_contact is None
 
 
 # --- neighbours ---
@@ -304,6 +313,44 @@ def test_wrong_keys_behind_a_nat_shut_no_neighbour_out(site: Site, tmp_path: Pat
         assert "it refuses this machine's key" in site.client("probe", code=75)
     site.lab.settings["identity"] = good
     site.client("probe")
+
+
+def test_a_planted_link_is_not_written_through(tmp_path: Path) -> None:
+    """Where others may write, too: a page for a web server, say."""
+    (tmp_path / "fleet/hosts").mkdir(parents=True)
+    (tmp_path / "victim").write_text("kept")
+    (tmp_path / "pages").mkdir()
+    for name in (".page.new", ".page.html.new", ".tmp-page"):
+        (tmp_path / "pages" / name).symlink_to(tmp_path / "victim")
+    argv = ["--fleet", str(tmp_path / "fleet"), "--chroot-dir", str(tmp_path / "chroots"), "status", "--html"]
+    assert bento.main([*argv, "--output", str(tmp_path / "pages/page.html")]) == 0
+    assert (tmp_path / "victim").read_text() == "kept" and "<html" in (tmp_path / "pages/page.html").read_text()
+
+
+def test_logs_of_builds_are_for_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bento, "log_directory", lambda: tmp_path / "log/bento")
+    (tmp_path / "log/bento").mkdir(parents=True, mode=0o755)  # as it was
+    (tmp_path / "config").mkdir()
+    with monkeypatch.context() as patched:
+        patched.setenv("PATH", str(tmp_path))
+        with pytest.raises(BentoError, match="nixos-rebuild"):
+            bento.rebuild("build", tmp_path / "config", "toy", 5)
+    assert stat.S_IMODE((tmp_path / "log/bento").stat().st_mode) == 0o750
+
+
+def test_junk_does_not_hide_the_logs_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many more names than one run looks at: each run removes some, until logs are pruned again."""
+    monkeypatch.setattr(bento, "MAX_PRUNED", 1000)
+    (tmp_path / "logs").mkdir()
+    for number in range(5000):
+        (tmp_path / f"logs/{number:05}-junk").touch()
+    names = [client.log_name(1_795_435_200 + number, None, "ok") for number in range(bento.KEEP_LOGS + 50)]
+    for name in [*names, "status.json"]:
+        (tmp_path / "logs" / name).touch()
+    for _ in range(10):
+        bento.prune_logs(tmp_path)
+    left = set(os.listdir(tmp_path / "logs"))
+    assert {*names[50:], "status.json"} <= left and len(left) < 1000 and not left & set(names[:50])
 
 
 # --- hostile archives ---
@@ -419,10 +466,10 @@ def test_a_huge_header_takes_no_memory(tmp_path: Path) -> None:
         file.write(header("x", b"x", 600 << 20))
         file.truncate((600 << 20) + 2048)
     code = (
-        f"import sys; sys.path.insert(0, {str(CLIENT.parent)!r}); import bento_client as c, pathlib, resource\n"
+        f"import sys; sys.path.insert(0, {str(CLIENT.parent)!r}); import bento_client as c, pathlib\n"
         "try: c.unpack(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))\n"
         "except c.BentoError as error: print(error)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "print(*[line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')])"
     )
     argv: list[str | Path] = [sys.executable, "-c", code, tmp_path / "tar", tmp_path / "config"]
     said, used_kib = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()

@@ -42,6 +42,7 @@ FULL = """{
     user = "someone";
     identity = "/etc/ssh/ssh_host_ed25519_key";
     serverKeys = [ "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIEJFTlRPIEVYQU1QTEUgS0VZIERPIE5PVCBVU0UhISEh a comment" ];
+    signers = [ "sk-ssh-ed25519@openssh.com AAAAGnNrLXNzaC1lZDI1NTE5QG9wZW5zc2guY29tAAAA alice" "ssh-ed25519 AAAA1234" ];
     sshOptions = [ "ProxyCommand=nc -X 5 -x 127.0.0.1:9050 %h %p" ];
     interval = "hourly";
     randomizedDelay = "1h";
@@ -263,6 +264,8 @@ def test_python(definitions: str, python: str) -> None:
         ('identity = "id";', "the absolute path"),
         ('serverKeys = [ "bento.example.org ssh-ed25519 AAAA1234" ];', "Remove the host name"),
         ('serverKeys = [ "SHA256:abc" ];', "a key is"),
+        ('signers = [ "SHA256:abc" ];', "services.bento.signers: a key is"),
+        ('server = [ "a.example" "b.example" ];', "services.bento.server is a list: set services.bento.serverKeys, or"),
         ('serverKeys = [ "ssh-ed25519 AAAA1234" ]; knownHosts = "/x";', "exclude each other"),
         ('stateDir = "/srv/bento";', "in /var/lib\nonly"),
         ('stateDir = "/var/lib/";', 'services.bento.stateDir cannot be "/var/lib/"'),

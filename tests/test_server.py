@@ -3202,6 +3202,28 @@ def test_bento_beside_the_owners_repository(site: Site) -> None:
     assert names(site) == ["configuration.nix", "utils", "utils/bento.nix", "utils/bento_client.py"]
 
 
+def test_a_merge_brings_back_no_examples(site: Site) -> None:
+    """What changes in Bento's examples is no conflict for a copy that has hosts of its own."""
+    assert (REPO / "hosts").is_symlink() and os.readlink(REPO / "hosts") == ".examples"
+    theirs, ours = site.top / "theirs", site.top / "ours"
+    shutil.copytree(REPO / ".examples", theirs / ".examples", symlinks=True)
+    (theirs / "hosts").symlink_to(".examples")
+    commit(theirs)
+    git(site.top, "clone", "-q", str(theirs), str(ours))
+    git(ours, "rm", "-q", "hosts")
+    (ours / "hosts/mine").mkdir(parents=True)
+    (ours / "hosts/mine/configuration.nix").write_text("{ }\n")
+    commit(ours, "our own")
+    (theirs / ".examples/nas/flake.nix").write_text("{ }\n")
+    shutil.rmtree(theirs / ".examples/router")
+    (theirs / ".examples/new").mkdir()
+    (theirs / ".examples/new/flake.nix").write_text("{ }\n")
+    commit(theirs, "other examples")
+    git(ours, "pull", "-q", "--no-rebase", "--no-edit")
+    assert os.listdir(ours / "hosts") == ["mine"] and git(ours, "status", "--short") == ""
+    assert (ours / ".examples/new/flake.nix").exists()
+
+
 def test_add_a_link(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     site.host("x", {"flake.nix": "{ }\n"})
     (site.fleet / "hosts/x").rename(site.fleet / "all")
@@ -3233,7 +3255,7 @@ def test_a_fleet_in_the_flakes_own_repository(site: Site) -> None:
         "flake.nix", "fleet", "fleet/hosts", "fleet/hosts/own", "fleet/hosts/own/configuration.nix", "fleet/utils",
         "fleet/utils/bento.nix",
     ]  # fmt: skip
-    (site.fleet / "hosts/a.sig").write_text("signed\n")
+    (site.fleet / "hosts/elsewhere.sig").write_text("signed\n")
     (site.fleet / "hosts/a.pub").write_text(f"{key('b')}\n")
     git(site.fleet, "add", "-A")
     assert "4 unchanged" in site.publish().out

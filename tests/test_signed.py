@@ -367,10 +367,12 @@ def test_frozen(site: Site) -> None:
     assert site.host.machine.labels() == ("v2", "v2", "v2")
     assert "up to date" in site.run(code=1)
     assert "expired" in site.status()
+    row = site.server.status(FRESH)
+    assert row["expired"] and "signature" not in row["published"]
     site.sign("alice")
     assert "unchanged" in site.populate()
     site.run()
-    assert "expired" not in site.status()
+    assert "expired" not in site.status() and not site.server.status(FRESH)["expired"]
 
 
 def test_a_release_that_asks_for_no_signatures_is_refused(site: Site) -> None:

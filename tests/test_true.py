@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from test_client import HOST, Lab, kill_tree, lab, wait_until
-from toynixos import ToyMachine, need_root, write_config
+from toynixos import ToyMachine, write_config
 from toysystemd import ToySystemd
 
 from bento_client import Result
@@ -275,16 +275,17 @@ def test_a_boot_loader_that_says_0(tmp_path: Path, spare_bytes: int | None, beha
 
 
 def test_a_kernel_that_an_earlier_switch_left_half_written(tmp_path: Path) -> None:
-    """The old builder never writes it again, and says 0."""
+    """The old builder never writes it again, and says 0; it does remove what no generation names."""
     lab = create(tmp_path)
     lab.machine.limit_boot(1000)
     release = lab.publish("v1", builder="old", kernel="7")
-    for room in (1000, None):
-        lab.machine.limit_boot(room)
+    for _ in range(2):
         run(lab, "--force")
         assert lab.labels() == ("v0", "v0", "v0")
     assert set(results(lab, release)) == {Result.POSTPONED}
-    assert lab.machine.power_cycle() == ["boots v0"]
+    lab.machine.limit_boot(None)
+    assert run(lab, "--force")[0] == 0, "the way back has removed the half"
+    assert lab.machine.power_cycle() == ["boots v1"]
 
 
 def test_a_full_boot_is_paced_from_the_first_failure_on(tmp_path: Path) -> None:
@@ -511,7 +512,7 @@ def test_a_bug_before_the_activation_is_recorded_reported_and_paced(lab: Lab) ->
     release = lab.publish("v1")
 
     def broken() -> "subprocess.CompletedProcess[str]":
-        patch = "import tarfile; tarfile.open = lambda *_, **__: [].pop()"
+        patch = "c.unpack = lambda *_, **__: [].pop()"
         return lab.run_patched(patch)
 
     done = broken()
@@ -543,17 +544,16 @@ def test_a_switch_that_never_began_leaves_nothing_to_undo(lab: Lab) -> None:
 # --- 19: a state directory that forgets ---
 
 
-def test_a_volatile_state_directory_is_refused(lab: Lab) -> None:
-    need_root()
+@pytest.mark.parametrize("place", ["/", "/var/lib", "/var/lib/bento"])
+def test_a_volatile_state_directory_is_refused(lab: Lab, place: str) -> None:
+    """What the machine's own mount table says of it. A root that forgets is how such machines are mostly made."""
     lab.publish("v1")
-    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", lab.state], check=True)
-    try:
-        (lab.state / "id_ed25519").write_text("the toy's ssh asks for none\n")
-        code, said = run(lab)
-    finally:
-        subprocess.run(["umount", "-l", lab.state], check=True)
+    lab.machine.set_mounts({place: "tmpfs"})
+    code, said = run(lab)
     assert code in (1, 2) and lab.labels() == ("v0", "v0", "v0")
     assert str(lab.state) in said and "persist" in said
+    lab.machine.set_mounts({"/": "tmpfs", "/var/lib": "btrfs"})
+    assert run(lab)[0] == 0 and lab.labels() == ("v1", "v1", "v1")
 
 
 # --- the first boot is a trial ---

@@ -226,6 +226,7 @@ class ToyMachine:
         for name in ("boot", "etc", "run", "nix/var/nix/profiles", "var/lib", "proc/sys/kernel/random"):
             (machine.root / name).mkdir(parents=True, exist_ok=True)
         (machine.root / "etc/machine-id").write_text(f"{uuid.uuid4().hex}\n", encoding="utf-8")
+        machine.set_mounts({})
         if efi:
             esp.variables(machine.root).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:
@@ -317,6 +318,17 @@ class ToyMachine:
 
     def collect_garbage(self) -> None:
         self.run("nix-collect-garbage", "-d").check_returncode()
+
+    def set_mounts(self, kinds: Mapping[str, str]) -> None:
+        """What /proc/self/mountinfo says from now on: of directories with a file system of this kind, say a tmpfs."""
+        mounts = {"/": "ext4", "/boot": "vfat"} | dict(kinds)
+        path = self.root / "proc/self/mountinfo"
+        path.parent.mkdir(exist_ok=True)
+        lines = [
+            f"{40 + number} 1 8:{number} / {place} rw,relatime shared:{number} - {kind} /dev/sda{number} rw\n"
+            for number, (place, kind) in enumerate(mounts.items(), 1)
+        ]
+        path.write_text("".join(lines), encoding="utf-8")
 
     def limit_boot(self, spare_bytes: int | None) -> None:
         """From now on so many bytes more fit into /boot, or as many as you like."""

@@ -55,6 +55,9 @@ let
     exec ${cfg.python}/bin/python3 -I -S -X utf8 ${client} --config /etc/bento/client.json "$@"
   '';
 
+  # In the store: what the running system trusts changes with that system only.
+  signersFile = "${pkgs.writeText "bento-signers" (lib.concatMapStrings (key: "${key}\n") cfg.signers)}";
+
   # Whatever name, address, port or alias the server is reached by, it has to show one of these keys.
   serverKeysFile = "${pkgs.writeText "bento-known-hosts" (
     lib.concatMapStrings (key: "* ${key}\n") cfg.serverKeys
@@ -143,7 +146,8 @@ let
     upgrade_channels = cfg.upgradeChannels;
     boot_loader = bootLoader;
   }
-  // lib.optionalAttrs (cfg.knownHosts != null) { known_hosts = cfg.knownHosts; };
+  // lib.optionalAttrs (cfg.knownHosts != null) { known_hosts = cfg.knownHosts; }
+  // lib.optionalAttrs (cfg.signers != [ ]) { signers = signersFile; };
 
   servers = lib.toList cfg.server;
   isServer = name: builtins.match "[A-Za-z0-9:[][]A-Za-z0-9._:%[-]*" name != null && !isHostAndPort name;
@@ -235,6 +239,17 @@ in
       description = ''
         A file with the server's host keys, in the format of {manpage}`sshd(8)`, to use instead of
         {option}`services.bento.serverKeys`.
+      '';
+    };
+
+    signers = mkOption {
+      type = types.listOf types.singleLineStr;
+      default = [ ];
+      example = [ "sk-ssh-ed25519@openssh.com AAAAGnNrLXNzaC1lZDI1NTE5QG9wZW5zc2guY29tAAAA admin@example.org" ];
+      description = ''
+        Public SSH keys of those who sign this machine's releases with `bento.py sign`. With any, the machine takes
+        what one of them has signed, and nothing else, whoever serves it. A system without signers may follow one
+        with them only if it was signed with `--unsign`.
       '';
     };
 
@@ -415,6 +430,21 @@ in
         message = ''
           services.bento.serverKeys: a key is "ssh-ed25519 AAAA…", as in /etc/ssh/ssh_host_ed25519_key.pub on the
           server. Remove the host name that ssh-keyscan and known_hosts files put before it.
+        '';
+      }
+      {
+        assertion = builtins.all isPublicKey cfg.signers;
+        message = "services.bento.signers: a key is \"ssh-ed25519 AAAA…\", as in the .pub file that ssh-keygen makes.";
+      }
+      {
+        assertion =
+          builtins.length servers < 2
+          || !builtins.all isServer servers
+          || cfg.knownHosts != null
+          || cfg.signers != [ ];
+        message = ''
+          services.bento.server is a list: set services.bento.serverKeys, or services.bento.signers. Without them each
+          server is trusted at its first contact, and that of the second may be in a year, with anybody.
         '';
       }
       {

@@ -66,6 +66,7 @@ TOOLS = ("systemd-nspawn", "ip", "nsenter", "unshare", "mount", "umount", "mkfs.
 
 FILLER = ".lab-fill"
 CLOCK = "/var/lib/lab-clock"
+TRIAL = "bento-trial.service"
 # Names of only some units would do, but a transient one's is known by its prefix only: "bento-" is for all of those.
 CLOCK_DROP_INS = ("bento.service.d", "bento-.service.d")
 
@@ -755,7 +756,8 @@ def nix_string(text: str) -> str:
 def host_module(settings: dict[str, Any], name: str) -> Any:
     """utils/bento.nix, for a host with these options of services.bento: its client.json, units and timers."""
     options = f"builtins.fromJSON {nix_string(json.dumps(settings))}"
-    module = f"{{ services.bento = {options}; networking.hostName = {nix_string(name)}; }}"
+    loader = "boot.loader.systemd-boot.enable = true;"
+    module = f"{{ services.bento = {options}; networking.hostName = {nix_string(name)}; {loader} }}"
     result = evaluate(f"modules.host [ (/. + {nix_string(f'{REPO}/utils/bento.nix')}) {module} ]")
     if "failed" in result:
         raise LabError(f"utils/bento.nix: {result['failed']}")
@@ -774,7 +776,7 @@ def render_unit(sections: dict[str, dict[str, Any]]) -> str:
 
 
 def host_units(name: str, settings: dict[str, Any], *, slot_s: int, boot_s: int) -> dict[str, str]:
-    """bento.service, bento.timer and bento-boot.timer as utils/bento.nix defines them.
+    """The units of a host as utils/bento.nix defines them.
 
     Three things differ. The timers are quicker: a slot every `slot_s` (which divides 60), the one after the boot in
     `boot_s`. Nix has no daemon here. And the command is found through /run/current-system: a toy system's units cannot
@@ -801,7 +803,16 @@ def host_units(name: str, settings: dict[str, Any], *, slot_s: int, boot_s: int)
         "bento.service": render_unit({"Unit": unit, "Service": service_section}),
         "bento.timer": render_unit({"Unit": {"Description": timer["description"]}, "Timer": poll_section}),
         "bento-boot.timer": render_unit({"Unit": {"Description": boot["description"]}, "Timer": boot_section}),
+        TRIAL: trial_unit(module["services"][TRIAL.removesuffix(".service")]),
     }
+
+
+def trial_unit(service: dict[str, Any]) -> str:
+    """What lets go of the boot loader when it is stopped. It belongs to multi-user.target: each switch starts it."""
+    command = service["serviceConfig"]["ExecStop"].split("/bin/", 1)[1]
+    commands = {"ExecStart": "/bin/true", "ExecStop": f"/run/current-system/sw/bin/{command}"}
+    unit = {"Description": service["description"], "X-RestartIfChanged": service["restartIfChanged"]}
+    return render_unit({"Unit": unit, "Service": service["serviceConfig"] | commands})
 
 
 # --- the server ---
@@ -930,6 +941,7 @@ class Host(Machine):
             "compiled": True,
             "client_json": module["settings"] | quick | settings,
             "units": host_units(self.name, options, slot_s=slot_s, boot_s=boot_s),
+            "starts": [TRIAL],
             "activation_command": 'ip link set eth0 "$TOY_NETWORK"',
         }
 

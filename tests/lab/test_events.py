@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from toynixos import write_config
 
-from lab.lab import Host, Lab, Layer, Server
+from lab.lab import TRIAL, Host, Lab, Layer, Server
 from lab.test_matrix import behaviour, installed, last, publish, reports, server, settled, wait
 
 __all__ = ["installed", "server"]  # fixtures
@@ -229,7 +229,7 @@ def test_jobs_of_a_switch_that_was_ended(host: Host, server: Server) -> None:
     publish(server, host, "old", units=good)
     settled(host, server, "old")
     bad = good | {"hang.service": HANG, "bad.service": BAD.format("bad")}
-    release = publish(server, host, "v2", units=bad, starts=["hang.service", "bad.service"])
+    release = publish(server, host, "v2", units=bad, starts=[TRIAL, "hang.service", "bad.service"])
     assert wait(lambda: reports(server, release) != [], 90), told(host, server, release)
     assert which(host) == ("old", "old") and reports(server, release) == ["rolled-back"], told(host, server, release)
     time.sleep(3)
@@ -244,10 +244,10 @@ SLOW = "[Service]\nType=oneshot\nExecStart=sleep 6\n"
 def test_a_switch_of_2024_in_a_run_that_is_part_of_the_boot(host: Host, server: Server) -> None:
     """It waits for the end of the boot, and the boot for the run."""
     units = behaviour(host)["units"] | {"slow.service": SLOW}
-    publish(server, host, "old", units=units, starts=["slow.service"])
+    publish(server, host, "old", units=units, starts=[TRIAL, "slow.service"])
     settled(host, server, "old")
     host.power_cut()
-    release = publish(server, host, "v2", units=units, stc="2024")
+    release = publish(server, host, "v2", units=units, starts=[TRIAL], stc="2024")
     host.boot(wait=False)
     assert wait(lambda: reports(server, release) != [], 90), told(host, server, release)
     assert reports(server, release) == ["ok"], told(host, server, release)

@@ -159,7 +159,7 @@ def wait(condition: Callable[[], bool], timeout_s: float) -> bool:
 
 def at_rest(host: Host) -> bool:
     """No journal, no run at work, and running system, profile and boot default agree."""
-    idle = host.run("systemctl", "is-active", "bento.service", check=False).stdout.strip() != "activating"
+    idle = host.run("systemctl", "is-active", "bento.service", check=False).stdout.strip() in ("inactive", "failed")
     return idle and not host.exists(f"{host.state}/pending.json") and len(set(labels(host))) == 1
 
 

@@ -16,6 +16,9 @@
       "10.0.0.2"
       "bento.example.org"
     ];
+    # A list needs them: else each server is trusted at its first contact. From the server's
+    # /etc/ssh/ssh_host_ed25519_key.pub; this one is an example.
+    serverKeys = [ "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIEJFTlRPIEVYQU1QTEUgS0VZIERPIE5PVCBVU0UhISEh" ];
     upgradeChannels = true;
     # Nobody is in the office at that time.
     reboot = "03:30-05:00";
