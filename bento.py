@@ -950,20 +950,26 @@ def local_inputs(members: Sequence[Member], recipe: Recipe) -> list[str]:
 def judge(
     current: Current | None, report: Report | None, seen_s: float | None, now_s: float, offline_after_s: float
 ) -> tuple[str, bool, bool, bool]:
-    """A host's state, and the flags offline, needs_reboot and drift. Every combination has exactly one state."""
+    """A host's state, and the flags offline, needs_reboot and drift. Every combination has exactly one state.
+
+    `up-to-date` is only said of one that runs the published release now.
+    """
     offline = seen_s is not None and now_s - seen_s > offline_after_s
     if report is None or current is None:
         return "new" if report is None else "pending", offline, report is not None and report.needs_reboot, False
     last = report.last
     drift = False
-    if report.phase in (Phase.BUILDING, Phase.ACTIVATING):
+    if report.phase == Phase.LEFT:
+        state = "left"
+    elif report.phase in (Phase.BUILDING, Phase.ACTIVATING):
         state = "building"
     elif last is None or last.release not in (current.release, None):
         state = "pending"
     elif last.release is None:
         state = "failing"
     elif last.result == Result.OK:
-        state = "up-to-date"
+        waits = report.needs_reboot or report.waiting_for_boot == current.release
+        state = "up-to-date" if report.release == current.release else "waiting" if waits else "pending"
         expected = current.system or last.system
         drift = expected is not None and report.system != expected and not report.needs_reboot
     else:
@@ -1093,7 +1099,16 @@ def is_expired(current: Current | None, now_s: float) -> bool:
     return False
 
 
-URGENCY = {"failing": 0, "rolled-back": 1, "pending": 3, "building": 4, "new": 5, "up-to-date": 6}
+URGENCY = {
+    "failing": 0,
+    "rolled-back": 1,
+    "pending": 3,
+    "building": 4,
+    "waiting": 5,
+    "new": 6,
+    "left": 7,
+    "up-to-date": 8,
+}
 
 
 def sort_rows(rows: Iterable[Row]) -> list[Row]:
@@ -1102,12 +1117,18 @@ def sort_rows(rows: Iterable[Row]) -> list[Row]:
 
 
 MARKS = ("offline", "drift", "needs_reboot", "other_client")
-SYMBOLS = {"failing": "✗", "rolled-back": "↶", "pending": "…", "building": "⚙", "new": "·", "up-to-date": "✓"}
-COLOURS = {"failing": "31", "rolled-back": "31", "pending": "33", "building": "36", "new": "2", "up-to-date": "32"}
+SYMBOLS = {
+    "failing": "✗", "rolled-back": "↶", "pending": "…", "building": "⚙", "waiting": "↻", "new": "·", "left": "-",
+    "up-to-date": "✓",
+}  # fmt: skip
+COLOURS = {
+    "failing": "31", "rolled-back": "31", "pending": "33", "building": "36", "waiting": "33", "new": "2", "left": "2",
+    "up-to-date": "32",
+}  # fmt: skip
 
 
 # Where the encoding of stdout has none of our symbols.
-PLAIN = str.maketrans("✗↶…⚙·✓", "x<~*.+")
+PLAIN = str.maketrans("✗↶…⚙↻·✓", "x<~*@.+")
 
 
 def format_table(
@@ -1273,7 +1294,7 @@ th, td {{ text-align: left; vertical-align: top; padding: .25rem .6rem .25rem 0;
 td {{ white-space: nowrap; }} td.notes {{ white-space: normal; overflow-wrap: anywhere; }}
 code {{ font-size: .9em; }}
 .failing b, .rolled-back b, .mark {{ color: var(--bad); }}
-.pending b, .building b, .new b {{ color: var(--wait); }}
+.pending b, .building b, .waiting b, .left b, .new b {{ color: var(--wait); }}
 .up-to-date b {{ color: var(--good); }}
 @media (max-width: 40rem) {{
   thead {{ display: none; }} tr {{ display: block; border-top: 1px solid var(--line); padding: .4rem 0; }}

@@ -971,6 +971,10 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def how_ended(code: int | None) -> str:
+    return "no end in time" if code is None else f"exit {code}"
+
+
 # --- log ---
 
 
@@ -2073,6 +2077,10 @@ def transient_environment(*names: str) -> list[str]:
     return [f"--setenv={name}={os.environ[name]}" for name in names if name in os.environ]
 
 
+def runs_bento(system: str) -> bool:
+    return Path(system, "sw/bin/bento-client").exists()
+
+
 def settings_of(system: str) -> dict[str, Any]:
     """What a system has in its /etc/bento/client.json; nothing, where that cannot be read."""
     try:
@@ -2721,18 +2729,6 @@ class Failure(NamedTuple):
     unreachable: bool = False
 
 
-def how_ended(code: int | None) -> str:
-    return "no end in time" if code is None else f"exit {code}"
-
-
-def probe_failure(settings: Settings) -> str | None:
-    try:
-        probe(settings)
-    except Unreachable as error:
-        return str(error)
-    return None
-
-
 def probe_system(machine: Machine, system: str, limit_s: float) -> str | None:
     """None when the system's own client, with the system's own settings, reaches the server; else why not.
 
@@ -2796,10 +2792,6 @@ def prove(machine: Machine) -> Failure | None:
         return told
 
     return until(limit_s, check)
-
-
-def runs_bento(system: str) -> bool:
-    return Path(system, "sw/bin/bento-client").exists()
 
 
 # --- commit ---
@@ -3085,15 +3077,15 @@ def settle_earlier(machine: Machine) -> bool:
     """Brings to its end what an earlier process, or a boot, left. False when a reboot is on its way."""
     pending = load_pending(machine)
     more = (pending.new, pending.profile) if pending is not None else ()
+    if pending is not None and machine.has_systemd:  # a switch that goes on is not to be judged, nor left half done
+        machine.watchdog = pending.watchdog
+        wait_for_units(f"bento-switch-{pending.token}-*", time.monotonic() + machine.settings.activation_timeout)
     move = settle(pending, machine.state, machine.facts(*more))
     if move in (Move.REST, Move.WAIT):
         align_trial(machine)
         return True
     machine.log.kept = True
     machine.log.say(f"to be settled: {move}" + (f", {pending.step}" if pending else ""))
-    if pending is not None and machine.has_systemd:  # a boot loader is not to be left half written
-        machine.watchdog = pending.watchdog
-        wait_for_units(f"bento-switch-{pending.token}-*", time.monotonic() + machine.settings.activation_timeout)
     pending = pending or trial_of(machine)
     outcome = carry_out(machine, pending, move)
     if outcome is None:
@@ -3497,6 +3489,14 @@ def probe(settings: Settings) -> None:
         except BentoError as error:
             raise Unreachable(str(error)) from None
         session.close()
+
+
+def probe_failure(settings: Settings) -> str | None:
+    try:
+        probe(settings)
+    except Unreachable as error:
+        return str(error)
+    return None
 
 
 def command_probe(settings: Settings) -> int:
