@@ -876,7 +876,7 @@ REQUESTS: dict[str, tuple[Callable[[Peer], str], str]] = {
         ), "ok",
     ),
     "remove a log": (lambda p: with_log(p, lambda: p.ask(REMOVE, text("logs/new.log"))), "ok"),
-    "list its own chroot": (lambda p: p.list("/"), "config current.json logs releases"),
+    "list its own chroot": (lambda p: p.list("/"), "config current.json history logs releases"),
     # Writing elsewhere.
     "overwrite current.json": (lambda p: p.open("current.json", WRITE | TRUNCATE), "denied"),
     "append to current.json": (lambda p: p.open("current.json", WRITE | APPEND), "denied"),
