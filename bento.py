@@ -951,20 +951,26 @@ def local_inputs(members: Sequence[Member], recipe: Recipe) -> list[str]:
 def judge(
     current: Current | None, report: Report | None, seen_s: float | None, now_s: float, offline_after_s: float
 ) -> tuple[str, bool, bool, bool]:
-    """A host's state, and the flags offline, needs_reboot and drift. Every combination has exactly one state."""
+    """A host's state, and the flags offline, needs_reboot and drift. Every combination has exactly one state.
+
+    `up-to-date` is only said of one that runs the published release now.
+    """
     offline = seen_s is not None and now_s - seen_s > offline_after_s
     if report is None or current is None:
         return "new" if report is None else "pending", offline, report is not None and report.needs_reboot, False
     last = report.last
     drift = False
-    if report.phase in (Phase.BUILDING, Phase.ACTIVATING):
+    if report.phase == Phase.LEFT:
+        state = "left"
+    elif report.phase in (Phase.BUILDING, Phase.ACTIVATING):
         state = "building"
     elif last is None or last.release not in (current.release, None):
         state = "pending"
     elif last.release is None:
         state = "failing"
     elif last.result == Result.OK:
-        state = "up-to-date"
+        waits = report.needs_reboot or report.waiting_for_boot == current.release
+        state = "up-to-date" if report.release == current.release else "waiting" if waits else "pending"
         expected = current.system or last.system
         drift = expected is not None and report.system != expected and not report.needs_reboot
     else:
@@ -1094,7 +1100,16 @@ def is_expired(current: Current | None, now_s: float) -> bool:
     return False
 
 
-URGENCY = {"failing": 0, "rolled-back": 1, "pending": 3, "building": 4, "new": 5, "up-to-date": 6}
+URGENCY = {
+    "failing": 0,
+    "rolled-back": 1,
+    "pending": 3,
+    "building": 4,
+    "waiting": 5,
+    "new": 6,
+    "left": 7,
+    "up-to-date": 8,
+}
 
 
 def sort_rows(rows: Iterable[Row]) -> list[Row]:
@@ -1103,12 +1118,18 @@ def sort_rows(rows: Iterable[Row]) -> list[Row]:
 
 
 MARKS = ("offline", "drift", "needs_reboot", "other_client")
-SYMBOLS = {"failing": "✗", "rolled-back": "↶", "pending": "…", "building": "⚙", "new": "·", "up-to-date": "✓"}
-COLOURS = {"failing": "31", "rolled-back": "31", "pending": "33", "building": "36", "new": "2", "up-to-date": "32"}
+SYMBOLS = {
+    "failing": "✗", "rolled-back": "↶", "pending": "…", "building": "⚙", "waiting": "↻", "new": "·", "left": "-",
+    "up-to-date": "✓",
+}  # fmt: skip
+COLOURS = {
+    "failing": "31", "rolled-back": "31", "pending": "33", "building": "36", "waiting": "33", "new": "2", "left": "2",
+    "up-to-date": "32",
+}  # fmt: skip
 
 
 # Where the encoding of stdout has none of our symbols.
-PLAIN = str.maketrans("✗↶…⚙·✓", "x<~*.+")
+PLAIN = str.maketrans("✗↶…⚙↻·✓", "x<~*@.+")
 
 
 def format_table(
@@ -1274,7 +1295,7 @@ th, td {{ text-align: left; vertical-align: top; padding: .25rem .6rem .25rem 0;
 td {{ white-space: nowrap; }} td.notes {{ white-space: normal; overflow-wrap: anywhere; }}
 code {{ font-size: .9em; }}
 .failing b, .rolled-back b, .mark {{ color: var(--bad); }}
-.pending b, .building b, .new b {{ color: var(--wait); }}
+.pending b, .building b, .waiting b, .left b, .new b {{ color: var(--wait); }}
 .up-to-date b {{ color: var(--good); }}
 @media (max-width: 40rem) {{
   thead {{ display: none; }} tr {{ display: block; border-top: 1px solid var(--line); padding: .4rem 0; }}
@@ -1800,10 +1821,10 @@ def find_gone(fleet: Fleet, hosts: Sequence[str]) -> list[Path]:
     return gone
 
 
-def prune_chroots(gone: Sequence[Path], dry_run: bool, failures: list[Failure]) -> None:
+def prune_chroots(gone: Sequence[Path], plan: Plan, failures: list[Failure]) -> None:
     for path in gone:
         try:
-            if not dry_run:
+            if not plan.dry_run:
                 # Unpublish first, so that a kill in the middle never leaves a release announced and gone; releases/
                 # last, by which the next run knows it for a chroot.
                 if os.geteuid() == 0:
@@ -1815,7 +1836,9 @@ def prune_chroots(gone: Sequence[Path], dry_run: bool, failures: list[Failure]) 
         except OSError as error:  # the host is writing there, say
             failures.append(Failure(path.name, str(error)))
             continue
-        print(f"{path.name}: {'would remove' if dry_run else 'removed'} {path}")
+        done = "would remove" if plan.dry_run else "removed"
+        told = {"host": path.name, "result": done.replace(" ", "-")}
+        print(json.dumps(told) if plan.as_json else f"{path.name}: {done} {path}")
 
 
 # --- signatures ---
@@ -2639,12 +2662,13 @@ def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: boo
         errors += dict.fromkeys(text for name, text in bad_keys.items() if name in hosts or not wanted)
         work = Work(fleet, plan, Store(fleet.chroot_dir / ".store"))
         if prune:
-            prune_chroots(find_gone(fleet, hosts), plan.dry_run, work.failures)
+            prune_chroots(find_gone(fleet, hosts), plan, work.failures)
         if not plan.dry_run:
             client.remove(fleet.chroot_dir / ".copies")  # of version 1.0
             work.store.prune()
-        good = [name for name in hosts if name not in bad_keys]
-        populate_hosts(work, good)
+        for name in sorted(bad_keys.keys() & set(hosts)) if plan.as_json else ():
+            print(json.dumps({"host": name, "result": "failed", "error": bad_keys[name]}))
+        populate_hosts(work, [name for name in hosts if name not in bad_keys])
         if not plan.dry_run:
             work.store.prune()
     work.progress.clear()

@@ -498,8 +498,29 @@ def parse_state(raw: bytes, what: str) -> State:
     return read_record(State, parse_object(raw, what), what)
 
 
+# The steps of a client before 1.1, and what is left to do after each.
+OLD_STEPS = {
+    "building": Step.ACTIVATING, "activating": Step.ACTIVATING, "proving": Step.ACTIVATING,
+    "committing": Step.COMMITTING, "rebooting": Step.COMMITTING,
+    "rolling-back": Step.ROLLING_BACK, "stepping-back": Step.ROLLING_BACK, "reverting": Step.ROLLING_BACK,
+}  # fmt: skip
+
+
+def in_new_words(data: dict[str, Any]) -> dict[str, Any]:
+    """The journal of a client before 1.1 in today's words. It kept its step on a way back whose boot default stayed."""
+    step, verdict = str(data.get("step")), data.get("verdict")
+    back = OLD_STEPS.get(step) == Step.ROLLING_BACK
+    return data | {
+        "step": Step.ROLLING_BACK if verdict and step in OLD_STEPS else OLD_STEPS.get(step, step),
+        "switched": True, "committed": step not in ("activating", "proving"), "by_hand": step == "stepping-back",
+        "verdict": verdict or (Result.INTERRUPTED if back else ""),
+        "rebooting": data.get("boot_id") if step == "reverting" else "",
+    }  # fmt: skip
+
+
 def parse_pending(raw: bytes, what: str) -> Pending:
-    return read_record(Pending, parse_object(raw, what), what)
+    data = parse_object(raw, what)
+    return read_record(Pending, data if "switched" in data else in_new_words(data), what)
 
 
 def parse_recipe(raw: bytes, what: str, host: str) -> Recipe:
@@ -630,18 +651,16 @@ def decide(
     if tried.result == Result.OK:
         return Action.NOTHING, f"up to date with release {current.release[:12]}"
     # Nobody can tell an outage that ended in time for the old system from a release that cut the line.
-    pause_s = retry_pause_s(tried.result, tried.attempt, costly=state.costly)
-    if tried.result == Result.ROLLED_BACK and state.doubts == 1:
-        pause_s = LONGEST_PAUSE_S
-    waits = parse_time(tried.finished) + pause_s > now_s or state.doubts != 1
-    if tried.result in (Result.ROLLED_BACK, Result.ROLLBACK_FAILED) and waits:
+    doubtful = tried.result == Result.ROLLED_BACK and state.doubts == 1
+    pause_s = LONGEST_PAUSE_S if doubtful else retry_pause_s(tried.result, tried.attempt, costly=state.costly)
+    wait_s = parse_time(tried.finished) + pause_s - now_s
+    if tried.result in (Result.ROLLED_BACK, Result.ROLLBACK_FAILED) and not (doubtful and wait_s <= 0):
         return (
             Action.NOTHING,
             f"release {current.release[:12]} was rolled back ({tried.reason}): waiting for a new release",
         )
     if tried.result == Result.INTERRUPTED and state.interruptions > 1:
         return Action.NOTHING, f"release {current.release[:12]} was interrupted twice: waiting for a new release"
-    wait_s = parse_time(tried.finished) + pause_s - now_s
     # A wait longer than the longest pause means that the clock was set back: then it says nothing.
     if 0 < wait_s <= LONGEST_PAUSE_S:
         return Action.NOTHING, f"release {current.release[:12]}: {tried.result}, next attempt in {duration(wait_s)}"
@@ -3276,6 +3295,18 @@ def poll_once(machine: Machine) -> Current:
         raise BentoError(words) from None
 
 
+def what_stands(machine: Machine, current: Current) -> str | None:
+    """What there is to say of a release that was deployed, and does not run."""
+    state, running = machine.state, machine.facts().running
+    if state.release != current.release or running == state.system:
+        return None
+    if machine.on_trial is not None:
+        return f"release {current.release[:12]} waits for the next boot"
+    if running != machine.default:
+        return f"release {current.release[:12]} is deployed, but another system runs: {running}"
+    return None
+
+
 def update(machine: Machine, *, force: bool) -> int:
     """Polls, decides, and does what is to be done. Raises Unreachable when the poll fails: nothing has changed then."""
     current, state = poll_once(machine), machine.state
@@ -3285,11 +3316,7 @@ def update(machine: Machine, *, force: bool) -> int:
         machine.remember(good=facts.default, good_release=None, good_revision=None)  # a person's, and known to boot
     assert machine.session is not None
     if action == Action.NOTHING:
-        if machine.state.tried is not None and facts.running not in (machine.state.system, machine.default):
-            why = f"release {current.release[:12]} is deployed, but another system runs: {facts.running}"
-        elif facts.running != facts.default:
-            why = f"release {current.release[:12]} waits for the next boot" if machine.on_trial else why
-        print(why)
+        print(what_stands(machine, current) or why)
         if state.last is not None and state.last.release is None:  # the server's files are in order again
             machine.remember(last=state.tried)
         deliver(machine)
@@ -3357,29 +3384,20 @@ def refuse_volatile(settings: Settings) -> None:
 
 
 def upgrade(machine: Machine) -> None:
-    """What clients before 1.1 left: a second journal, of a system that waits for a boot, and steps that are no more."""
+    """What clients before 1.1 left: journals of a build, which had changed nothing yet, and of a system that waits for
+    its first boot, which state.json knows now.
+    """
     for name in ("pending.json", "waiting.json"):
         path = machine.settings.state / name
-        try:
-            data = json.loads(path.read_bytes())
-            step, old, new = data["step"], data["old"], data["new"]
-        except (OSError, ValueError, KeyError, TypeError):
+        pending = read_journal(path, parse_pending, machine.log)
+        if pending is None:
             continue
-        if "switched" in data:
-            continue
-        if step == "rebooting" and machine.default == new:
-            machine.remember(good=old, system=new, release=data.get("release"), boot=data.get("boot_id"))
+        step = json.loads(path.read_bytes())["step"]
+        if step == "rebooting":
+            waits = {"system": pending.new, "release": pending.release, "boot": pending.boot_id}
+            machine.remember(good=pending.old, **waits if machine.default == pending.new else {})
         if step in ("rebooting", "building"):
-            path.unlink()
-            continue
-        back = step in ("reverting", "stepping-back", "rolling-back")
-        data |= {
-            "step": Step.ROLLING_BACK if back else Step.COMMITTING if step == "committing" else Step.ACTIVATING,
-            "switched": True, "committed": step not in ("activating", "proving"), "by_hand": step == "stepping-back",
-            "verdict": data.get("verdict") or (Result.INTERRUPTED if back else ""),
-            "rebooting": data.get("boot_id", "") if step == "reverting" else "",
-        }  # fmt: skip
-        write_atomic(path, json.dumps(data).encode())
+            remove(path)
 
 
 def end_lock_holder(machine: Machine) -> None:

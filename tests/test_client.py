@@ -209,6 +209,12 @@ QUARTER = 15 * 60
         (state_after("ok"), 10**6, Action.NOTHING, "up to date"),
         (state_after("rolled-back"), 10**6, Action.NOTHING, "was rolled back (a reason): waiting for a new release"),
         (state_after("rollback-failed"), 10**6, Action.NOTHING, "was rolled back"),
+        # nobody can tell whose fault it was that the server was out of reach: once more, a day later
+        (state_after("rolled-back", doubts=1), 86399, Action.NOTHING, "was rolled back (a reason): waiting for a new release"),
+        (state_after("rolled-back", doubts=1), 86400, Action.RETRY, "rolled-back before, attempt 2"),
+        (state_after("rolled-back", 2, doubts=2), 10**6, Action.NOTHING, "was rolled back (a reason): waiting for a new release"),
+        (state_after("rolled-back", doubts=1), -86401, Action.NOTHING, "was rolled back"),
+        (state_after("rollback-failed", 2, doubts=1), 10**6, Action.NOTHING, "was rolled back"),
         (state_after("interrupted", interruptions=1), 0, Action.RETRY, "attempt 2"),
         (state_after("interrupted", 2, interruptions=2), 10**6, Action.NOTHING, "interrupted twice"),
         # a failed build: 15, 30, 60 minutes, ... 24 hours
@@ -223,6 +229,10 @@ QUARTER = 15 * 60
         (state_after("postponed", 3), 0, Action.RETRY, "attempt 4"),
         (state_after("postponed", 4), 0, Action.NOTHING, "postponed, next attempt in 15min"),
         (state_after("postponed", 4), QUARTER, Action.RETRY, "attempt 5"),
+        # what costs an activation each time is no bad moment
+        (state_after("postponed", 1, costly=True), QUARTER - 1, Action.NOTHING, "postponed, next attempt in"),
+        (state_after("postponed", 1, costly=True), QUARTER, Action.RETRY, "attempt 2"),
+        (state_after("postponed", 3, costly=True), 4 * QUARTER - 1, Action.NOTHING, "next attempt in"),
         # an unknown result of another version of Bento is a failure like others
         (state_after("exploded", 1), 0, Action.RETRY, "exploded before"),
         # the clock was set back: a day and more of waiting says nothing
@@ -317,8 +327,8 @@ PARSERS: dict[str, tuple[Callable[[bytes, str], Any], str, Any]] = {
                     Report("toy", "1.0", "2026-11-23T10:15:02Z", "idle", None, "/nix/store/x-nixos", True, LAST)),
     "state.json": (parse_state, GOLDEN_STATE, State(system="/nix/store/x", unpacked=A, interruptions=1, tried=LAST)),
     "pending.json": (parse_pending, GOLDEN_PENDING,
-                     Pending(A, "2026-11-23T10:15:02Z", "/nix/store/o", "/nix/store/n", "/nix/store/o", "proving", "b", "t",
-                             "2026-11-23T10:15:02Z", 1, 12.5)),
+                     Pending(A, "2026-11-23T10:15:02Z", "/nix/store/o", "/nix/store/n", "/nix/store/o", "activating", "b",
+                             "t", "2026-11-23T10:15:02Z", 1, 12.5, switched=True)),
 }  # fmt: skip
 
 
@@ -352,6 +362,9 @@ def test_golden(name: str) -> None:
     ],
 )
 def test_refused_formats(name: str, raw: bytes, words: str) -> None:
+    if name == "state.json" and raw == b'{"format": 1}':  # a machine that remembers nothing
+        assert parse_state(raw, name) == State()
+        return
     with pytest.raises(BentoError) as caught:
         PARSERS[name][0](raw, name)
     assert str(caught.value).startswith(f"{name}: ") and words in str(caught.value)
@@ -385,6 +398,10 @@ def test_refused_formats(name: str, raw: bytes, words: str) -> None:
         ("pending.json", "deadline_s", "soon"),
         ("pending.json", "watchdog", 1),
         ("pending.json", "attempt", None),
+        ("pending.json", "step", "nonsense"),
+        ("pending.json", "step", ["proving"]),
+        ("pending.json", "verdict", "nonsense"),
+        ("pending.json", "verdict", 1),
     ],
 )
 def test_malformed_fields(name: str, field: str, value: object) -> None:
@@ -845,6 +862,7 @@ def test_boot_loader_that_cannot_be_written(lab: Lab) -> None:
     assert lab.labels() == ("v0", "v0", "v0")
     assert lab.last().result == Result.POSTPONED
     assert "the boot loader could not be written (exit 1): Failed to install bootloader" in lab.last().reason
+    assert re.search("postponed, next attempt in 1[45]min", lab.client("run"))
     lab.machine.power_cycle()
     assert lab.labels() == ("v0", "v0", "v0")
 
@@ -856,6 +874,8 @@ def test_profile_that_cannot_be_set(lab: Lab) -> None:
     assert lab.labels() == ("v0", "v0", "v0")
     assert lab.last().result == Result.POSTPONED
     assert "the system profile could not be set" in lab.last().reason
+    assert re.search("postponed, next attempt in 1[45]min", lab.client("run")), "an activation each poll is no way to wait"
+    lab.age_attempts(QUARTER)
     lab.client("run", TOY_NIX_ENV_FAIL=lab.file("not full"))
     assert lab.labels() == ("v1", "v1", "v1")
     assert lab.last().attempt == 2
@@ -1190,11 +1210,11 @@ def test_killed_in_the_build(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("power_cut", [False, True], ids=["killed", "power-cut"])
-@pytest.mark.parametrize("step", ["activating", "proving"])
-def test_killed_twice(lab: Lab, step: str, power_cut: bool) -> None:
+@pytest.mark.parametrize("where", ["switch", "proof"])
+def test_killed_twice(lab: Lab, where: str, power_cut: bool) -> None:
     """Before the commit: back to the old system, tried once more, then given up."""
     reached = Path(lab.file("reached"))
-    if step == "activating":
+    if where == "switch":
         release = lab.publish("v1", switch_touch=str(reached), switch_wait=lab.file("never"))
     else:
         check = f"touch {reached}; while ! [ -e {lab.file('never')} ]; do sleep 0.05; done"
@@ -1206,7 +1226,8 @@ def test_killed_twice(lab: Lab, step: str, power_cut: bool) -> None:
         kill_tree(process)
         reached.unlink()
         pending = parse_pending((lab.state / "pending.json").read_bytes(), "pending.json")
-        assert (pending.step, pending.release, pending.attempt) == (step, release, interruptions)
+        assert (pending.step, pending.release, pending.attempt) == ("activating", release, interruptions)
+        assert lab.labels() == ("v1" if where == "proof" else "v0", "v0", "v0")
         if power_cut:
             lab.machine.power_cycle()
 
@@ -1215,7 +1236,7 @@ def test_killed_twice(lab: Lab, step: str, power_cut: bool) -> None:
     assert not (lab.state / "pending.json").exists()
     assert (lab.last().result, lab.last().attempt) == (Result.INTERRUPTED, 2)
     how = "the machine was restarted" if power_cut else "the client was ended"
-    assert lab.last().reason == f"{how} while {step}"
+    assert lab.last().reason == f"{how} while activating"
     assert [name.split("_")[2] for name in lab.logs()] == ["interrupted.log"] * len(lab.logs())
 
     lab.publish("v2")
@@ -1256,13 +1277,14 @@ def test_system_that_needs_a_reboot(tmp_path: Path) -> None:
     assert (lab.last().result, lab.last().release) == (Result.OK, release)
     assert lab.last().reason == "it cannot go live: it takes effect at the next reboot, and is proven then"
     assert lab.report().needs_reboot
-    assert "up to date" in lab.client("run")
-    assert lab.report().needs_reboot and (lab.state / "pending.json").exists()
+    assert f"release {release[:12]} waits for the next boot" in lab.client("run")
+    assert lab.report().needs_reboot and lab.report().waiting_for_boot == release
+    assert not (lab.state / "pending.json").exists(), "no attempt is under way"
 
     lab.machine.power_cycle()
     assert lab.labels() == ("v1", "v1", "v1")
     assert "up to date" in lab.client("run")
-    assert not lab.report().needs_reboot
+    assert not lab.report().needs_reboot and lab.report().waiting_for_boot is None
     assert lab.report().release == release
     assert not (lab.state / "pending.json").exists()
 
@@ -1274,7 +1296,10 @@ def test_kernel_that_breaks_the_network(tmp_path: Path) -> None:
     lab.machine.power_cycle()
     assert lab.labels() == ("v1", "v1", "v1")
     assert lab.machine.network() == "down"
-    lab.client("run", code=75)
+    for _ in range(bento_client.PATIENT_PROOFS - 1):
+        assert "tried again at the next run" in lab.client("run", code=75)
+        assert lab.labels() == ("v1", "v1", "v1"), "it may be the server's fault"
+    assert "the old system takes effect at the next reboot" in lab.client("run", code=75)
     assert lab.labels()[1:] == ("v0", "v0")
     lab.machine.power_cycle()
     assert lab.labels() == ("v0", "v0", "v0")

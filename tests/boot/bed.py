@@ -155,7 +155,7 @@ class Bed:
     def behaviour(self, label: str, **more: Any) -> dict[str, Any]:
         settings = self.settings | more.pop("settings", {})
         params = [*more.pop("params", self.params), *more.pop("more_params", ())]
-        units = host_units(HOST, settings, slot_s=30, boot_s=1)
+        units = host_units(HOST, settings, slot_s=15, boot_s=1)
         loader = {"loader": "grub"} if self.kind.loader == "grub" else {}
         made = {"label": label, "client_json": settings, "units": units, "kernel_params": params, "compiled": True}
         return made | loader | more
@@ -229,6 +229,7 @@ class Bed:
         """Until this has been on its console so often."""
 
         def there() -> bool:
+            self.machine.tend()
             return self.machine.console_text().count(text) >= times
 
         try:

@@ -34,9 +34,9 @@ terminal_input serial
 """
 
 
-def trial_lines() -> str:
+def trial_lines(module: Path = MODULE) -> str:
     """What utils/bento.nix adds."""
-    found = re.search(r"grubTrial = ''\n(.*?)  '';", MODULE.read_text(encoding="utf-8"), re.DOTALL)
+    found = re.search(r"grubTrial = ''\n(.*?)  '';", module.read_text(encoding="utf-8"), re.DOTALL)
     assert found is not None
     return found[1].replace("''${", "${")
 

@@ -1,7 +1,8 @@
 """A machine of the boot lab: QEMU without KVM, with real firmware, boot loader, kernel and systemd.
 
 Its disk is an overlay, and its EFI variables are a file: both outlive what happens to it. Power cut: QEMU is killed.
-What the machine had not synced is lost then, as on a real one.
+What the machine had not synced is lost then, as on a real one. A reset ends QEMU, and it is started anew by whoever waits
+for the machine: without KVM, firmware that is reset in a running QEMU has hung.
 """
 
 import base64
@@ -50,6 +51,7 @@ class Machine:
     _process: "subprocess.Popen[bytes] | None" = None
     _agent: socket.socket | None = None
     _received: bytes = b""
+    _wanted: bool = False  # on; after an end that is no power cut it is started again
     _orders: int = 0
 
     # -- what it consists of --
@@ -102,15 +104,25 @@ class Machine:
             "-serial", "chardev:console",
             "-chardev", f"socket,id=agent,path={self.directory}/agent,server=on,wait=off", "-serial", "chardev:agent",
             "-device", "i6300esb", "-watchdog-action", "reset",
-            "-monitor", "none", *self.extra,
+            "-monitor", "none", "-action", "reboot=shutdown", *self.extra,
         ]  # fmt: skip
 
     @property
     def is_on(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    def tend(self) -> bool:
+        """Starts it again after a reset. Whether there was one."""
+        if not self._wanted or self.is_on:
+            return False
+        self.power_on()
+        return True
+
     def power_on(self) -> None:
         assert not self.is_on
+        self._wanted = True
+        if self._agent is not None:
+            self._agent.close()
         for name in ("agent", "console"):
             (self.directory / name).unlink(missing_ok=True)
         with open(self.directory / "qemu.log", "ab") as log:
@@ -132,6 +144,7 @@ class Machine:
         wait_for(connected, 30, "QEMU's socket")
 
     def power_cut(self) -> None:
+        self._wanted = False
         if self._agent is not None:
             self._agent.close()
             self._agent = None
@@ -141,6 +154,7 @@ class Machine:
             self._process = None
 
     def shut_down(self) -> None:
+        self._wanted = False
         self.order("systemctl poweroff --no-block")
         assert self._process is not None
         self._process.wait(90)
@@ -182,8 +196,14 @@ class Machine:
                 chunk = self._agent.recv(65536)
             except TimeoutError:
                 continue
+            except OSError:
+                chunk = b""
             if not chunk:
-                raise Gone(f"off before: {what}")
+                if not self._wanted:
+                    raise Gone(f"off before: {what}")
+                assert self._process is not None
+                self._process.wait(30)
+                self.tend()
             self._received += chunk
 
     def drain(self) -> None:
@@ -196,11 +216,15 @@ class Machine:
 
     def order(self, script: str) -> int:
         """Gives the machine a shell script to run, and does not wait. A number, for `result`."""
+        self.tend()
         assert self._agent is not None
         self._orders += 1
         message = base64.b64encode(json.dumps({"id": self._orders, "script": script}).encode()) + b"\n"
         self._agent.settimeout(10)
-        self._agent.sendall(message)
+        try:
+            self._agent.sendall(message)
+        except OSError as error:
+            raise Gone(f"it went down: {error}") from None
         return self._orders
 
     def result(self, number: int, timeout_s: float = COMMAND_TIMEOUT_S) -> Done:
