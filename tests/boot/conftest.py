@@ -18,15 +18,15 @@ TABLE = Path(__file__).with_name("table.md")
 HEAD = """\
 # The first boot is a trial: what was seen
 
-Written by `BENTO_BOOT=all tests/run tests/boot`. Each row is a machine in QEMU with real firmware, boot loader, kernel and
-systemd, and the real client's `run`. Boots: how often it got up, from its first one on. See [the tests](test_boot.py) for
-what each one looks at in the end.
+Written by `BENTO_BOOT=all tests/run tests/boot`: each row is of the last such run of its test. A row is a machine in QEMU with
+real firmware, boot loader, kernel and systemd, and the real client's `run`. Boots: how often it got up, from its first one
+on. See [the tests](test_boot.py) for what each one looks at in the end.
 
 | event | boot loader | | boots | minutes |
 | --- | --- | --- | --- | --- |
 """
-# Of each test: its row.
-rows: list[str] = []
+# (event, boot loader) -> the rest of its row
+rows: dict[tuple[str, str], str] = {}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -93,16 +93,26 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         if report.failed and isinstance(used, Bed):
             report.sections.append(("console", used.tail()))
         if report.when == "call" and isinstance(used, Bed):
-            words = item.name.removeprefix("test_").replace("_", " ")
-            for kind in ALL_KINDS:
-                words = words.replace(f"{kind.name}-", "").replace(f"[{kind.name}]", "")
-            rows.append(
-                f"| {words.replace('[', ': ').replace(']', '')} | {used.kind.name} | {report.outcome} |"
-                f" {len(used.machine.boots)} | {report.duration / 60:.1f} |\n"
+            rows[name_event(item.name), used.kind.name] = (
+                f"{report.outcome} | {len(used.machine.boots)} | {report.duration / 60:.1f}"
             )
     return report
 
 
+def name_event(test: str) -> str:
+    """From a test's name: its parameter, but for the kind of machine, goes behind a colon."""
+    name, _, parameter = test.removeprefix("test_").removesuffix("]").partition("[")
+    for kind in ALL_KINDS:
+        parameter = parameter.removeprefix(kind.name).lstrip("-")
+    return ": ".join(part for part in (name.replace("_", " "), parameter) if part)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if WHOLE and rows and not session.config.option.keyword:
-        TABLE.write_text(HEAD + "".join(rows), encoding="utf-8")
+    if not (WHOLE and rows):
+        return
+    known: dict[tuple[str, str], str] = {}
+    for line in TABLE.read_text(encoding="utf-8").splitlines()[8:] if TABLE.exists() else []:
+        event, loader, rest = line.strip("| ").split(" | ", 2)
+        known[event, loader] = rest
+    lines = (f"| {event} | {loader} | {rest} |\n" for (event, loader), rest in (known | rows).items())
+    TABLE.write_text(HEAD + "".join(lines), encoding="utf-8")
