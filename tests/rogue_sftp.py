@@ -81,7 +81,7 @@ class Rogue:
 
     def harm(self) -> None:
         while self.how == "silent":
-            time.sleep(60)
+            self.read(1)  # until the client hangs up, which ends it
         while self.how == "noise":
             sys.stderr.write("x" * 1000 + "\n")
         if self.how == "marks":

@@ -164,6 +164,8 @@ def write_units(directory: Path, host: Mapping[str, Any]) -> list[Path]:
 
 
 def analyze(*argv: str | Path) -> subprocess.CompletedProcess[str]:
+    if not Path("/run/systemd").exists():
+        need_root("which newer ones want, to make /run/systemd")
     return subprocess.run(
         [need("systemd-analyze"), *map(str, argv)],
         env=os.environ | {"SYSTEMD_COLORS": "0", "SYSTEMD_LOG_COLOR": "0"},
