@@ -2298,7 +2298,7 @@ def what_is_where(machine: Machine, pending: Pending, outcome: Outcome) -> dict[
                 changes |= {"previous": old, "previous_release": release, "previous_revision": revision}
         releases[new] = (pending.release, pending.revision)
         good = new if facts.booted == new else good
-    elif state.system == new != facts.default == pending.profile:
+    elif (state.system == new or pending.by_hand) and new != facts.default == pending.profile:
         changes = {"boot": facts.boot_id}
         if state.previous == facts.default:
             changes |= {"previous": None, "previous_release": None, "previous_revision": None}
