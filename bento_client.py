@@ -2994,10 +2994,7 @@ def wait_for_boot(machine: Machine, pending: Pending) -> Outcome | None:
 def activate(machine: Machine, pending: Pending) -> Outcome | None:
     """take_over, with the journal and the watchdog around it, and a way back from our own failures too."""
     if machine.is_switching():
-        return Outcome(
-            Result.POSTPONED,
-            "not activated: somebody else holds the lock of switch-to-configuration: tried again later",
-        )
+        return Outcome(Result.POSTPONED, "not activated: somebody else holds the lock of switch-to-configuration")
     if not machine.has_systemd:
         machine.log.say("systemd does not run here: no watchdog guards this activation")
     try:
@@ -3102,8 +3099,15 @@ def judge_boot(machine: Machine, pending: Pending) -> Outcome | None:
     if failure.unreachable and proofs < PATIENT_PROOFS:
         machine.remember(proofs=proofs, proofs_boot=boot_id)
         raise Unreachable(f"after the boot, {failure.reason}: tried again at the next run")
-    outcome = Outcome(Result.ROLLED_BACK, f"after the boot, {failure.reason}")
-    return go_back(machine, pending._replace(boot_id=boot_id), outcome)
+    result = verdict_of_boot(machine, pending) if failure.unreachable else Result.ROLLED_BACK
+    return go_back(machine, pending._replace(boot_id=boot_id), Outcome(result, f"after the boot, {failure.reason}"))
+
+
+def verdict_of_boot(machine: Machine, pending: Pending) -> Result:
+    """A boot that came to nothing may be a power cut's fault, or a site's: tried once more, then given up."""
+    tried = machine.state.tried
+    again = machine.state.interruptions > 0 and tried is not None and tried.release == pending.release
+    return Result.ROLLED_BACK if again else Result.INTERRUPTED
 
 
 def settle_earlier(machine: Machine) -> bool:
@@ -3140,10 +3144,8 @@ def carry_out(machine: Machine, pending: Pending, move: Move) -> Outcome | None:
         if pending.verdict:
             outcome = Outcome(Result(pending.verdict), pending.reason, doubt=pending.doubt)
         return go_back(machine, pending, outcome)
-    tried, again = machine.state.tried, machine.state.interruptions > 0
-    again = again and tried is not None and tried.release == pending.release
-    words = "it did not come up, the boot loader went back" + (", for the second time" if again else "")
-    return go_back(machine, pending, Outcome(Result.ROLLED_BACK if again else Result.INTERRUPTED, words))
+    words = "it did not come up, the boot loader went back"
+    return go_back(machine, pending, Outcome(verdict_of_boot(machine, pending), words))
 
 
 # --- commands ---

@@ -47,7 +47,7 @@ def settle(world: World) -> None:
 
 def rest(world: World, trouble: str, wanted: str = "") -> None:
     calm = 0
-    for number in range(16):
+    for number in range(28):
         world.now_s += 24 * 3600  # whatever pauses there are
         world.run()
         well = world.is_well() and wanted in ("", world.running)
@@ -156,6 +156,7 @@ class Walk:
                 world.start(pick=chance.choice(sorted(e for e in world.entries if world.systems[e].boots == "well") or [""]))
             case "garbage":
                 world.say("-- nix-collect-garbage -d")
+                world.lies = False  # or there may be no system left that can be fallen back to
                 world.collect_garbage()
             case "nixos-rebuild":
                 self.count += 1
@@ -170,8 +171,9 @@ class Walk:
         world.say(f"-- {event}")
         names = {"down": "server_down", "full": "boot_full", "lie": "lies", "lock": "lock_held", "refuse": "refusal"}
         ends = {"up": "down", "room": "full", "truth": "lie", "unlock": "lock", "allow": "refuse"}
-        # Without a trial, a power cut between a lie and its discovery takes a person at the boot menu.
-        setattr(world, names[ends.get(event, event)], event in names and (world.trials or event != "lie"))
+        # Without a way back, a power cut between a lie and its discovery takes a person at the boot menu.
+        can_lie = world.trials and len(world.generations) > 1
+        setattr(world, names[ends.get(event, event)], event in names and (event != "lie" or can_lie))
 
 
 @pytest.mark.parametrize("part", range(20))
