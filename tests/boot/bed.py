@@ -200,12 +200,14 @@ class Bed:
         deadline = time.monotonic() + timeout_s
         seen: Seen | None = None
         told: object = ()
+        again = 0.0
         while time.monotonic() < deadline:
             self.machine.drain()
-            if (now := (self.server.report(), self.attempts(), len(self.machine.boots))) == told:
+            now = self.server.report(), self.attempts(), len(self.machine.boots)
+            if now == told and time.monotonic() < again:
                 time.sleep(0.5)
                 continue
-            told = now
+            told, again = now, time.monotonic() + 20
             time.sleep(2)
             try:
                 seen = self.look()
