@@ -179,6 +179,10 @@ class Bed:
         logs = sorted((self.server.chroot / "logs").glob("*.log"))
         return [path.stem.split("_", 2)[2] for path in logs]
 
+    def failures(self) -> list[str]:
+        """Those of them that did not end well. A commit before the trial ends well, and so does the trial's proof."""
+        return [result for result in self.attempts() if result != "ok"]
+
     # -- what happens --
 
     def boot(self) -> None:
