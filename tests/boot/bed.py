@@ -169,6 +169,11 @@ class Bed:
     def look(self) -> Seen:
         return Seen(**json.loads(self.machine.run(LOOK).strip().splitlines()[-1]))
 
+    def booted(self) -> str:
+        """The label of what the boot loader started, as soon as there is an answer."""
+        script = "read -r line </proc/cmdline; system=${line##*init=}; cat ${system%%/init*}/nixos-version"
+        return self.machine.run(script).strip()
+
     def result(self) -> tuple[str, str]:
         """Of the last attempt, as reported: its result and reason."""
         last = self.server.report().get("last") or {}

@@ -133,7 +133,7 @@ def test_power_cut_at_a_variable(bed: Bed, when: str) -> None:
     bed.publish("v1", kernel="6.13")
     bed.wait_console("lab: held at")
     bed.power_cycle()
-    first = bed.machine.run("cat /run/booted-system/nixos-version").strip()
+    first = bed.booted()
     assert first == ("v1" if "cleared" in when else "v0")
     bed.wait(lambda seen: seen.settled == at_rest("v1"), "v1 at rest", timeout_s=1500)
 
@@ -187,7 +187,7 @@ def test_full_esp(bed: Bed, builder: str) -> None:
     bed.wait(rests(bed, "v0", "postponed"), "v0 at rest")
     bed.machine.run("rm /boot/filler")
     bed.power_cycle()
-    assert bed.machine.run("cat /run/booted-system/nixos-version").strip() == "v0"
+    assert bed.booted() == "v0"
 
 
 @whole
@@ -208,7 +208,7 @@ def test_entry_collected(bed: Bed) -> None:
     bed.machine.run("nix-collect-garbage -d; /run/current-system/bin/switch-to-configuration boot")
     bed.machine.order("systemctl reboot")
     bed.machine.wait_boot(timeout_s=300)
-    assert bed.machine.run("cat /run/booted-system/nixos-version").strip() == "v0"
+    assert bed.booted() == "v0"
 
 
 # --- a person's hand ---
@@ -260,7 +260,7 @@ def test_nixos_rebuild_by_hand_while_armed(bed: Bed) -> None:
     assert (seen.profile, seen.default, seen.once) == ("own", "", "")
     bed.machine.order("systemctl reboot")
     bed.machine.wait_boot(timeout_s=300)
-    assert bed.machine.run("cat /run/booted-system/nixos-version").strip() == "own"
+    assert bed.booted() == "own"
 
 
 @whole
