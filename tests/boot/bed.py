@@ -169,6 +169,11 @@ class Bed:
     def look(self) -> Seen:
         return Seen(**json.loads(self.machine.run(LOOK).strip().splitlines()[-1]))
 
+    def booted(self) -> str:
+        """The label of what the boot loader started, as soon as there is an answer."""
+        script = "read -r line </proc/cmdline; system=${line##*init=}; cat ${system%%/init*}/nixos-version"
+        return self.machine.run(script).strip()
+
     def result(self) -> tuple[str, str]:
         """Of the last attempt, as reported: its result and reason."""
         last = self.server.report().get("last") or {}
@@ -178,6 +183,10 @@ class Bed:
         """The results of all attempts whose logs have arrived, the oldest first."""
         logs = sorted((self.server.chroot / "logs").glob("*.log"))
         return [path.stem.split("_", 2)[2] for path in logs]
+
+    def failures(self) -> list[str]:
+        """Those of them that did not end well. A commit before the trial ends well, and so does the trial's proof."""
+        return [result for result in self.attempts() if result != "ok"]
 
     # -- what happens --
 
@@ -200,12 +209,14 @@ class Bed:
         deadline = time.monotonic() + timeout_s
         seen: Seen | None = None
         told: object = ()
+        again = 0.0
         while time.monotonic() < deadline:
             self.machine.drain()
-            if (now := (self.server.report(), self.attempts(), len(self.machine.boots))) == told:
+            now = self.server.report(), self.attempts(), len(self.machine.boots)
+            if now == told and time.monotonic() < again:
                 time.sleep(0.5)
                 continue
-            told = now
+            told, again = now, time.monotonic() + 20
             time.sleep(2)
             try:
                 seen = self.look()

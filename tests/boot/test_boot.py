@@ -48,7 +48,7 @@ def test_good(bed: Bed) -> None:
     seen = bed.wait(rests(bed, "v1", "ok"), "v1 at rest")
     assert seen.way == bed.kind.loader
     assert len(bed.machine.boots) == 3  # the first of all, before the test; v0; and v1
-    assert bed.attempts() == ["ok"]
+    assert bed.failures() == []
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_panic(bed: Bed) -> None:
     bed.publish("v1", kernel="panic-6.13")
     bed.boot()
     bed.wait(rests(bed, "v0", "rolled-back"), "v1 given up")
-    assert bed.attempts() == ["interrupted", "rolled-back"]
+    assert bed.failures() == ["interrupted", "rolled-back"]
     assert bed.machine.console_text().count("stage 1: kernel panic-6.13") == 2
 
 
@@ -81,7 +81,7 @@ def test_stage_1_fails(bed: Bed, params: list[str]) -> None:
     bed.publish("v1", more_params=params)
     bed.boot()
     bed.wait(rests(bed, "v0", "rolled-back"), "v1 given up")
-    assert bed.attempts() == ["interrupted", "rolled-back"]
+    assert bed.failures() == ["interrupted", "rolled-back"]
 
 
 @whole
@@ -90,7 +90,7 @@ def test_hang_with_a_watchdog(bed: Bed) -> None:
     bed.publish("v1", kernel="armed-hang-6.13")
     bed.boot()
     bed.wait(rests(bed, "v0", "rolled-back"), "v1 given up")
-    assert bed.attempts() == ["interrupted", "rolled-back"]
+    assert bed.failures() == ["interrupted", "rolled-back"]
 
 
 @whole
@@ -102,7 +102,7 @@ def test_hang_without_a_watchdog(bed: Bed) -> None:
         bed.wait_console("stage 1: hangs", times)
         bed.power_cycle()
     bed.wait(rests(bed, "v0", "rolled-back"), "v1 given up")
-    assert bed.attempts() == ["interrupted", "rolled-back"]
+    assert bed.failures() == ["interrupted", "rolled-back"]
 
 
 def test_dead_network(bed: Bed) -> None:
@@ -110,7 +110,7 @@ def test_dead_network(bed: Bed) -> None:
     bed.publish("v1", kernel="broken-6.13")
     bed.boot()
     bed.wait(rests(bed, "v0", "rolled-back"), "v1 given up", timeout_s=900)
-    assert bed.attempts() == ["rolled-back"]
+    assert bed.failures() == ["rolled-back"]
     assert bed.result()[1].startswith("after the boot, ")
 
 
@@ -133,7 +133,7 @@ def test_power_cut_at_a_variable(bed: Bed, when: str) -> None:
     bed.publish("v1", kernel="6.13")
     bed.wait_console("lab: held at")
     bed.power_cycle()
-    first = bed.machine.run("cat /run/booted-system/nixos-version").strip()
+    first = bed.booted()
     assert first == ("v1" if "cleared" in when else "v0")
     bed.wait(lambda seen: seen.settled == at_rest("v1"), "v1 at rest", timeout_s=1500)
 
@@ -171,7 +171,7 @@ def test_server_away_in_the_trial(bed: Bed) -> None:
     bed.wait_console("cannot reach")
     bed.server.start()
     bed.wait(rests(bed, "v1", "ok"), "v1 at rest", timeout_s=900)
-    assert bed.attempts() == ["ok"]
+    assert bed.failures() == []
 
 
 # --- the boot loader's files ---
@@ -187,7 +187,7 @@ def test_full_esp(bed: Bed, builder: str) -> None:
     bed.wait(rests(bed, "v0", "postponed"), "v0 at rest")
     bed.machine.run("rm /boot/filler")
     bed.power_cycle()
-    assert bed.machine.run("cat /run/booted-system/nixos-version").strip() == "v0"
+    assert bed.booted() == "v0"
 
 
 @whole
@@ -208,7 +208,7 @@ def test_entry_collected(bed: Bed) -> None:
     bed.machine.run("nix-collect-garbage -d; /run/current-system/bin/switch-to-configuration boot")
     bed.machine.order("systemctl reboot")
     bed.machine.wait_boot(timeout_s=300)
-    assert bed.machine.run("cat /run/booted-system/nixos-version").strip() == "v0"
+    assert bed.booted() == "v0"
 
 
 # --- a person's hand ---
@@ -260,7 +260,7 @@ def test_nixos_rebuild_by_hand_while_armed(bed: Bed) -> None:
     assert (seen.profile, seen.default, seen.once) == ("own", "", "")
     bed.machine.order("systemctl reboot")
     bed.machine.wait_boot(timeout_s=300)
-    assert bed.machine.run("cat /run/booted-system/nixos-version").strip() == "own"
+    assert bed.booted() == "own"
 
 
 @whole
