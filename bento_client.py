@@ -253,8 +253,7 @@ class State(NamedTuple):
     """`state.json`. `system`: the boot default that Bento made, `release` and `revision` are its; `previous`: what ran
     before. `good`: the last system that a boot has proven.
 
-    While `system` is not `good`, it waits for its first boot, since the boot with the id `boot`. `proofs`: how often it
-    could not prove itself since it was booted (`proofs_boot`). `armed`: the boot loader has variables of ours;
+    While `system` is not `good`, it waits for its first boot, since the boot with the id `boot`. `armed`: the boot loader has variables of ours;
     `set_before` is what a person had in them.
     `unpacked` is the release in config/, `tried` the last attempt at a release (`last` may be a later failure to
     read `current.json`), `interruptions` how often that release was cut short, `doubts` how often it was blamed for a
@@ -273,8 +272,6 @@ class State(NamedTuple):
     good_release: str | None = None
     good_revision: str | None = None
     boot: str | None = None
-    proofs: int = 0
-    proofs_boot: str | None = None
     armed: bool = False
     set_before: str = ""
     published: str | None = None
@@ -2041,6 +2038,13 @@ class Machine:
             with best_effort(self.log):
                 self.nix_env("--delete-generations", str(numbers[failed]))
 
+    def count_proof(self) -> int:
+        """How often a proof has failed since the boot, this one included. In /run: it is of one boot, and a full disk must
+        not keep a machine from counting."""
+        with open(self.settings.system_path("/run/bento-proofs"), "ab") as file:
+            file.write(b".")
+            return file.tell()
+
     def keep(self, system: str) -> None:
         """A garbage collection root for the system that a boot may have to lead back to."""
         link = self.settings.system_path("/nix/var/nix/gcroots/bento-way-back")
@@ -3094,13 +3098,12 @@ def judge_boot(machine: Machine, pending: Pending) -> Outcome | None:
     failure = prove(machine)
     if failure is None:
         return commit(machine, pending) if pending.step == Step.COMMITTING else Outcome(Result.OK, "", pending.new)
-    boot_id = machine.boot_id
-    proofs = 1 + (machine.state.proofs if machine.state.proofs_boot == boot_id else 0)
-    if failure.unreachable and proofs < PATIENT_PROOFS:
-        machine.remember(proofs=proofs, proofs_boot=boot_id)
+    if failure.unreachable and machine.count_proof() < PATIENT_PROOFS:
         raise Unreachable(f"after the boot, {failure.reason}: tried again at the next run")
     result = verdict_of_boot(machine, pending) if failure.unreachable else Result.ROLLED_BACK
-    return go_back(machine, pending._replace(boot_id=boot_id), Outcome(result, f"after the boot, {failure.reason}"))
+    return go_back(
+        machine, pending._replace(boot_id=machine.boot_id), Outcome(result, f"after the boot, {failure.reason}")
+    )
 
 
 def verdict_of_boot(machine: Machine, pending: Pending) -> Result:

@@ -75,6 +75,7 @@ class World:
     preferred: str = ""  # LoaderEntryDefault
     once: str = ""  # LoaderEntryOneShot
     boot: int = 0
+    proofs: int = 0
     now_s: float = NOON_S
     server_down: bool = False
     boot_full: bool = False
@@ -130,6 +131,7 @@ class World:
     def start(self, pick: str = "") -> None:
         """A boot, and those that follow when kernels panic."""
         self.boot += 1
+        self.proofs = 0
         for _ in range(3):
             chosen, self.once = pick or (self.once if self.once in self.entries else self.standing), ""
             pick = ""
@@ -370,6 +372,10 @@ class ModelMachine(Machine):
 
     def keep(self, system: str) -> None:
         pass
+
+    def count_proof(self) -> int:
+        self.world.proofs += 1
+        return self.world.proofs
 
     def reboot(self) -> None:
         self.world.effect("systemctl reboot")
