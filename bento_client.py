@@ -292,8 +292,9 @@ class Pending(NamedTuple):
     """`pending.json`, the journal. Where to go back to: `old` is what ran, `profile` what would have been booted.
 
     `switched`: the running system may be the new one, or something in between. `committed`: so may be the boot default.
-    `verdict`, `reason` and `doubt`: how it ends, once it goes back; `rebooting`: the boot in which a reboot back was
-    asked for. `trial`: it is about what was deployed before, not about the release that is published now.
+    `between`: what an earlier way back that failed has left running. `verdict`, `reason` and `doubt`: how it ends, once
+    it goes back; `rebooting`: the boot in which a reboot back was asked for. `trial`: it is about what was deployed
+    before, not about the release that is published now.
     """
 
     release: str
@@ -317,6 +318,7 @@ class Pending(NamedTuple):
     trial: bool = False
     doubt: bool = False
     rebooting: str = ""
+    between: str = ""
 
 
 class Settings(NamedTuple):
@@ -1889,17 +1891,17 @@ class Machine:
     def __init__(self, settings: Settings, directory: str = "", *, log: str = "deploy.log") -> None:
         self.settings, self.directory = settings, directory
         self.log = Log(settings.state / log)
-        self.state = read_journal(settings.state / "state.json", parse_state, self.log) or State()
+        self.state = self.written = read_journal(settings.state / "state.json", parse_state, self.log) or State()
         self.loader = find_loader(settings)
         self.session: Sftp | None = None
         self.watchdog: str | None = None
 
     def remember(self, **changes: Any) -> None:
         """Changes state.json, where it says something else."""
-        state = self.state._replace(**changes)
-        if state != self.state:
-            write_atomic(self.settings.state / "state.json", encode(state))
-            self.state = state
+        self.state = self.state._replace(**changes)  # what cannot be written down is told to the server at least
+        if self.state != self.written:
+            write_atomic(self.settings.state / "state.json", encode(self.state))
+            self.written = self.state
 
     @property
     def running(self) -> str:
@@ -2884,7 +2886,7 @@ def find_way_back(pending: Pending, facts: Facts, owner: str, good: str) -> tupl
         away = facts.running == pending.new and facts.running != pending.profile
         return default, pending.profile if away else None
     began = pending.switched and facts.running == owner  # units may be stopped that are to run
-    return default, pending.old if began or facts.running == pending.new else None
+    return default, pending.old if began or facts.running in (pending.new, pending.between) else None
 
 
 def activate_again(machine: Machine, pending: Pending, system: str) -> Switched:
@@ -3165,6 +3167,7 @@ def begin(machine: Machine, current: Current) -> Pending:
         # After a way back that failed the machine runs something in between: this one leads further back.
         old=machine.running if left is None else left.old, new=machine.running,
         profile=machine.default if left is None else left.profile, committed=left is not None,
+        between="" if left is None else left.between or left.new,
         step=Step.ACTIVATING, boot_id=machine.boot_id, token=os.urandom(4).hex(), switched=True,
         started=format_time(time.time()), attempt=tried.attempt + 1 if again and tried is not None else 1,
     )  # fmt: skip

@@ -326,7 +326,7 @@ class ModelMachine(Machine):
         self.log = ModelLog(self.world)  # type: ignore[assignment]
         self.loader = ModelLoader(self.world)
         self.session, self.watchdog = None, None
-        self.state = self.world.files.get("state.json", client.State())
+        self.state = self.written = self.world.files.get("state.json", client.State())
 
     @property
     def running(self) -> str:

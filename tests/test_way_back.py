@@ -185,7 +185,7 @@ def test_a_person_who_boots_the_old_generation_is_followed(tmp_path: Path) -> No
     lab.client("run")
     assert lab.labels() == ("v1", "v1", "v1"), "tried once more"
     lab.machine.power_cycle(pick="1")
-    assert "for the second time" in lab.client("run")
+    assert "did not come up" in lab.client("run")
     assert lab.labels() == ("v0", "v0", "v0") and result(lab) == (Result.ROLLED_BACK, release)
     assert "was rolled back" in lab.client("run")
 
@@ -207,6 +207,8 @@ def test_a_newer_release_does_not_hide_the_one_that_waits(tmp_path: Path, end: s
     assert lab.labels() == ("v0", "v1", "v1")
     lab.machine.power_cycle()
     assert lab.machine.network() == "down"
+    if end == "power cut":
+        lab.client("run", code=75)  # which ends what was under way
     check_way_back(lab)
 
 
@@ -318,8 +320,9 @@ def test_no_reboot_into_what_could_not_be_set_back(tmp_path: Path) -> None:
     systemd.run("run", code=1)
     assert systemd.reboots() == 2
     systemd.boot()
-    systemd.run("run")
-    assert lab.labels() == ("v0", "v0", "v0") and result(lab)[0] == Result.ROLLED_BACK
+    lab.down.touch()  # so that it is not tried once more in the same run
+    systemd.run("run", code=75)
+    assert lab.labels() == ("v0", "v0", "v0") and result(lab)[0] == Result.INTERRUPTED
 
 
 def test_a_reboot_that_is_refused_is_asked_for_again(tmp_path: Path) -> None:
@@ -342,7 +345,8 @@ def test_a_reboot_that_is_refused_is_asked_for_again(tmp_path: Path) -> None:
     systemd.run("run", code=1)
     assert systemd.reboots() == 2
     systemd.boot()
-    systemd.run("run")
+    lab.down.touch()  # so that it is not tried once more in the same run
+    systemd.run("run", code=75)
     assert lab.labels() == ("v0", "v0", "v0")
 
 
@@ -374,7 +378,7 @@ def test_a_reboot_is_asked_for_again_when_the_server_was_down(tmp_path: Path) ->
     systemd.run("run", code=1)
     systemd.boot()
     systemd.run("run", code=75)
-    assert result(lab)[0] == Result.POSTPONED
+    assert result(lab)[0] == Result.INTERRUPTED
     assert lab.labels() == ("v0", "v0", "v0")
     lab.down.unlink()
     systemd.run("run")
@@ -434,9 +438,11 @@ def test_rollback_by_hand_never_goes_to_what_was_rolled_back(tmp_path: Path) -> 
     be_patient(lab)
     at_any_price(lab, "run")
     lab.machine.power_cycle()
+    lab.down.touch()  # so that it is not tried once more in the same run
     at_any_price(lab, "run")
     assert lab.labels() == ("v0", "v0", "v0")
     assert "nothing to roll back" in lab.client("rollback", code=1)
+    lab.down.unlink()
     lab.publish("v2", inhibitors="dbus 1")
     lab.client("run")
     assert lab.labels() == ("v2", "v2", "v2")
@@ -809,7 +815,7 @@ def test_rollback_by_hand_says_when_the_boot_loader_stays(lab: Lab, rebooted: bo
     assert default.read_text() == pinned
     if rebooted:
         lab.machine.power_cycle()
-        assert lab.labels()[0] == "v2"
+        assert lab.machine.network() == "up"  # of either, whose entry is still there
     lab.client("run")
     assert lab.labels() == ("v1", "v1", "v1")
     assert (lab.last().result, lab.last().reason) == (Result.ROLLED_BACK, "by hand")
@@ -842,11 +848,13 @@ def test_a_way_back_that_does_not_take_is_no_endless_loop(tmp_path: Path) -> Non
     lab.publish("v1", inhibitors="dbus 2", kernel="broken")
     systemd.run("run")
     lab.machine.run("bootctl", "set-default", "nixos-generation-2.conf").check_returncode()
-    for _ in range(5):
+    for number in range(7):
+        if number == 5:
+            before = systemd.reboots()
         systemd.boot()
         for _ in range(bento_client.PATIENT_PROOFS + 1):
             at_any_price(lab, "run", PATH=systemd.path)
-    assert systemd.reboots() == 2  # into it, and once back
+    assert systemd.reboots() == before <= 6  # tried twice: each time into it, and back
 
 
 def test_what_waited_for_a_boot_is_not_booted_once_a_person_chose_otherwise(tmp_path: Path) -> None:
