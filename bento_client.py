@@ -3083,6 +3083,7 @@ def try_once(machine: Machine, new: str, good: str) -> None:
         end_trial(machine)
         return
     with best_effort(machine.log):
+        machine.loader.prefer(good)  # again: the limit of entries may have taken the one of its older generation
         machine.loader.try_once(new)
 
 

@@ -550,3 +550,18 @@ def test_grub_reads_the_lines_of_the_module(tmp_path: Path) -> None:
     done = subprocess.run([need("grub-script-check"), "-v", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert bento_client.GRUB_MARK in script.read_text()
+
+
+def test_the_way_back_is_an_entry_that_is_still_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A good system may have two generations; the limit of entries takes the older one with the new system's."""
+    good, new = make_system(tmp_path, "good"), make_system(tmp_path, "new")
+    esp = tmp_path / "boot"
+    write_systemd_boot(esp, [good, good, new])
+    (tmp_path / "state").mkdir()
+    settings = Settings(root=str(tmp_path), state_dir=str(tmp_path / "state"), boot_loader=("systemd-boot", "/boot"))
+    told = {"set-default": "nixos-generation-1.conf", "set-oneshot": ""}
+    monkeypatch.setattr(bento_client.SystemdBoot, "armed", lambda _: Armed(told["set-default"], told["set-oneshot"]))
+    monkeypatch.setattr(bento_client.SystemdBoot, "tell", lambda _, verb, name: told.update({verb: name}))
+    (esp / "loader/entries/nixos-generation-1.conf").unlink()
+    bento_client.try_once(bento_client.Machine(settings), new, good)
+    assert told == {"set-default": "nixos-generation-2.conf", "set-oneshot": "nixos-generation-3.conf"}
