@@ -1651,8 +1651,9 @@ class SystemdBoot(Loader):
             raise BentoError(f"EFI variable {name}: {error.strerror}") from None
 
     def entries(self, place: Path) -> list[BootEntry]:
-        found = (place / "loader/entries").glob("*.conf")
-        return [parse_loader_entry(path.name, path.read_text("utf-8", "replace")) for path in sorted(found)]
+        # The newest first: of several of a system, a limit of entries removes the older ones.
+        found = sorted((place / "loader/entries").glob("*.conf"), key=lambda path: (len(path.name), path.name))
+        return [parse_loader_entry(path.name, path.read_text("utf-8", "replace")) for path in reversed(found)]
 
     def locate(self, place: Path, written: str, original: Path) -> Path:
         return place / written.lstrip("/")
@@ -3065,9 +3066,11 @@ def can_fall_back(machine: Machine, good: str, token: str) -> bool:
 def lead_back_to(machine: Machine, good: str) -> bool:
     """Makes the system that is known to boot the standing default, before another becomes it. False: no trial here."""
     try:
-        before = machine.loader.armed().default
-        if not machine.state.armed:  # before it is changed: what a person had set is put back
-            machine.remember(armed=True, set_before=before)
+        before, ours = machine.loader.armed().default, machine.loader.entry_of(good)
+        if (
+            not machine.state.armed
+        ):  # before it is changed: what a person had set is put back. Ours, of a lost state, not
+            machine.remember(armed=True, set_before=before if before != ours else "")
         machine.loader.prefer(good)
         return True
     except (OSError, BentoError) as error:
@@ -3387,7 +3390,7 @@ def refuse_volatile(settings: Settings) -> None:
     """The state must outlive a boot: the key, and the journal that leads back from a system that does not do its job."""
     with suppress(OSError):
         mount, root = (mount_of(settings, path) for path in (settings.state, Path(settings.root)))
-        own = settings.root == "/" or mount != root  # a machine of a test lies where its owner likes
+        own = settings.system_path("/proc/self/mountinfo").exists() or mount != root  # else a test's, anywhere
         if mount is not None and mount.kind in ("tmpfs", "ramfs") and own:
             raise BentoError(f"{settings.state} is on a {mount.kind}, gone at the next boot: persist this directory")
 
@@ -3549,9 +3552,10 @@ def command_probe(settings: Settings) -> int:
 def command_align(settings: Settings) -> int:
     """For the end of a boot, and for a switch to a system without Bento: nothing of ours stays in the boot loader's
     variables once the default is another's. An attempt under way settles that itself."""
-    machine = Machine(settings, log="no-log")
-    if load_pending(machine) is None and machine.on_trial is None:
-        end_trial(machine)
+    with lock(settings) as held:
+        machine = Machine(settings, log="no-log")
+        if held and load_pending(machine) is None and machine.on_trial is None:
+            end_trial(machine)
     return 0
 
 

@@ -278,6 +278,9 @@ class ModelLoader(Loader):
             return f"the kernel of {name} is truncated"
         return None if name in self.world.entries else f"no entry for {name}"
 
+    def entry_of(self, system: str) -> str:
+        return name_of(system)
+
     def armed(self) -> client.Armed:
         return client.Armed(self.world.preferred, self.world.once)
 

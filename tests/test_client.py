@@ -1587,7 +1587,7 @@ def test_odd_file_names(lab: Lab) -> None:
     lab.publish("v1")
     names = [
         "with space", "it's", 'a "quote"', "new\nline", "tab\t", "-rf", "--help", "*", "[a-z]?", "{a,b}", "$HOME", "`id`", "a;b",
-        "back\\slash", "#hash", "~", "x" * 200, "Grüße", "日本語", "e\u0301", " ", "...", "a|b", "%s", ".hidden",
+        "back\\slash", "#hash", "~x", "x" * 200, "Grüße", "日本語", "e\u0301", " ", "...", "a|b", "%s", ".hidden",
     ]  # fmt: skip
     for name in names:
         (lab.config / name).write_text(f"content of {name}")

@@ -2076,15 +2076,20 @@ def test_every_combination_has_exactly_one_state() -> None:
     for current, report in itertools.product(published, reports):
         last = report.last if report else None
         both = report is not None and current is not None
-        busy = report is not None and report.phase in ("building", "activating")
+        left = both and report is not None and report.phase == "left"
+        busy = left or (report is not None and report.phase in ("building", "activating"))
         mine = both and current is not None and last is not None and last.release in (current.release, None)
         ended = mine and not busy
         well = ended and last is not None and last.release is not None and last.result == "ok"
+        elsewhere = well and current is not None and report is not None and report.release != current.release
         expected = {
             "new": report is None,
-            "pending": report is not None and (current is None or (not busy and not mine)),
-            "building": both and busy,
-            "up-to-date": well,
+            "pending": (report is not None and (current is None or (not busy and not mine)))
+            or (elsewhere and report is not None and not report.needs_reboot),
+            "waiting": elsewhere and report is not None and report.needs_reboot,
+            "building": both and busy and not left,
+            "left": left,
+            "up-to-date": well and current is not None and report is not None and report.release == current.release,
             "rolled-back": ended and last is not None and last.release is not None and last.result == "rolled-back",
             "failing": ended and last is not None and (
                 last.release is None or last.result not in ("ok", "rolled-back")
@@ -2101,7 +2106,7 @@ def test_every_combination_has_exactly_one_state() -> None:
                 well and report is not None and not reboot and built is not None and report.system != built
             )
             count += 1
-    assert count == 4 * (1 + 4 * 3 * 3 * 2 * len(lasts)) * 6
+    assert count == 4 * (1 + 5 * 3 * 3 * 2 * len(lasts)) * 6
     assert set(expected) == set(bento.URGENCY)
 
 
@@ -2295,7 +2300,7 @@ def test_status_json(site: Site) -> None:
     assert new == {
         "host": "b", "state": "new", "offline": False, "needs_reboot": False, "drift": False, "published": None,
         "release": None, "system": None, "client": None, "phase": None, "last": None, "seen": None, "problem": None,
-        "other_client": False, "since": None, "clock_ahead_s": None, "revision": None,
+        "other_client": False, "since": None, "clock_ahead_s": None, "revision": None, "expired": False, "signer": None,
     }  # fmt: skip
     assert abs(client.parse_time(up.pop("since")) - client.parse_time(finished)) <= 1
     assert up.pop("clock_ahead_s") in (-1, 0)
@@ -2304,7 +2309,8 @@ def test_status_json(site: Site) -> None:
         "published": {k: v for k, v in current._asdict().items() if k != "parts"}, "release": current.release, "system": "/nix/store/x",
         "client": client.VERSION, "phase": "idle", "last": last | {"reason": "two parts", "revision": None},
         "revision": None,
-        "seen": client.format_time(report.stat().st_mtime), "problem": None, "other_client": False,
+        "seen": client.format_time(report.stat().st_mtime), "problem": None, "other_client": False, "expired": False,
+        "signer": None,
     }  # fmt: skip
 
 
