@@ -195,12 +195,9 @@ def wait_for_phase(host: Host, phase: str) -> int:
     }
     started = time.time() - 1
     give_up = time.monotonic() + 40
-    client = 0
     while time.monotonic() < give_up:
         try:
-            if not client and (state / "pending.json").exists():
-                client = find_client(host)
-            if client and marks[phase]():
+            if marks[phase]() and (client := find_client(host)):
                 return client
         except OSError:
             pass
