@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from test_client import HOST, Lab, kill_tree, lab, wait_until
+from toy import esp
 from toynixos import ToyMachine, write_config
 from toysystemd import ToySystemd
 
@@ -612,6 +613,33 @@ def test_the_system_that_is_known_to_boot_keeps_its_entry(tmp_path: Path) -> Non
     run(lab)
     assert "v0" in lab.machine.entries().values()
     assert lab.machine.power_cycle()[-1] == "boots v0"
+
+
+def test_a_trial_that_is_none_is_said(tmp_path: Path) -> None:
+    """With a limit of one entry there is nothing to fall back to, though the boot loader could."""
+    lab = create(tmp_path, configuration_limit=1)
+    lab.publish("v1", kernel="6.13", configuration_limit=1)
+    assert run(lab)[0] == 0
+    assert "no entry to fall back to" in lab.report().boot_trial
+    lab.machine.power_cycle()
+    run(lab)
+    assert lab.report().boot_trial == "systemd-boot"
+
+
+def test_a_firmware_that_forgets_is_said_and_not_blamed(tmp_path: Path) -> None:
+    lab = create(tmp_path)
+    release = lab.publish("v1", kernel="6.13")
+    run(lab)
+    for name in ("LoaderEntryDefault", "LoaderEntryOneShot"):
+        esp.write_variable(lab.machine.root, name, None)
+    assert lab.machine.power_cycle() == ["boots v1"]
+    run(lab)
+    assert results(lab, release)[-1] == Result.OK and "forgot" in lab.report().boot_trial
+    lab.publish("v2", kernel="6.14")
+    run(lab)
+    lab.machine.power_cycle()
+    run(lab)
+    assert lab.report().boot_trial == "systemd-boot"
 
 
 # --- what the words of a failed build say ---
