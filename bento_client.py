@@ -1965,11 +1965,6 @@ class Machine:
         return (path if path.exists() else Path("/proc/sys/kernel/random/boot_id")).read_text().strip()
 
     @property
-    def slept_s(self) -> float:
-        """How long it has slept since its boot. The clock of our limits, and of systemd's, stands still then."""
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
-
-    @property
     def has_systemd(self) -> bool:
         return self.settings.system_path("/run/systemd/system").is_dir()
 
@@ -2836,7 +2831,7 @@ def advance(machine: Machine, pending: Pending, limit_s: float) -> Pending:
 
 
 class Failure(NamedTuple):
-    """Why a system proved nothing. `unreachable`: it may be the line's or the server's fault. `slept`: the machine did."""
+    """Why a system proved nothing. `unreachable`: it may be the line's or the server's fault. `slept`: or of a closed lid."""
 
     reason: str
     unreachable: bool = False
@@ -2876,7 +2871,7 @@ NO_TIME = Failure("no time was left for the health checks")
 def check_health(machine: Machine, system: str, give_up: float) -> Failure | None:
     """`give_up`: when time is up for all checks together, on the monotonic clock."""
     timer = ["systemctl", "is-active", "--quiet", "bento.timer"]
-    if machine.has_systemd and runs_bento(system) and run(timer, check=False, timeout=30).code != 0:
+    if machine.has_systemd and runs_bento(system) and run(timer, check=False, timeout=10).code != 0:
         return Failure("bento.timer is not active in the new system")
     for command in machine.asked("health_checks", system):
         left_s = give_up - time.monotonic()
@@ -2892,7 +2887,7 @@ def check_health(machine: Machine, system: str, give_up: float) -> Failure | Non
 def prove(machine: Machine) -> Failure | None:
     """None when the system that runs does its job: its client reaches the server anew, its timer and checks are well."""
     system, limit_s = machine.running, machine.settings.confirm_timeout
-    give_up, asleep_s = time.monotonic() + limit_s, machine.slept_s
+    give_up, began_s = time.monotonic() + limit_s, time.clock_gettime(time.CLOCK_BOOTTIME)
     machine.log.say(f"proof: {system}/sw/bin/bento-client probe, for at most {limit_s} s")
     told: Failure | None = None
 
@@ -2904,7 +2899,8 @@ def prove(machine: Machine) -> Failure | None:
         return told
 
     failure = until(limit_s, check)
-    return failure and failure._replace(slept=machine.slept_s - asleep_s > 1)
+    # The clock of limits, ours and systemd's, stands still in sleep. This one does not.
+    return failure and failure._replace(slept=time.clock_gettime(time.CLOCK_BOOTTIME) - began_s > limit_s + 10)
 
 
 # --- commit ---
@@ -3053,10 +3049,10 @@ def take_over(machine: Machine, pending: Pending) -> Outcome | None:
             units = tuple(failed_units(done.output))
             note = f"activated, but these units failed: {', '.join(units) or 'see the log'}"
     pending = advance(machine, pending, machine.settings.confirm_timeout)
-    failure = prove(machine)
-    if failure is not None and not failure.slept:
-        return go_back(machine, pending, Outcome(Result.ROLLED_BACK, failure.reason, doubt=failure.unreachable))
-    outcome = commit(machine, pending, note) if failure is None else take_over(machine, pending)  # a proof anew
+    if (failure := prove(machine)) is not None:
+        result = Result.POSTPONED if failure.slept else Result.ROLLED_BACK
+        return go_back(machine, pending, Outcome(result, failure.reason, doubt=failure.unreachable))
+    outcome = commit(machine, pending, note)
     return outcome and outcome._replace(failed_units=units)
 
 
