@@ -2887,7 +2887,7 @@ def check_health(machine: Machine, system: str, give_up: float) -> Failure | Non
 def prove(machine: Machine) -> Failure | None:
     """None when the system that runs does its job: its client reaches the server anew, its timer and checks are well."""
     system, limit_s = machine.running, machine.settings.confirm_timeout
-    give_up, began_s = time.monotonic() + limit_s, time.clock_gettime(time.CLOCK_BOOTTIME)
+    give_up, began_s = time.monotonic() + limit_s, time.clock_gettime(time.CLOCK_BOOTTIME)  # it counts sleep, too
     machine.log.say(f"proof: {system}/sw/bin/bento-client probe, for at most {limit_s} s")
     told: Failure | None = None
 
@@ -2899,7 +2899,6 @@ def prove(machine: Machine) -> Failure | None:
         return told
 
     failure = until(limit_s, check)
-    # The clock of limits, ours and systemd's, stands still in sleep. This one does not.
     return failure and failure._replace(slept=time.clock_gettime(time.CLOCK_BOOTTIME) - began_s > limit_s + 10)
 
 
@@ -3031,8 +3030,7 @@ def blame(machine: Machine, pending: Pending, outcome: Outcome) -> Outcome:
 def take_over(machine: Machine, pending: Pending) -> Outcome | None:
     """Activates, proves and commits the new system; goes back from what does not prove itself."""
     before, new = machine.running, machine.variant(pending.new)
-    units: tuple[str, ...] = ()
-    note = ""
+    note, units = "", tuple[str, ...]()
     if before != new:
         if machine.settings.activation == "boot" and not pending.between:
             return wait_for_boot(machine, pending, "")
@@ -3065,8 +3063,8 @@ def wait_for_boot(machine: Machine, pending: Pending, why: str) -> Outcome | Non
     """Makes a system that cannot, or shall not, go live the next boot's, which is to prove it."""
     if (unfit := unfit_for_boot(machine, pending)) is not None:
         return give_up(machine, pending, Outcome(Result.BUILD_FAILED, unfit))
-    note = f"{why}it takes effect at the next reboot, and is proven then"
-    return commit(machine, pending._replace(switched=False), note)
+    words = "it takes effect at the next reboot, and is proven then"
+    return commit(machine, pending._replace(switched=False), why + words)
 
 
 def activate(machine: Machine, pending: Pending) -> Outcome | None:

@@ -231,17 +231,17 @@ def test_hooks_come_when_all_is_reported(lab: Lab) -> None:
     assert lab.last().result == Result.OK and "up to date" in systemd.run("run")
 
 
-def test_hooks_that_hang_or_leave_something(lab: Lab) -> None:
-    hang = f"sleep 1000 & echo $! > {lab.file('pid')}; {{}}"
-    for ending in ("exit 0", "wait"):
-        lab.settings["after_deployment"] = [hang.format(ending), f"touch {lab.file('next')}"]
-        lab.publish(f"v1 {ending}")
-        done = lab.run_patched("c.HOOK_LIMIT_S = 1")
-        assert done.returncode == 0, done.stdout
-        assert ("after_deployment failed (no end in time)" in done.stdout) == (ending == "wait")
-        left = Path("/proc", Path(lab.file("pid")).read_text().strip(), "stat")
-        wait_until(lambda: not left.exists() or " Z " in left.read_text())
-        Path(lab.file("next")).unlink()
+@pytest.mark.parametrize("ending", ["exit 0", "wait"])
+def test_hooks_that_hang_or_leave_something(lab: Lab, ending: str) -> None:
+    hang = f"sleep 1000 & echo $! > {lab.file('pid')}; {ending}"
+    lab.settings["after_deployment"] = [hang, f"touch {lab.file('next')}"]
+    lab.publish("v1")
+    done = lab.run_patched("c.HOOK_LIMIT_S = 1")
+    assert done.returncode == 0, done.stdout
+    assert ("after_deployment failed (no end in time)" in done.stdout) == (ending == "wait")
+    left = Path("/proc", Path(lab.file("pid")).read_text().strip(), "stat")
+    wait_until(lambda: not left.exists() or " Z " in left.read_text())
+    assert Path(lab.file("next")).exists()
     assert lab.last().result == Result.OK and not (lab.state / "deploy.log").exists()
 
 
