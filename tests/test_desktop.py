@@ -2,12 +2,14 @@
 updates between two releases. Machines that sleep in the middle of it."""
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_client import CURRENT, NOON, A, B, Lab, attempt, lab, state_after, wait_until
+from test_modules import HOST_MODULE, MINIMAL, analyze, evaluate_host, write_units
 from test_way_back import Systemd
 
 import bento_client
@@ -188,6 +190,13 @@ def test_a_pause_never_outlives_its_time(
         boot_id.write_text("another\n")
     at(wall_s, 1000 + since_boot_s if boot == "same" else since_boot_s)
     assert (bento_client.paused_until(machine) is not None) == holds
+
+
+def test_a_pause_of_this_version_is_read_by_the_next_ones() -> None:
+    text = """{"format": 1, "since": "2026-11-25T22:00:00Z", "until": "2026-11-26T06:00:00Z", "boot": "an-id", "end_s": 5.5}"""
+    read = bento_client.parse_pause(text.encode(), "pause.json")
+    assert read == bento_client.Pause("2026-11-25T22:00:00Z", "2026-11-26T06:00:00Z", "an-id", 5.5)
+    assert json.loads(bento_client.encode(read)) == json.loads(text)
 
 
 def test_a_damaged_pause_is_none(lab: Lab) -> None:
@@ -378,3 +387,19 @@ def test_whether_a_proof_was_slept_through(monkeypatch: pytest.MonkeyPatch, tmp_
     machine = Machine(Settings(host="toy", state_dir=str(tmp_path), root=str(tmp_path), confirm_timeout=1))
     failure = bento_client.prove(machine)
     assert failure is not None and failure.unreachable and failure.slept == (asleep_s > 0)
+
+
+# --- on battery ---
+
+
+def test_on_battery_nothing_runs(tmp_path: Path) -> None:
+    """README's line. A condition that systemd does not know, or cannot read, would be ignored."""
+    line = "{ systemd.services.bento.unitConfig.ConditionACPower = true; }"
+    host = evaluate_host(HOST_MODULE, MINIMAL, line)
+    [path] = [path for path in write_units(tmp_path, host) if path.name == "bento.service"]
+    unit = path.read_text().partition("[Service]")[0]
+    assert "\nConditionACPower=true\n" in unit and "\nX-StopOnRemoval=false\n" in unit
+    done = analyze("condition", "ConditionACPower=true")
+    assert re.search(r"ConditionACPower=true (succeeded|failed)", done.stderr), done.stderr
+    done = analyze("verify", "--man=no", path)
+    assert done.returncode == 0 and "bento" not in done.stderr, done.stderr

@@ -85,15 +85,16 @@ def test_every_pair_of_faults_of_an_update(enter: Enter, top: Path, new: System,
 
 
 def test_every_single_fault_of_an_update(enter: Enter, top: Path) -> None:
-    for (new, trials), reboot, full in itertools.product(CASES, ("never", "when-needed"), (False, True)):
+    ways = itertools.product(("never", "when-needed"), ("live", "boot"))
+    for (new, trials), (reboot, activation), full in itertools.product(CASES, ways, (False, True)):
         for first in ("kill", "power"):
-            explore(enter, World(top, trials, reboot), new, full, first, "")
+            explore(enter, World(top, trials, reboot, activation), new, full, first, "")
 
 
 def explore(enter: Enter, template: World, new: System, full: bool, first: str, second: str) -> None:
     for one in itertools.count():
         for two in itertools.count():
-            world = enter(World(template.top, template.trials, template.reboot))
+            world = enter(World(template.top, template.trials, template.reboot, template.activation))
             world.publish("v1", new)
             world.boot_full = full
             try:
