@@ -13,6 +13,7 @@ Files, all below the state directory (/var/lib/bento, mode 0700):
   deploy.log      log of the deployment under way            outbox/        logs not yet delivered
   partial/        a download under way, to be resumed        lock           held while a run is at work
   id_ed25519      the machine's SSH identity                 known_hosts    the server's keys
+  pause.json      until when a person wants nothing deployed
 
 Exit codes: 0 done or nothing to do, 1 the deployment failed, 2 usage, 75 the server could not be reached.
 
@@ -81,6 +82,10 @@ POLL_LIMIT_S = 12 * 3600
 # After a boot, this many proofs may fail for want of a server before the release is suspected: a site's power cut ends for
 # hosts before it ends for a server.
 PATIENT_PROOFS = 3
+# A pause without a number of hours, and the longest one: a machine that is to be left alone for good has no timer.
+PAUSE_H, LONGEST_PAUSE_H = 8.0, 24.0 * 31
+# Each command of `after_deployment`.
+HOOK_LIMIT_S = 60
 NO_RELEASE = "0" * 64
 
 
@@ -322,6 +327,15 @@ class Pending(NamedTuple):
     between: str = ""
 
 
+class Pause(NamedTuple):
+    """`pause.json`. In the boot with the id `boot`, it ends when CLOCK_BOOTTIME says `end_s`."""
+
+    since: str
+    until: str
+    boot: str
+    end_s: float
+
+
 class Settings(NamedTuple):
     """The client's settings: flags over the JSON file over these defaults. Times in seconds."""
 
@@ -341,6 +355,9 @@ class Settings(NamedTuple):
     confirm_timeout: int = 120
     health_checks: tuple[str, ...] = ()
     upgrade_channels: bool = False
+    activation: str = "live"
+    rebuild_every: int = 0
+    after_deployment: tuple[str, ...] = ()
     reboot: str = "never"
     boot_loader: tuple[str, ...] = ()
 
@@ -403,9 +420,10 @@ FIELDS: dict[str, type | re.Pattern[str]] = {
     "client": re.compile(r"[!-~]{1,40}"), "step": re.compile("|".join(Step)), "last": dict, "tried": dict,
     "verdict": re.compile("|".join(("", *Result))), "Last.reason": TEXT, "Report.system": re.compile(r"[ -~]{0,400}"),
     "boot_trial": LINE, "known_to_boot": LINE, "signer": FINGERPRINT, "expires": TIME, "first_contact": TIME,
+    "since": TIME, "until": TIME,
 }  # fmt: skip
 SIMPLE: dict[str, type] = {"str": str, "int": int, "bool": bool, "float": float}
-Record = TypeVar("Record", "Current", "Part", "Last", "Report", "State", "Pending")
+Record = TypeVar("Record", "Current", "Part", "Last", "Report", "State", "Pending", "Pause")
 
 
 def refuse_constant(name: str) -> float:
@@ -523,6 +541,10 @@ def parse_pending(raw: bytes, what: str) -> Pending:
     return read_record(Pending, data if "switched" in data else in_new_words(data), what)
 
 
+def parse_pause(raw: bytes, what: str) -> Pause:
+    return read_record(Pause, parse_object(raw, what), what)
+
+
 def parse_recipe(raw: bytes, what: str, host: str) -> Recipe:
     """What `bento.json` says for one host: its own part in `hosts` comes before what is for all."""
     data = parse_object(raw, what)
@@ -545,7 +567,7 @@ def plain(value: Any) -> Any:
     return [plain(each) for each in value] if isinstance(value, tuple) else value
 
 
-def encode(record: Current | Report | State | Pending) -> bytes:
+def encode(record: Current | Report | State | Pending | Pause) -> bytes:
     data = {"format": FORMAT} | plain(record)
     for name in ("parts", "signed", "signature", "signer", "expires", "serials", "first_contact"):
         if not data.get(name, True):
@@ -557,6 +579,11 @@ def encode(record: Current | Report | State | Pending) -> bytes:
 
 DEFAULT_CONFIG = "/etc/bento/client.json"
 REBOOT_WINDOW = re.compile(r"([01][0-9]|2[0-3]):([0-5][0-9])-([01][0-9]|2[0-3]):([0-5][0-9])")
+# The settings that are one of a few words.
+FORMS = {
+    "reboot": (re.compile(f"never|when-needed|{REBOOT_WINDOW.pattern}"), "'never', 'when-needed' or 'HH:MM-HH:MM'"),
+    "activation": (re.compile("live|boot"), "'live' or 'boot'"),
+}
 SERVER_NAME = re.compile(r"[A-Za-z0-9:\[][A-Za-z0-9._:%\[\]-]*")
 
 
@@ -587,10 +614,9 @@ def make_settings(values: Mapping[str, Any], what: str) -> Settings:
     for server in settings.server:
         if not SERVER_NAME.fullmatch(server) or server.count(":") == 1:
             raise UsageError(f"{what}: setting 'server' cannot be {server!r}: a name or an address, the port in 'port'")
-    if settings.reboot not in ("never", "when-needed") and not REBOOT_WINDOW.fullmatch(settings.reboot):
-        raise UsageError(
-            f"{what}: setting 'reboot' is 'never', 'when-needed' or 'HH:MM-HH:MM', not {settings.reboot!r}"
-        )
+    for name, (form, words) in FORMS.items():
+        if not form.fullmatch(getattr(settings, name)):
+            raise UsageError(f"{what}: setting {name!r} is {words}, not {getattr(settings, name)!r}")
     if not settings.user:
         settings = settings._replace(user=f"bento-{settings.host}")
     elif not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", settings.user):
@@ -613,7 +639,7 @@ def settings_argv(settings: Settings) -> list[str]:
             argv += [flag] if value else []
         elif isinstance(value, tuple):
             argv += [f"{flag}={item}" for item in value]
-        elif value != "":
+        elif value:
             argv += [f"{flag}={value}"]
     return argv
 
@@ -633,8 +659,19 @@ def retry_pause_s(result: str, attempt: int, *, costly: bool = False) -> float:
     return 0.0 if doublings < 0 else float(min(FIRST_PAUSE_S * 2 ** min(doublings, 20), LONGEST_PAUSE_S))
 
 
+def is_due_again(state: State, now_s: float, rebuild_s: int) -> bool:
+    """Whether what was last tried is deployed, and to be built anew, with what the channels have by now: `rebuild_s` seconds
+    after the last time, or never. That such a build failed, or what it gave, is no reason to give the release up."""
+    tried = state.tried
+    if not rebuild_s or tried is None or tried.release != state.release:
+        return False
+    pause_s = 0.0 if tried.result == Result.OK else retry_pause_s(tried.result, tried.attempt, costly=True)
+    # Far in the future: the clock was set back.
+    return not -LONGEST_PAUSE_S < now_s - parse_time(tried.finished) < max(rebuild_s, pause_s)
+
+
 def decide(
-    current: Current, state: State, now_s: float, *, force: bool = False, replica: bool = False
+    current: Current, state: State, now_s: float, *, force: bool = False, replica: bool = False, rebuild_s: int = 0
 ) -> tuple[Action, str]:
     """What to do about `current`, and why, in words for a person.
 
@@ -648,6 +685,8 @@ def decide(
         return fetched, f"new release {current.release[:12]}"
     if force:
         return fetched, f"release {current.release[:12]}, by force"
+    if is_due_again(state, now_s, rebuild_s):
+        return fetched, f"release {current.release[:12]}: built again, every {duration(rebuild_s)}"
     if tried.result == Result.OK:
         return Action.NOTHING, f"up to date with release {current.release[:12]}"
     # Nobody can tell an outage that ended in time for the old system from a release that cut the line.
@@ -945,7 +984,7 @@ def run(
 ) -> Done:
     """Runs a program to its end, with its output kept, or in the file `output`; never through a shell.
 
-    It gets a process group of its own, which ends with it at the time limit (seconds) or when we are interrupted.
+    It gets a process group of its own, which ends with it, at the time limit (seconds), or when we are interrupted.
     """
     if verbose:
         print(f"+ {shlex.join(argv)}", file=sys.stderr)
@@ -969,12 +1008,9 @@ def run(
         raw, _ = process.communicate(timeout=timeout)
         code = process.returncode
     except subprocess.TimeoutExpired:
-        end_group(process)
         raw, code = b"", None
-    except BaseException:
-        end_group(process)
-        raise
     finally:
+        end_group(process)
         children.discard(process)
     text = (raw or b"").decode(errors="replace")
     if check and code != 0:
@@ -1989,6 +2025,11 @@ class Machine:
             s.system: (s.release, s.revision),
         }
 
+    def asked(self, setting: str, system: str) -> Sequence[str]:
+        """The commands that a system has in a setting; where it does not say, those that we run with."""
+        asked = settings_of(system).get(setting)
+        return [str(each) for each in asked] if isinstance(asked, list) else getattr(self.settings, setting)
+
     @property
     def needs_reboot(self) -> bool:
         """Whether a boot would give another kernel (or initrd, modules, parameters), or a system that could not go live."""
@@ -2161,10 +2202,23 @@ def best_effort(log: Log) -> Iterator[None]:
 # --- reports ---
 
 
+def paused_until(machine: Machine) -> str | None:
+    """Until when a person wants nothing deployed. In the same boot nobody's clock makes it longer; after that, one which
+    was set back to before the pause ends it."""
+    pause = read_journal(machine.settings.state / "pause.json", parse_pause, machine.log)
+    if pause is None:
+        return None
+    if pause.boot == machine.boot_id:
+        holds = time.clock_gettime(time.CLOCK_BOOTTIME) < pause.end_s
+    else:
+        holds = parse_time(pause.since) <= time.time() < parse_time(pause.until)
+    return pause.until if holds else None
+
+
 def make_report(machine: Machine, phase: Phase = Phase.IDLE) -> Report:
     state, running, trial = machine.state, machine.facts().running, machine.on_trial
     release, revision = machine.releases().get(running, (None, None))
-    if phase == Phase.IDLE and has_left(running):
+    if phase == Phase.IDLE and has_left(machine.default):
         phase = Phase.LEFT
     return Report(
         host=machine.settings.host,
@@ -2178,6 +2232,7 @@ def make_report(machine: Machine, phase: Phase = Phase.IDLE) -> Report:
         revision=revision,
         failed_units=state.failed_units,
         waiting_for_boot=state.release if trial is not None and trial != running else None,
+        paused_until=paused_until(machine),
         boot_trial=machine.trial_way,
         known_to_boot=machine.good,
         signer=state.signer,
@@ -2259,6 +2314,19 @@ def tell_bug(log: Log, error: Exception) -> str:
     return f"a bug in Bento: {type(error).__name__}: {error}; the traceback is in the log"
 
 
+def run_hooks(machine: Machine, pending: Pending, outcome: Outcome) -> None:
+    """Tells the commands of `after_deployment` how it ended. It is written down and reported by then: nothing that they do
+    counts, and they have a limit."""
+    told = {"RESULT": outcome.result, "REASON": one_line(outcome.reason), "REVISION": pending.revision or ""}
+    told["RELEASE"] = pending.release if pending.release != NO_RELEASE else ""
+    env = os.environ | {f"BENTO_{name}": str(value) for name, value in told.items()}
+    for command in machine.asked("after_deployment", machine.running):
+        with open(2, "wb", buffering=0, closefd=False) as journal:
+            code = run(["sh", "-c", command], check=False, output=journal, env=env, timeout=HOOK_LIMIT_S).code
+        if code != 0:
+            machine.log.say(f"after_deployment failed ({how_ended(code)}): {one_line(command, 100)}")
+
+
 def keep_log(machine: Machine, name: str) -> None:
     """Moves the log of an attempt into the outbox, which keeps the newest ones."""
     outbox = machine.settings.state / "outbox"
@@ -2323,7 +2391,7 @@ def what_is_where(machine: Machine, pending: Pending, outcome: Outcome) -> dict[
                 release, revision = releases.get(old, (None, None))
                 changes |= {"previous": old, "previous_release": release, "previous_revision": revision}
         releases[new] = (pending.release, pending.revision)
-        good = new if facts.booted == new else good
+        good = new if facts.booted == facts.running == new else good
     elif (state.system == new or pending.by_hand) and new != facts.default == pending.profile:
         changes = {"boot": facts.boot_id}
         if state.previous == facts.default:
@@ -2635,7 +2703,7 @@ def rebuild_argv(action: str, tree: Path, recipe: Recipe) -> list[str]:
 
 def build_argv(settings: Settings, config: Path) -> list[str]:
     recipe = read_recipe(config, settings.host)
-    upgrade = settings.upgrade_channels and not is_flake(config, recipe)
+    upgrade = (settings.upgrade_channels or settings.rebuild_every) and not is_flake(config, recipe)
     return [*rebuild_argv("build", config, recipe), *(["--upgrade"] if upgrade else [])]
 
 
@@ -2782,10 +2850,11 @@ def advance(machine: Machine, pending: Pending, limit_s: float) -> Pending:
 
 
 class Failure(NamedTuple):
-    """Why a system proved nothing. `unreachable`: which may be the line's or the server's fault."""
+    """Why a system proved nothing. `unreachable`: it may be the line's or the server's fault. `slept`: or of a closed lid."""
 
     reason: str
     unreachable: bool = False
+    slept: bool = False
 
 
 def probe_system(machine: Machine, system: str, limit_s: float) -> str | None:
@@ -2821,11 +2890,9 @@ NO_TIME = Failure("no time was left for the health checks")
 def check_health(machine: Machine, system: str, give_up: float) -> Failure | None:
     """`give_up`: when time is up for all checks together, on the monotonic clock."""
     timer = ["systemctl", "is-active", "--quiet", "bento.timer"]
-    if machine.has_systemd and runs_bento(system) and run(timer, check=False, timeout=30).code != 0:
+    if machine.has_systemd and runs_bento(system) and run(timer, check=False, timeout=10).code != 0:
         return Failure("bento.timer is not active in the new system")
-    # What the new system asks for; where it does not say, what the settings do that we run with.
-    asked = settings_of(system).get("health_checks")
-    for command in map(str, asked) if isinstance(asked, list) else machine.settings.health_checks:
+    for command in machine.asked("health_checks", system):
         left_s = give_up - time.monotonic()
         if left_s <= 0:
             return NO_TIME
@@ -2839,7 +2906,7 @@ def check_health(machine: Machine, system: str, give_up: float) -> Failure | Non
 def prove(machine: Machine) -> Failure | None:
     """None when the system that runs does its job: its client reaches the server anew, its timer and checks are well."""
     system, limit_s = machine.running, machine.settings.confirm_timeout
-    give_up = time.monotonic() + limit_s
+    give_up, began_s = time.monotonic() + limit_s, time.clock_gettime(time.CLOCK_BOOTTIME)  # it counts sleep, too
     machine.log.say(f"proof: {system}/sw/bin/bento-client probe, for at most {limit_s} s")
     told: Failure | None = None
 
@@ -2850,7 +2917,8 @@ def prove(machine: Machine) -> Failure | None:
         told = told if told is not None and failure == NO_TIME else failure  # what failed before says more
         return told
 
-    return until(limit_s, check)
+    failure = until(limit_s, check)
+    return failure and failure._replace(slept=time.clock_gettime(time.CLOCK_BOOTTIME) - began_s > limit_s + 10)
 
 
 # --- commit ---
@@ -2981,9 +3049,10 @@ def blame(machine: Machine, pending: Pending, outcome: Outcome) -> Outcome:
 def take_over(machine: Machine, pending: Pending) -> Outcome | None:
     """Activates, proves and commits the new system; goes back from what does not prove itself."""
     before, new = machine.running, machine.variant(pending.new)
-    units: tuple[str, ...] = ()
-    note = ""
+    note, units = "", tuple[str, ...]()
     if before != new:
+        if machine.settings.activation == "boot" and not pending.between:
+            return wait_for_boot(machine, pending, "")
         done = machine.switch(new, "test", pending.token)
         switched = judge_switch(done.code, done.output, is_new=machine.running == new, is_old=machine.running == before)
         words = f"switch-to-configuration test: {how_ended(done.code)}: {find_cause(done.output)}"
@@ -2992,13 +3061,14 @@ def take_over(machine: Machine, pending: Pending) -> Outcome | None:
         if switched == Switched.FAILED:
             return go_back(machine, pending, Outcome(Result.ROLLED_BACK, words))
         if switched == Switched.NEEDS_BOOT:
-            return wait_for_boot(machine, pending)
+            return wait_for_boot(machine, pending, "it cannot go live: ")
         if done.code == 4:
             units = tuple(failed_units(done.output))
             note = f"activated, but these units failed: {', '.join(units) or 'see the log'}"
     pending = advance(machine, pending, machine.settings.confirm_timeout)
     if (failure := prove(machine)) is not None:
-        return go_back(machine, pending, Outcome(Result.ROLLED_BACK, failure.reason, doubt=failure.unreachable))
+        result = Result.POSTPONED if failure.slept else Result.ROLLED_BACK
+        return go_back(machine, pending, Outcome(result, failure.reason, doubt=failure.unreachable))
     outcome = commit(machine, pending, note)
     return outcome and outcome._replace(failed_units=units)
 
@@ -3008,13 +3078,12 @@ def give_up(machine: Machine, pending: Pending, outcome: Outcome) -> Outcome | N
     return go_back(machine, pending, outcome) if pending.committed else outcome
 
 
-def wait_for_boot(machine: Machine, pending: Pending) -> Outcome | None:
-    """Makes a system that cannot go live the next boot's, which is to prove it."""
-    unfit = unfit_for_boot(machine, pending)
-    if unfit is not None:
+def wait_for_boot(machine: Machine, pending: Pending, why: str) -> Outcome | None:
+    """Makes a system that cannot, or shall not, go live the next boot's, which is to prove it."""
+    if (unfit := unfit_for_boot(machine, pending)) is not None:
         return give_up(machine, pending, Outcome(Result.BUILD_FAILED, unfit))
-    words = "it cannot go live: it takes effect at the next reboot, and is proven then"
-    return commit(machine, pending._replace(switched=False), words)
+    words = "it takes effect at the next reboot, and is proven then"
+    return commit(machine, pending._replace(switched=False), why + words)
 
 
 def activate(machine: Machine, pending: Pending) -> Outcome | None:
@@ -3052,6 +3121,7 @@ def conclude(machine: Machine, pending: Pending, outcome: Outcome) -> None:
         machine.hang_up()
     if ended:
         disarm(machine)
+    run_hooks(machine, pending, outcome)
 
 
 # --- boots ---
@@ -3086,9 +3156,8 @@ def lead_back_to(machine: Machine, good: str) -> bool:
     """Makes the system that is known to boot the standing default, before another becomes it. False: no trial here."""
     try:
         before, ours = machine.loader.armed().default, machine.loader.entry_of(good)
-        if (
-            not machine.state.armed
-        ):  # before it is changed: what a person had set is put back. Ours, of a lost state, not
+        # Before it is changed: what a person had set is put back. Ours, of a lost state, not.
+        if not machine.state.armed:
             machine.remember(armed=True, set_before=before if before != ours else "")
         machine.loader.prefer(good)
         return True
@@ -3126,9 +3195,8 @@ def judge_boot(machine: Machine, pending: Pending) -> Outcome | None:
     if failure.unreachable and machine.count_proof() < PATIENT_PROOFS:
         raise Unreachable(f"after the boot, {failure.reason}: tried again at the next run")
     result = verdict_of_boot(machine, pending) if failure.unreachable else Result.ROLLED_BACK
-    return go_back(
-        machine, pending._replace(boot_id=machine.boot_id), Outcome(result, f"after the boot, {failure.reason}")
-    )
+    outcome = Outcome(result, f"after the boot, {failure.reason}")
+    return go_back(machine, pending._replace(boot_id=machine.boot_id), outcome)
 
 
 def verdict_of_boot(machine: Machine, pending: Pending) -> Result:
@@ -3155,7 +3223,7 @@ def settle_earlier(machine: Machine) -> bool:
     outcome = carry_out(machine, pending, move)
     if outcome is None:
         return False
-    conclude(machine, pending, outcome)
+    conclude(machine, pending, outcome._replace(system=outcome.system or pending.new))
     if outcome.result != Result.ROLLBACK_FAILED:
         align_trial(machine)
     return True
@@ -3184,7 +3252,7 @@ def begin(machine: Machine, current: Current) -> Pending:
     be the only one that ever runs. An older journal, of a way back that failed, stays in its place until then.
     """
     tried, left = machine.state.tried, load_pending(machine)
-    again = tried is not None and tried.release == current.release
+    again = tried is not None and tried.release == current.release and tried.result != Result.OK
     pending = Pending(
         release=current.release, published=current.published, revision=current.revision,
         # After a way back that failed the machine runs something in between: this one leads further back.
@@ -3220,6 +3288,11 @@ def refuse_to_activate(machine: Machine, pending: Pending, *, force: bool) -> Ou
     unsigned = drops_signers(machine.settings, settings_of(new), new, machine.state.signed)
     if unsigned is not None:
         return Outcome(Result.BUILD_FAILED, unsigned, new)
+    match machine.state.tried:  # what was built anew may be what was given up
+        case Last(pending.release, Result.ROLLED_BACK, reason, pending.new) if machine.state.doubts != 1 and not force:
+            return Outcome(Result.ROLLED_BACK, reason, new)
+    if not force and (until := paused_until(machine)) is not None:
+        return Outcome(Result.POSTPONED, f"built, but not activated: paused until {until}", new)
     if free_bytes(machine.settings.state) < MIN_FREE_BYTES:
         return Outcome(Result.POSTPONED, f"built, but not activated: the disk of {machine.settings.state} is full", new)
     return None
@@ -3338,16 +3411,29 @@ def what_stands(machine: Machine, current: Current) -> str | None:
     return None
 
 
+def choose(machine: Machine, current: Current, *, force: bool) -> tuple[Action, str]:
+    """What to do about `current` on this machine, and why."""
+    action, why = decide(
+        current, machine.state, time.time(), force=force, replica=len(machine.settings.server) > 1,
+        rebuild_s=machine.settings.rebuild_every,
+    )  # fmt: skip
+    if action == Action.NOTHING:
+        why = what_stands(machine, current) or why
+    if not force and (until := paused_until(machine)) is not None:
+        return Action.NOTHING, f"paused until {until}: {why}"
+    return action, why
+
+
 def update(machine: Machine, *, force: bool) -> int:
     """Polls, decides, and does what is to be done. Raises Unreachable when the poll fails: nothing has changed then."""
-    current, state = poll_once(machine), machine.state
-    action, why = decide(current, state, time.time(), force=force, replica=len(machine.settings.server) > 1)
-    facts = machine.facts()
+    current = poll_once(machine)
+    action, why = choose(machine, current, force=force)
+    state, facts = machine.state, machine.facts()
     if facts.running == facts.booted == facts.default not in (state.system, state.good):
         machine.remember(good=facts.default, good_release=None, good_revision=None)  # a person's, and known to boot
     assert machine.session is not None
     if action == Action.NOTHING:
-        print(what_stands(machine, current) or why)
+        print(why)
         if state.last is not None and state.last.release is None:  # the server's files are in order again
             machine.remember(last=state.tried)
         deliver(machine)
@@ -3399,7 +3485,7 @@ def command_run(settings: Settings, *, force: bool) -> int:
             if not settle_earlier(machine):
                 return 1
             code = update(machine, force=force)
-            if code == 0:
+            if code == 0 and (force or paused_until(machine) is None):
                 reboot_if_due(machine)
             if (expired := nobody_vouches(machine.state, time.time())) is not None:
                 machine.log.say(f"error: {expired}")
@@ -3610,6 +3696,26 @@ def command_key(settings: Settings) -> int:
     return 0
 
 
+def command_pause(settings: Settings, hours: float) -> int:
+    """Holds nothing: a run that is at work must not keep a person waiting. It looks before it activates."""
+    if not 0 < hours <= LONGEST_PAUSE_H:
+        raise UsageError(f"a pause has more than 0 and at most {LONGEST_PAUSE_H:.0f} hours")
+    settings.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    now_s, length_s = time.time(), 3600 * hours
+    end_s = time.clock_gettime(time.CLOCK_BOOTTIME) + length_s
+    boot_id = Machine(settings, log="no-log").boot_id
+    pause = Pause(format_time(now_s), format_time(now_s + length_s), boot_id, end_s)
+    write_atomic(settings.state / "pause.json", encode(pause))
+    print(f"paused until {pause.until}: this machine polls, and deploys nothing; what it is activating now goes on")
+    return 0
+
+
+def command_resume(settings: Settings) -> int:
+    remove(settings.state / "pause.json")
+    print("no pause: the next run deploys again")
+    return 0
+
+
 def command_status(settings: Settings) -> int:
     if not os.access(settings.state, os.R_OK | os.X_OK) and settings.state.exists():
         raise BentoError(f"{settings.state} cannot be read: run this as root")
@@ -3631,6 +3737,7 @@ def format_status(report: Report, pending: Pending | None, waiting: int) -> str:
             ("last", f"{last.result}, release {(last.release or '?')[:12]}, attempt {last.attempt}, {last.finished}")
         )
         rows += [("reason", last.reason)] if last.reason else []
+    rows += [("paused", f"until {report.paused_until}")] if report.paused_until else []
     if pending is not None:
         rows.append(("under way", f"release {pending.release[:12]}, {pending.step}"))
     rows += [("failed", ", ".join(report.failed_units))] if report.failed_units else []
@@ -3659,6 +3766,8 @@ COMMANDS = {
     "probe": "can this machine reach its server? exit 0, or 75 if not",
     "status": "what this machine runs and last did",
     "rollback": "back from an activation under way, else from the last update",
+    "pause": f"[HOURS] deploy nothing for so long ({PAUSE_H:.0f} by default), but poll",
+    "resume": "end a pause",
 }
 
 
@@ -3697,6 +3806,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "command", metavar="COMMAND", choices=[*COMMANDS, "align", "emergency"], help="one of those below"
     )
+    parser.add_argument("hours", nargs="?", type=float, help=argparse.SUPPRESS)
     add_settings(parser)
     return parser
 
@@ -3731,9 +3841,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # whatever the locale, a message is no reason to fail
     command: str = options["command"]
-    for flag, goes_with in (("force", "run"), ("token", "rollback")):
-        if options[flag] and command != goes_with:
-            parser.error(f"--{flag} goes with {goes_with}, not with {command}")
+    for flag, goes_with in (("force", "run"), ("token", "rollback"), ("hours", "pause")):
+        if options[flag] not in (None, False) and command != goes_with:
+            parser.error(f"{flag if flag == 'hours' else '--' + flag} goes with {goes_with}, not with {command}")
     try:
         settings = read_settings(options)
         if command in ("run", "probe") and not settings.server:
@@ -3744,11 +3854,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return command_run(settings, force=options["force"])
         if command == "rollback":
             return command_rollback(settings, token=options["token"])
-        others = {
+        if command == "pause":
+            return command_pause(settings, PAUSE_H if options["hours"] is None else options["hours"])
+        simple = {
             "align": command_align, "emergency": command_emergency, "key": command_key, "probe": command_probe,
-            "status": command_status,
+            "resume": command_resume, "status": command_status,
         }  # fmt: skip
-        return others[command](settings)
+        return simple[command](settings)
     except BentoError as error:
         print(f"bento: error: {error}", file=sys.stderr)
         return error.exit_code

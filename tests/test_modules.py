@@ -52,6 +52,9 @@ FULL = """{
     confirmTimeout = 30;
     healthChecks = [ "systemctl is-active nginx.service" "echo \\"it's $HOME\\"" ];
     upgradeChannels = true;
+    rebuildEvery = 604800;
+    activation = "boot";
+    afterDeployment = [ "wall \\"$BENTO_RESULT\\"" ];
     reboot = "23:00-05:30";
     stateDir = "/var/lib/fleet/bento";
     trigger = { enable = true; port = 4444; };
@@ -274,7 +277,8 @@ def test_python(definitions: str, python: str) -> None:
         ("}; nix.enable = false; x = {", "remove `nix.enable = false`"),
         ("}; system.switch.enable = false; x = {", "remove `system.switch.enable = false`"),
         ("}; system.autoUpgrade.enable = true; x = {", "remove `system.autoUpgrade.enable = true`"),
-        ("upgradeChannels = true; }; nix.channel.enable = false; x = {", "upgradeChannels needs channels"),
+        ("upgradeChannels = true; }; nix.channel.enable = false; x = {", "upgradeChannels and rebuildEvery need channels"),
+        ("rebuildEvery = 604800; }; nix.channel.enable = false; x = {", "upgradeChannels and rebuildEvery need channels"),
     ],
 )
 def test_assertion(definitions: str, message: str) -> None:

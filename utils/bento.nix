@@ -129,6 +129,7 @@ let
 
   settings = {
     inherit (cfg)
+      activation
       server
       port
       host
@@ -144,6 +145,8 @@ let
     confirm_timeout = cfg.confirmTimeout;
     health_checks = cfg.healthChecks;
     upgrade_channels = cfg.upgradeChannels;
+    rebuild_every = cfg.rebuildEvery;
+    after_deployment = cfg.afterDeployment;
     boot_loader = bootLoader;
   }
   // lib.optionalAttrs (cfg.knownHosts != null) { known_hosts = cfg.knownHosts; }
@@ -317,6 +320,44 @@ in
       '';
     };
 
+    rebuildEvery = mkOption {
+      type = types.nullOr types.ints.positive;
+      default = null;
+      example = 604800;
+      description = ''
+        After how many seconds a release that is fine is built again, with root's channels updated before it, and
+        deployed if that gives another system: with the same proof as a new release, and the same way back. For machines
+        without a flake, which would else get no security updates between two releases. `null` is never.
+      '';
+    };
+
+    activation = mkOption {
+      type = types.enum [
+        "live"
+        "boot"
+      ];
+      default = "live";
+      description = ''
+        `"live"` activates a new system at once. `"boot"` makes it what the next boot starts, and proves it then: nothing
+        changes under the person at the machine. {option}`services.bento.reboot` says whether Bento may reboot for it.
+      '';
+    };
+
+    afterDeployment = mkOption {
+      type = types.listOf types.str;
+      default = [ ];
+      example = literalExpression ''
+        [ "''${pkgs.util-linux}/bin/wall \"update: $BENTO_RESULT $BENTO_REASON\"" ]
+      '';
+      description = ''
+        Shell commands to be told how an attempt at a release ended: `BENTO_RESULT` is `ok`, `fetch-failed`,
+        `build-failed`, `postponed`, `interrupted`, `rolled-back` or `rollback-failed`, `BENTO_REASON` why,
+        `BENTO_RELEASE` and `BENTO_REVISION` which. They run as the health checks do, when all is over and reported: for
+        at most a minute each, and whatever they do changes nothing. What they print is in the journal of
+        `bento.service`.
+      '';
+    };
+
     reboot = mkOption {
       type = types.either (types.enum [
         "never"
@@ -473,10 +514,10 @@ in
         '';
       }
       {
-        assertion = cfg.upgradeChannels -> config.nix.channel.enable;
+        assertion = (cfg.upgradeChannels || cfg.rebuildEvery != null) -> config.nix.channel.enable;
         message = ''
-          services.bento.upgradeChannels needs channels: remove `nix.channel.enable = false`; or, with a flake, remove
-          `services.bento.upgradeChannels = true` and update its lock file on the server.
+          services.bento.upgradeChannels and rebuildEvery need channels: remove `nix.channel.enable = false`; or, with a
+          flake, remove these two and update its lock file on the server.
         '';
       }
     ];
