@@ -188,12 +188,17 @@ class Row(NamedTuple):
 
     @property
     def needs_a_person(self) -> bool:
-        flags = self.offline or self.drift or self.expired or bool(self.problem)
+        flags = self.offline or self.drift or self.expired or self.two_machines or bool(self.problem)
         return self.state in ("failing", "rolled-back") or flags
 
     @property
     def other_client(self) -> bool:
         return self.report is not None and self.report.client != client.VERSION
+
+    @property
+    def two_machines(self) -> bool:
+        """Whether the machine that reported last has seen another one report under this name."""
+        return self.report is not None and self.report.twin is not None
 
     @property
     def revision(self) -> str | None:
@@ -238,7 +243,8 @@ class Failure(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is to be done with each host. `action`: nixos-rebuild's, that it has to pass; `limit_s`: in so long."""
+    """What is to be done with each host. `action`: nixos-rebuild's, that it has to pass; `limit_s`: in so long. `after`: a
+    command that gets each system that was built."""
 
     action: str | None
     publish: bool = True
@@ -249,6 +255,7 @@ class Plan(NamedTuple):
     wait: bool = False
     as_json: bool = False
     revision: str | None = None
+    after: tuple[str, ...] = ()
 
 
 class Job(NamedTuple):
@@ -1117,7 +1124,7 @@ def sort_rows(rows: Iterable[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: (not row.needs_a_person, URGENCY.get(row.state, 2), row.host))
 
 
-MARKS = ("offline", "drift", "needs_reboot", "other_client")
+MARKS = ("offline", "drift", "needs_reboot", "other_client", "two_machines")
 SYMBOLS = {
     "failing": "✗", "rolled-back": "↶", "pending": "…", "building": "⚙", "waiting": "↻", "new": "·", "left": "-",
     "up-to-date": "✓",
@@ -1217,8 +1224,10 @@ def count_words(rows: Sequence[Row]) -> dict[str, int]:
 def notes(row: Row, now_s: float) -> list[str]:
     """What a person should know of a host, most important first."""
     found = [row.problem] if row.problem else []
+    found += [f"two machines report as {row.host}"] if row.two_machines else []
     # Of another client, the version is told, further down.
-    found += [mark.replace("_", " ") for mark in MARKS if mark != "other_client" and getattr(row, mark)]
+    told = ("other_client", "two_machines")
+    found += [mark.replace("_", " ") for mark in MARKS if mark not in told and getattr(row, mark)]
     found += [f"signature expired: 'bento.py sign {row.host}'"] if row.expired else []
     last = row.report.last if row.report else None
     if row.state in ("failing", "rolled-back") and last is not None:
@@ -1246,6 +1255,7 @@ def format_prometheus(rows: Sequence[Row]) -> str:
         ("bento_host_drift", "Whether a host runs another system than its release's.", []),
         ("bento_host_needs_reboot", "Whether a host needs a reboot.", []),
         ("bento_host_other_client", "Whether a host runs another version of the client than the server has.", []),
+        ("bento_host_two_machines", "Whether another machine has reported as a host, too.", []),
         ("bento_host_needs_attention", "Whether a host needs a person.", []),
         ("bento_host_last_seen_timestamp_seconds", "When a host reported last, on the server's clock.", []),
         ("bento_host_published_timestamp_seconds", "When a host's current release was published.", []),
@@ -1377,6 +1387,7 @@ def row_json(row: Row) -> dict[str, object]:
         "needs_reboot": row.needs_reboot,
         "drift": row.drift,
         "other_client": row.other_client,
+        "two_machines": row.two_machines,
         "expired": row.expired,
         "published": published or None,
         "release": row.report.release if row.report else None,
@@ -1946,25 +1957,26 @@ def log_directory() -> Path:
 
 
 def rebuild(action: str, tree: Path, name: str, limit_s: float) -> str | None:
-    """Builds (or evaluates) a release as the host will, in a tree that nobody else needs. The system after a build.
-
-    BentoError with the end of the log when that fails or takes longer than `limit_s` seconds.
-    """
+    """Builds (or evaluates) a release as the host will, in a tree that nobody else needs. The system after a build."""
     # What a build says may be nobody else's business.
     log_directory().mkdir(mode=0o750, parents=True, exist_ok=True)
     os.chmod(log_directory(), 0o750)
-    log = client.Log(log_directory() / f"{name}.log")
-    client.remove(log.path)
+    client.remove(log_directory() / f"{name}.log")
     argv = client.rebuild_argv(action, tree, client.read_recipe(tree, name))
+    run_logged(f"nixos-rebuild {action}", argv, name, limit_s, tree.parent)
+    return os.path.realpath(tree.parent / "result") if action == "build" else None
+
+
+def run_logged(what: str, argv: Sequence[str], name: str, limit_s: float, directory: Path | None = None) -> None:
+    """Runs a program, with what it says in the host's log. BentoError with the end of that when it fails or takes longer
+    than `limit_s` seconds."""
+    log = client.Log(log_directory() / f"{name}.log")
     with log.output() as out:
-        done = client.run(argv, check=False, output=out, cwd=tree.parent, timeout=limit_s)
+        done = client.run(argv, check=False, output=out, cwd=directory, timeout=limit_s)
     if done.code != 0:
         said = [one_line(line, 400) for line in log.tail(16 << 10).splitlines()[-15:]] or [done.output]
         how = f"did not end within {limit_s:.0f} s" if done.code is None else f"exit {done.code}"
-        raise BentoError(
-            "\n  ".join([f"nixos-rebuild {action}: {how}; all of it is in {log.path}, which ends:", *said])
-        )
-    return os.path.realpath(tree.parent / "result") if action == "build" else None
+        raise BentoError("\n  ".join([f"{what}: {how}; all of it is in {log.path}, which ends:", *said]))
 
 
 def keep_from_collection(name: str, system: str) -> None:
@@ -2135,6 +2147,8 @@ def build_one(work: Work, name: str) -> tuple[Job, str | None] | Exception:
         system = rebuild(work.plan.action, directory / "config", name, work.plan.limit_s)
         if system is not None:
             keep_from_collection(name, system)
+            if work.plan.after:  # its last word is the system: no shell reads either
+                run_logged(shlex.join(work.plan.after), [*work.plan.after, system], name, work.plan.limit_s)
         return job, system
     except Exception as error:
         return error
@@ -2848,6 +2862,24 @@ def add_builds(parser: argparse.ArgumentParser, jobs: int) -> None:
     parser.add_argument("--json", action="store_true", help="a line of JSON a host, for programs")
 
 
+def add_after_build(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--after-build",
+        type=split_command,
+        default=(),
+        metavar="COMMAND",
+        help="run for each system, its store path added",
+    )
+
+
+def split_command(text: str) -> tuple[str, ...]:
+    """A command's words, as a shell has them, without one."""
+    try:
+        return tuple(shlex.split(not_empty(text.strip())))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def not_empty(text: str) -> str:
     """What an unset variable of a shell gives must not become the default."""
     if not text:
@@ -2890,6 +2922,8 @@ def make_parser() -> argparse.ArgumentParser:
     for name, text in (("check", "evaluate each host's configuration"), ("build", "build each host's configuration")):
         parser_ = command(name, text)
         add_builds(parser_, 2)
+        if name == "build":
+            add_after_build(parser_)
         parser_.add_argument("--timeout", type=float, default=BUILD_LIMIT_S, metavar="SECONDS", help="for each host")
         add_hosts(parser_)
     populate = command("populate", "publish what has changed")
@@ -2897,6 +2931,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--check", action="store_true", help="only hosts whose configuration evaluates")
     group.add_argument("--build", action="store_true", help="only hosts whose configuration builds")
     add_builds(populate, 1)
+    add_after_build(populate)
     populate.add_argument("--dry-run", action="store_true", help="only say what would be done")
     populate.add_argument("--wait", action="store_true", help="for another populate, instead of giving up")
     populate.add_argument(
@@ -2944,7 +2979,7 @@ def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:
     if command in ("check", "build"):
         action = "dry-build" if command == "check" else "build"
         plan = Plan(action, publish=False, jobs=max(1, options.jobs), limit_s=options.timeout, as_json=options.json)
-        return command_rebuild(fleet, options.hosts, plan)
+        return command_rebuild(fleet, options.hosts, plan._replace(after=getattr(options, "after_build", ())))
     if command == "diff":
         return command_diff(fleet, options.hosts)
     if command == "sign":
@@ -2953,6 +2988,8 @@ def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:
     if command == "update":
         return command_update(fleet, options.input)
     if command == "populate":
+        if options.after_build and not options.build:
+            raise UsageError("--after-build goes with --build: nothing else builds")
         plan = Plan(
             action="dry-build" if options.check else "build" if options.build else None,
             dry_run=options.dry_run,
@@ -2961,6 +2998,7 @@ def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:
             wait=options.wait,
             as_json=options.json,
             revision=one_line(options.revision, 200) if options.revision else None,
+            after=options.after_build,
         )
         return command_populate(fleet, options.hosts, plan, options.prune)
     if command == "status":

@@ -87,6 +87,8 @@ PAUSE_H, LONGEST_PAUSE_H = 8.0, 24.0 * 31
 # Each command of `after_deployment`.
 HOOK_LIMIT_S = 60
 NO_RELEASE = "0" * 64
+# How long it is told that another machine reported under this name.
+TWIN_S = 24 * 3600
 
 
 # --- errors ---
@@ -232,7 +234,7 @@ class Report(NamedTuple):
 
     `waiting_for_boot`: the release that the next boot is to start. `boot_trial`: how this machine's boot loader tries a
     system that has never booted. `known_to_boot`: the system that it falls back to. `first_contact`: when a server's key
-    was last taken on trust.
+    was last taken on trust. `machine` tells this machine from others; `twin`: when another one last reported as this host.
     """
 
     host: str
@@ -252,6 +254,8 @@ class Report(NamedTuple):
     signer: str | None = None
     expires: str | None = None
     first_contact: str | None = None
+    machine: str | None = None
+    twin: str | None = None
 
 
 class State(NamedTuple):
@@ -264,7 +268,7 @@ class State(NamedTuple):
     read `current.json`), `interruptions` how often that release was cut short, `doubts` how often it was blamed for a
     server that was out of reach, `costly`: its failure costs more than a poll; `published` its publication, `rebooted` the
     system that a reboot was last asked for. `serials`: see Trust; `signed` is the text that was last accepted, and
-    `signer` whose it was.
+    `signer` whose it was. `machine`: which one wrote this file; `twin`: see Report.
     """
 
     release: str | None = None
@@ -292,6 +296,8 @@ class State(NamedTuple):
     serials: tuple[str, ...] = ()
     signer: str | None = None
     signed: str | None = None
+    machine: str | None = None
+    twin: str | None = None
 
 
 class Pending(NamedTuple):
@@ -359,6 +365,7 @@ class Settings(NamedTuple):
     rebuild_every: int = 0
     after_deployment: tuple[str, ...] = ()
     reboot: str = "never"
+    build: str = "host"
     boot_loader: tuple[str, ...] = ()
 
     @property
@@ -421,6 +428,7 @@ FIELDS: dict[str, type | re.Pattern[str]] = {
     "verdict": re.compile("|".join(("", *Result))), "Last.reason": TEXT, "Report.system": re.compile(r"[ -~]{0,400}"),
     "boot_trial": LINE, "known_to_boot": LINE, "signer": FINGERPRINT, "expires": TIME, "first_contact": TIME,
     "since": TIME, "until": TIME,
+    "machine": re.compile(r"[0-9a-f]{16}"), "twin": TIME,
 }  # fmt: skip
 SIMPLE: dict[str, type] = {"str": str, "int": int, "bool": bool, "float": float}
 Record = TypeVar("Record", "Current", "Part", "Last", "Report", "State", "Pending", "Pause")
@@ -569,7 +577,7 @@ def plain(value: Any) -> Any:
 
 def encode(record: Current | Report | State | Pending | Pause) -> bytes:
     data = {"format": FORMAT} | plain(record)
-    for name in ("parts", "signed", "signature", "signer", "expires", "serials", "first_contact"):
+    for name in ("parts", "signed", "signature", "signer", "expires", "serials", "first_contact", "machine", "twin"):
         if not data.get(name, True):
             del data[name]
     return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
@@ -583,6 +591,7 @@ REBOOT_WINDOW = re.compile(r"([01][0-9]|2[0-3]):([0-5][0-9])-([01][0-9]|2[0-3]):
 FORMS = {
     "reboot": (re.compile(f"never|when-needed|{REBOOT_WINDOW.pattern}"), "'never', 'when-needed' or 'HH:MM-HH:MM'"),
     "activation": (re.compile("live|boot"), "'live' or 'boot'"),
+    "build": (re.compile("host|server"), "'host' or 'server'"),
 }
 SERVER_NAME = re.compile(r"[A-Za-z0-9:\[][A-Za-z0-9._:%\[\]-]*")
 
@@ -786,6 +795,19 @@ def find_cause(output: str) -> str:
             return one_line(" ".join(filter(None, (text, builder_words(lines[number + 1 :])))))
     plain = [line.strip() for line in lines if not CONSEQUENCES.match(line.strip())]
     return one_line((plain or [line.strip() for line in lines] or ["no output"])[-1])
+
+
+NOT_FETCHED = re.compile(
+    r"(?:warning: |error: )*(.*(?:not signed by any|lacks a .*signature|unable to download|ssh: |Permission denied"
+    r"|Host key verification).*)"
+)
+
+
+def why_not_fetched(output: str) -> str:
+    """Why Nix could not fetch a path: what it says of a substituter last. Its errors do not tell, its warnings do."""
+    said = [match[1] for line in output.splitlines() if (match := NOT_FETCHED.match(line.strip()))]
+    missing = "no substituter has it, or what it needs" if "don't know how to build" in output else find_cause(output)
+    return one_line(said[-1]) if said else missing
 
 
 def builder_words(lines: Sequence[str]) -> str:
@@ -1072,11 +1094,11 @@ class Log:
     def size(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0
 
-    def cause(self) -> str:
+    def cause(self, find: Callable[[str], str] = find_cause) -> str:
         """Why what was last run failed, from what programs, not Bento, wrote here."""
         said = self.tail(1 << 18).splitlines()
         start = max((number for number, line in enumerate(said) if BY_BENTO.match(line)), default=-1)
-        return find_cause("\n".join(said[start + 1 :]))
+        return find("\n".join(said[start + 1 :]))
 
     def hand_over(self, path: Path) -> None:
         """Moves the log to `path`, with the middle of a huge one left out, so that it is always worth uploading."""
@@ -1933,6 +1955,7 @@ class Machine:
         self.loader = find_loader(settings)
         self.session: Sftp | None = None
         self.watchdog: str | None = None
+        self.twin = self.state.twin
 
     def remember(self, **changes: Any) -> None:
         """Changes state.json, where it says something else."""
@@ -1964,6 +1987,18 @@ class Machine:
         """The kernel's name for this boot."""
         path = self.settings.system_path("/proc/sys/kernel/random/boot_id")
         return (path if path.exists() else Path("/proc/sys/kernel/random/boot_id")).read_text().strip()
+
+    @property
+    def mark(self) -> str | None:
+        """A hash of what no other machine has: of the system's id, and of the board's, for a disk may be a copy."""
+        import hashlib
+
+        places = ("/etc/machine-id", "/sys/class/dmi/id/product_uuid", "/proc/device-tree/serial-number")
+        ids = []
+        for place in places:
+            with suppress(OSError):
+                ids.append(self.settings.system_path(place).read_bytes().strip())
+        return hashlib.sha256(b"\n".join((b"bento", *ids))).hexdigest()[:16] if any(ids) else None
 
     @property
     def has_systemd(self) -> bool:
@@ -2238,6 +2273,8 @@ def make_report(machine: Machine, phase: Phase = Phase.IDLE) -> Report:
         signer=state.signer,
         expires=vouched_until(state),
         first_contact=first_contact(machine.settings),
+        machine=machine.mark,
+        twin=machine.twin,
     )
 
 
@@ -2257,6 +2294,27 @@ def announce(machine: Machine, phase: Phase) -> None:
         machine.session.put(write_report(machine, phase), "status.json", optional=True)
 
 
+def look_for_twin(machine: Machine) -> None:
+    """Whether the last report there is another machine's: a clone's. That is told, and nobody fights it.
+
+    It is remembered if it came after one of this machine's own: else the other may have made way for this one.
+    """
+    session, state, own = machine.session, machine.state, machine.mark
+    assert session is not None
+    name, now_s = f"{machine.directory}/reported.json", time.time()
+    path, seen = machine.settings.state / name, None
+    session.do(f"-get logs/status.json {name}", grows=path, ceiling=MAX_JSON_BYTES)
+    with suppress(OSError, BentoError):
+        seen = parse_report(path.read_bytes(), "the last report").machine
+    if None not in (seen, own) and seen != own:
+        machine.twin = format_time(now_s)
+        machine.log.say(f"warning: another machine reports as {machine.settings.host}: each needs a name of its own")
+    elif state.twin is not None and abs(now_s - parse_time(state.twin)) > TWIN_S:
+        machine.twin = None
+    with suppress(OSError):
+        machine.remember(machine=own, twin=machine.twin if state.machine == own else None)
+
+
 def deliver(machine: Machine, phase: Phase = Phase.IDLE) -> None:
     """Uploads the logs in the outbox, oldest first, then a fresh status.json; keeps the newest logs on the server."""
     session, outbox = machine.session, machine.settings.state / "outbox"
@@ -2265,6 +2323,7 @@ def deliver(machine: Machine, phase: Phase = Phase.IDLE) -> None:
     for name in waiting:
         session.put(f"outbox/{name}", name)
         (outbox / name).unlink()
+    look_for_twin(machine)
     session.put(write_report(machine, phase), "status.json")
     if waiting:
         there = re.findall(rf"(?m)^(?:logs/)?({LOG_NAME.pattern})\s*$", session.do("-ls -1 logs"))
@@ -2724,22 +2783,43 @@ def unchanged_lock(tree: Path) -> Iterator[None]:
             os.utime(tree, (1, 1))
 
 
-def build(settings: Settings, log: Log) -> str:
-    """Builds config/ and returns the new system's store path. The running system is not touched."""
-    link = settings.state / "result"
+def make_result(settings: Settings, log: Log, argv: Sequence[str], find: Callable[[str], str] = find_cause) -> str:
+    """Runs what is to leave a system in `result`, where nothing collects it, and returns its store path."""
+    link, what = settings.state / "result", shlex.join(argv[:2])
     remove(link)
-    argv = build_argv(settings, settings.state / "config")
     log.say(shlex.join(argv))
-    directory = settings.state / "config" / read_recipe(settings.state / "config", settings.host).directory
-    with log.output() as out, unchanged_lock(directory):
+    with log.output() as out:
         code = run(argv, check=False, output=out, cwd=settings.state, timeout=settings.build_timeout).code
     if code is None:
-        raise BentoError(f"nixos-rebuild build did not end within {settings.build_timeout} s")
+        raise BentoError(f"{what} did not end within {settings.build_timeout} s")
     if code != 0:
-        raise BentoError(f"nixos-rebuild build: exit {code}: {log.cause()}")
+        raise BentoError(f"{what}: exit {code}: {log.cause(find)}")
     new = os.path.realpath(link)
     if not Path(new, "bin/switch-to-configuration").exists():
-        raise BentoError(f"nixos-rebuild build left no system in {link}")
+        raise BentoError(f"{what} left no system in {link}")
+    return new
+
+
+def build(settings: Settings, log: Log) -> str:
+    """Builds config/ and returns the new system's store path. The running system is not touched."""
+    config = settings.state / "config"
+    argv = build_argv(settings, config)
+    with unchanged_lock(config / read_recipe(config, settings.host).directory):
+        return make_result(settings, log, argv)
+
+
+def realise(settings: Settings, log: Log, current: Current) -> str:
+    """Fetches the system that the server built from this machine's substituters, and returns its store path. Nothing is
+    evaluated or built here, and Nix checks what comes, by the keys that it trusts."""
+    if current.system is None:
+        missing = "its signed text names no system: 'bento.py sign --build'"
+        missing = missing if current.signer else "the server has not built it: 'bento.py populate --build'"
+        raise BentoError(f"release {current.release[:12]} is not to be built here, and {missing}")
+    # That a cache did not have it a while ago says nothing.
+    argv = ["nix-store", "--realise", current.system, "--add-root", str(settings.state / "result")]
+    new = make_result(settings, log, [*argv, "--option", "narinfo-cache-negative-ttl", "0"], why_not_fetched)
+    if new != current.system:
+        raise BentoError(f"{current.system} is not a store path: it leads to {new}")
     return new
 
 
@@ -3314,12 +3394,15 @@ def unfit_for_boot(machine: Machine, pending: Pending) -> str | None:
 
 
 def obtain(machine: Machine, pending: Pending, current: Current, action: Action) -> Outcome | Pending:
-    """Fetches a release and builds it. Raises Unreachable where the line broke in the middle."""
+    """Fetches a release and builds it, or fetches what was built of it. Raises Unreachable where the line broke in the middle."""
     settings, session = machine.settings, machine.session
     assert session is not None
     result = Result.FETCH_FAILED
     try:
         announce(machine, Phase.BUILDING)
+        if settings.build == "server":
+            machine.hang_up()
+            return pending._replace(new=realise(settings, machine.log, current))
         if action == Action.FETCH or not is_untouched(settings.state / "config"):
             # What failed once is fetched whole: the fault may lie in the parts.
             fetch(session, settings, current, thrifty=pending.attempt == 1)
@@ -3332,7 +3415,7 @@ def obtain(machine: Machine, pending: Pending, current: Current, action: Action)
     except Unreachable:
         raise
     except (BentoError, OSError) as error:
-        return Outcome(result, str(error))
+        return Outcome(result, str(error), current.system if settings.build == "server" else None)
     except Exception as error:  # a bug of ours must not be met anew at each poll, and nobody told
         return Outcome(result, tell_bug(machine.log, error))
 
@@ -3424,9 +3507,19 @@ def choose(machine: Machine, current: Current, *, force: bool) -> tuple[Action, 
     return action, why
 
 
+def forget_other_system(machine: Machine, current: Current) -> None:
+    """To a machine whose server builds, another system is another release: what became of the one before says nothing."""
+    tried = machine.state.tried
+    if machine.settings.build == "server" and tried is not None and tried.release == current.release:
+        known = tried.system is not None or tried.result == Result.FETCH_FAILED
+        if known and current.system not in (None, tried.system):
+            machine.remember(tried=None)
+
+
 def update(machine: Machine, *, force: bool) -> int:
     """Polls, decides, and does what is to be done. Raises Unreachable when the poll fails: nothing has changed then."""
     current = poll_once(machine)
+    forget_other_system(machine, current)
     action, why = choose(machine, current, force=force)
     state, facts = machine.state, machine.facts()
     if facts.running == facts.booted == facts.default not in (state.system, state.good):
@@ -3751,6 +3844,11 @@ def format_status(report: Report, pending: Pending | None, waiting: int) -> str:
         over = parse_time(report.expires) <= parse_time(report.polled)
         rows.append(("signed", f"by {report.signer}, until {report.expires}"))
         rows += [("expired", "nobody vouches for this machine's state: sign its release anew")] if over else []
+    if report.twin is not None:
+        words = (
+            f"another machine reported as {report.host}, last seen {report.twin}: give it a name and a key of its own"
+        )
+        rows.append(("twin", words))
     if report.first_contact is not None:
         rows.append(("trust", f"the server's key was taken at first contact, {report.first_contact}"))
     if waiting:

@@ -273,7 +273,7 @@ def test_status_json(site: Site) -> None:
     assert new == {
         "host": "b", "state": "new", "offline": False, "needs_reboot": False, "drift": False, "published": None,
         "release": None, "system": None, "client": None, "phase": None, "last": None, "seen": None, "problem": None,
-        "other_client": False, "since": None, "clock_ahead_s": None, "revision": None, "expired": False, "signer": None,
+        "other_client": False, "two_machines": False, "since": None, "clock_ahead_s": None, "revision": None, "expired": False, "signer": None,
     }  # fmt: skip
     assert abs(client.parse_time(up.pop("since")) - client.parse_time(finished)) <= 1
     assert up.pop("clock_ahead_s") in (-1, 0)
@@ -282,7 +282,7 @@ def test_status_json(site: Site) -> None:
         "published": {k: v for k, v in current._asdict().items() if k not in LONG}, "release": current.release, "system": "/nix/store/x",
         "client": client.VERSION, "phase": "idle", "last": last | {"reason": "two parts", "revision": None},
         "revision": None,
-        "seen": client.format_time(report.stat().st_mtime), "problem": None, "other_client": False, "expired": False,
+        "seen": client.format_time(report.stat().st_mtime), "problem": None, "other_client": False, "two_machines": False, "expired": False,
         "signer": None,
     }  # fmt: skip
 

@@ -38,19 +38,28 @@ let
   # may (-X utf8).
   command = pkgs.writeShellScriptBin "bento-client" ''
     export PATH=${
-      lib.makeBinPath [
-        config.nix.package
-        config.system.build.nixos-rebuild
-        config.systemd.package
-        config.programs.ssh.package
-        pkgs.gitMinimal
-        pkgs.coreutils
-        pkgs.bash
-        # What Nix unpacks channels and archives with.
-        pkgs.gnutar
-        pkgs.gzip
-        pkgs.xz
-      ]
+      lib.makeBinPath (
+        [
+          config.nix.package
+          config.systemd.package
+          config.programs.ssh.package
+          pkgs.coreutils
+          pkgs.bash
+        ]
+        ++ (
+          if cfg.build == "server" then
+            [ ]
+          else
+            [
+              config.system.build.nixos-rebuild
+              pkgs.gitMinimal
+              # What Nix unpacks channels and archives with.
+              pkgs.gnutar
+              pkgs.gzip
+              pkgs.xz
+            ]
+        )
+      )
     }''${PATH:+:$PATH}
     exec ${cfg.python}/bin/python3 -I -S -X utf8 ${client} --config /etc/bento/client.json "$@"
   '';
@@ -136,6 +145,7 @@ let
       user
       identity
       reboot
+      build
       ;
     state_dir = cfg.stateDir;
     ssh_options = cfg.sshOptions;
@@ -284,6 +294,19 @@ in
         The time over which the fleet spreads its polls. Each machine has an offset of its own in it, always the same,
         so that a thousand of them do not knock in the same second. One whole {option}`services.bento.interval` is
         best: change them together.
+      '';
+    };
+
+    build = mkOption {
+      type = types.enum [
+        "host"
+        "server"
+      ];
+      default = "host";
+      description = ''
+        Who builds this machine's systems. `"server"` is for machines too small for it: they evaluate and build nothing,
+        and fetch what `bento.py populate --build` has built from their substituters ({option}`nix.settings.substituters`),
+        signed by a key in {option}`nix.settings.trusted-public-keys`.
       '';
     };
 
@@ -502,6 +525,12 @@ in
       {
         assertion = config.nix.enable;
         message = "services.bento builds on the machine itself, which takes Nix: remove `nix.enable = false`.";
+      }
+      {
+        assertion = cfg.upgradeChannels -> cfg.build == "host";
+        message = ''
+          services.bento.upgradeChannels is for machines that build: remove it, and update the channels of the server.
+        '';
       }
       {
         assertion = config.system.switch.enable or true;
