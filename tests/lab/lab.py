@@ -46,6 +46,7 @@ from typing import Any, Self, TypeVar
 
 TESTS = Path(__file__).resolve().parents[1]
 REPO = TESTS.parent
+MODULE = REPO / "utils/bento.nix"
 sys.path.insert(0, str(TESTS))
 
 from toy import esp
@@ -753,14 +754,14 @@ def nix_string(text: str) -> str:
     return f'"{quoted}"'
 
 
-def host_module(settings: dict[str, Any], name: str) -> Any:
+def host_module(settings: dict[str, Any], name: str, source: Path = MODULE) -> Any:
     """utils/bento.nix, for a host with these options of services.bento: its client.json, units and timers."""
     options = f"builtins.fromJSON {nix_string(json.dumps(settings))}"
     loader = "boot.loader.systemd-boot.enable = true;"
     module = f"{{ services.bento = {options}; networking.hostName = {nix_string(name)}; {loader} }}"
-    result = evaluate(f"modules.host [ (/. + {nix_string(f'{REPO}/utils/bento.nix')}) {module} ]")
+    result = evaluate(f"modules.host [ (/. + {nix_string(str(source))}) {module} ]")
     if "failed" in result:
-        raise LabError(f"utils/bento.nix: {result['failed']}")
+        raise LabError(f"{source}: {result['failed']}")
     return result
 
 
@@ -775,14 +776,13 @@ def render_unit(sections: dict[str, dict[str, Any]]) -> str:
     return "\n".join("\n".join([f"[{section}]", *lines(values), ""]) for section, values in sections.items())
 
 
-def host_units(name: str, settings: dict[str, Any], *, slot_s: int, boot_s: int) -> dict[str, str]:
-    """The units of a host as utils/bento.nix defines them.
+def host_units(module: Any, *, slot_s: int, boot_s: int) -> dict[str, str]:
+    """The units of a host as utils/bento.nix defines them. That of 1.0 has no trial.
 
     Three things differ. The timers are quicker: a slot every `slot_s` (which divides 60), the one after the boot in
     `boot_s`. Nix has no daemon here. And the command is found through /run/current-system: a toy system's units cannot
     know its store path.
     """
-    module = host_module(settings, name)
     service, timer, boot = module["services"]["bento"], module["timers"]["bento"], module["timers"]["bento-boot"]
     environment = {k: v for k, v in service["environment"].items() if k not in ("NIX_REMOTE", "NIX_PATH")}
     command = service["serviceConfig"]["ExecStart"].split("/bin/", 1)[1]
@@ -799,12 +799,12 @@ def host_units(name: str, settings: dict[str, Any], *, slot_s: int, boot_s: int)
     poll_section = timer["timerConfig"] | {"OnCalendar": f"*:*:0/{slot_s}", "AccuracySec": "100ms"}
     poll_section["RandomizedDelaySec"] = 0
     boot_section = boot["timerConfig"] | {"OnBootSec": f"{boot_s}s", "AccuracySec": "100ms"}
+    trial = module["services"].get(TRIAL.removesuffix(".service"))
     return {
         "bento.service": render_unit({"Unit": unit, "Service": service_section}),
         "bento.timer": render_unit({"Unit": {"Description": timer["description"]}, "Timer": poll_section}),
         "bento-boot.timer": render_unit({"Unit": {"Description": boot["description"]}, "Timer": boot_section}),
-        TRIAL: trial_unit(module["services"][TRIAL.removesuffix(".service")]),
-    }
+    } | ({TRIAL: trial_unit(trial)} if trial else {})
 
 
 def trial_unit(service: dict[str, Any]) -> str:
@@ -928,20 +928,20 @@ class Host(Machine):
 
     state = "/var/lib/bento"
 
-    def behaviour(self, *, slot_s: int = 10, boot_s: int = 2, **settings: Any) -> dict[str, Any]:
-        """toy.json of a host that follows the lab's server; `settings` are those of client.json.
+    def behaviour(self, *, slot_s: int = 10, boot_s: int = 2, source: Path = MODULE, **settings: Any) -> dict[str, Any]:
+        """toy.json of a host that follows the lab's server; `settings` are those of client.json, `source` is the module.
 
         To be changed at will, and given to toynixos.write_config(..., **behaviour).
         """
-        options = {"server": "server"}
-        module = host_module(options, self.name)
+        module = host_module({"server": "server"}, self.name, source)
+        units = host_units(module, slot_s=slot_s, boot_s=boot_s)
         quick = {"connect_timeout": 3, "confirm_timeout": 8, "activation_timeout": 20, "build_timeout": 60}
         return {
             "python": "/usr/bin/python3",
             "compiled": True,
             "client_json": module["settings"] | quick | settings,
-            "units": host_units(self.name, options, slot_s=slot_s, boot_s=boot_s),
-            "starts": [TRIAL],
+            "units": units,
+            "starts": [unit for unit in units if unit == TRIAL],
             "activation_command": 'ip link set eth0 "$TOY_NETWORK"',
         }
 
