@@ -306,7 +306,7 @@ class Pending(NamedTuple):
     `switched`: the running system may be the new one, or something in between. `committed`: so may be the boot default.
     `between`: what an earlier way back that failed has left running. `verdict`, `reason` and `doubt`: how it ends, once
     it goes back; `rebooting`: the boot in which a reboot back was asked for. `trial`: it is about what was deployed
-    before, not about the release that is published now.
+    before, not about the release that is published now. `job`: the newest one in systemd's queue before the switch.
     """
 
     release: str
@@ -331,6 +331,7 @@ class Pending(NamedTuple):
     doubt: bool = False
     rebooting: str = ""
     between: str = ""
+    job: int | None = None
 
 
 class Pause(NamedTuple):
@@ -769,16 +770,14 @@ def explain_ssh(output: str) -> tuple[str, bool]:
     return (said[-1] if said else "sftp ended without a word"), True
 
 
-BY_BENTO = re.compile(r"[0-9TZ:-]{20} bento: ")
+# Not compiled: only a failure needs them.
+BY_BENTO = r"[0-9TZ:-]{20} bento: "
 # What only says that something above it failed.
-CONSEQUENCES = re.compile(
-    r"error: (\d+ dependenc|some (substitutes|outputs)|build of|cannot build .*nixos-system-|Command '\[)"
-    r"|.*returned non-zero exit status|.*Pre-switch checks? .*failed|warning: |.*dependency failed|.*For full logs",
-    re.IGNORECASE,
+CONSEQUENCES = (
+    r"(?i:error: (\d+ dependenc|some (substitutes|outputs)|build of|cannot build .*nixos-system-|Command '\[)"
+    r"|.*returned non-zero exit status|.*Pre-switch checks? .*failed|warning: |.*dependency failed|.*For full logs)"
 )
-PRIVATE = re.compile(
-    r"(ssh: |fatal: .*(not found|unable|Authentication)|.*Permission denied \(|.*Host key verification)"
-)
+PRIVATE = r"(ssh: |fatal: .*(not found|unable|Authentication)|.*Permission denied \(|.*Host key verification)"
 
 
 def find_cause(output: str) -> str:
@@ -787,13 +786,13 @@ def find_cause(output: str) -> str:
     for number, line in enumerate(lines):
         text = line.strip()
         if text.endswith("Failed assertions:"):
-            more = [each.strip() for each in lines[number + 1 :] if not CONSEQUENCES.match(each.strip())]
+            more = [each.strip() for each in lines[number + 1 :] if not re.match(CONSEQUENCES, each.strip())]
             return one_line(" ".join(more))
-        if PRIVATE.match(text):
+        if re.match(PRIVATE, text):
             return one_line(text)
-        if text.startswith("error:") and len(text) > len("error:") and not CONSEQUENCES.match(text):
+        if text.startswith("error:") and len(text) > len("error:") and not re.match(CONSEQUENCES, text):
             return one_line(" ".join(filter(None, (text, builder_words(lines[number + 1 :])))))
-    plain = [line.strip() for line in lines if not CONSEQUENCES.match(line.strip())]
+    plain = [line.strip() for line in lines if not re.match(CONSEQUENCES, line.strip())]
     return one_line((plain or [line.strip() for line in lines] or ["no output"])[-1])
 
 
@@ -1097,7 +1096,7 @@ class Log:
     def cause(self, find: Callable[[str], str] = find_cause) -> str:
         """Why what was last run failed, from what programs, not Bento, wrote here."""
         said = self.tail(1 << 18).splitlines()
-        start = max((number for number, line in enumerate(said) if BY_BENTO.match(line)), default=-1)
+        start = max((number for number, line in enumerate(said) if re.match(BY_BENTO, line)), default=-1)
         return find("\n".join(said[start + 1 :]))
 
     def hand_over(self, path: Path) -> None:
@@ -1122,7 +1121,7 @@ class Log:
 
 NAMESPACE, PRINCIPAL = "bento-release", "bento"
 SIGNED_1 = "bento-release 1"
-PUBLIC_KEY = re.compile(r"(?:^|\s)((?:ssh|ecdsa|sk)-[!-~]+) +(AAAA[A-Za-z0-9+/]+=*)(?:\s+(.*))?$")
+PUBLIC_KEY = r"(?:^|\s)((?:ssh|ecdsa|sk)-[!-~]+) +(AAAA[A-Za-z0-9+/]+=*)(?:\s+(.*))?$"
 
 
 def format_signed(signed: Signed) -> str:
@@ -1180,7 +1179,7 @@ def read_signers(path: Path) -> dict[str, tuple[str, str]]:
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        key = PUBLIC_KEY.search(line.strip())
+        key = re.search(PUBLIC_KEY, line.strip())
         try:
             found[fingerprint(key[2] if key else "?")] = (f"{key[1]} {key[2]}", key[3] or "") if key else ("", "")
         except ValueError:
@@ -1584,7 +1583,7 @@ GRUB_MARK = "# bento: the first boot is a trial (1)"
 GRUB_GOOD, GRUB_TRY = "bento_good", "bento_try"
 GRUB_WRITES = ("ext2", "ext3", "ext4", "vfat")
 GRUBENV_HEAD, GRUBENV_BYTES = b"# GRUB Environment Block\n", 1024
-GRUB_BLOCK = re.compile(r"""\s*(menuentry|submenu)\s+(["'])(.*?)\2""")
+GRUB_BLOCK = r"""\s*(menuentry|submenu)\s+(["'])(.*?)\2"""
 BOOTCTL_LIMIT_S = 60
 
 
@@ -1832,7 +1831,7 @@ def parse_grub(text: str) -> list[BootEntry]:
     path: list[str] = []
     for line in text.splitlines():
         words = line.split()
-        if found := GRUB_BLOCK.match(line):
+        if found := re.match(GRUB_BLOCK, line):
             path.append(found[3].replace(">", ">>"))
             entries.append(BootEntry(">".join(path), top=len(path) == 1))
         if not path or not words:
@@ -1953,6 +1952,7 @@ class Machine:
         self.log = Log(settings.state / log)
         self.state = self.written = read_journal(settings.state / "state.json", parse_state, self.log) or State()
         self.loader = find_loader(settings)
+        self.profile = settings.system_path("/nix/var/nix/profiles/system")
         self.session: Sftp | None = None
         self.watchdog: str | None = None
         self.twin = self.state.twin
@@ -1973,10 +1973,6 @@ class Machine:
         """What was booted; what runs, where that is not known."""
         booted = os.path.realpath(self.settings.system_path("/run/booted-system"))
         return booted if os.path.exists(booted) else self.running
-
-    @property
-    def profile(self) -> Path:
-        return self.settings.system_path("/nix/var/nix/profiles/system")
 
     @property
     def default(self) -> str:
@@ -2103,15 +2099,25 @@ class Machine:
         said = self.log.tail().rpartition("bento: switch-to-configuration test: ")[2]
         return not said or "the following units:" in said or "activating the configuration" in said
 
-    def end_switches(self, token: str) -> None:
-        """Ends what an attempt started and left, with the jobs that it queued: a unit that waits for one that hangs would
-        start after the way back. Not during a boot or a shutdown, when the jobs are others'.
+    def jobs(self) -> list[int]:
+        """The numbers of the jobs in systemd's queue. They grow; the first one of a boot is 1."""
+        if not self.has_systemd:
+            return []
+        listed = run(["systemctl", "list-jobs", "--no-legend"], check=False, timeout=30).output
+        return [int(number) for number in re.findall(r"(?m)^ *([0-9]+) ", listed)]
+
+    def end_switches(self, pending: Pending) -> None:
+        """Ends what an attempt started and left, with the jobs that were queued since: a unit that waits for one that hangs
+        would start after the way back. Not during a boot or a shutdown, when the jobs are others'.
         """
         if not self.has_systemd:
             return
-        run(["systemctl", "stop", f"bento-switch-{token}-*.service"], check=False, timeout=60)
-        if run(["systemctl", "is-system-running"], check=False, timeout=30).output.strip() in ("running", "degraded"):
-            run(["systemctl", "cancel"], check=False, timeout=60)
+        run(["systemctl", "stop", f"bento-switch-{pending.token}-*.service"], check=False, timeout=60)
+        state = run(["systemctl", "is-system-running"], check=False, timeout=30).output.strip()
+        if pending.job is None or pending.boot_id != self.boot_id or state not in ("running", "degraded"):
+            return
+        if queued := [str(job) for job in self.jobs() if job > pending.job]:
+            run(["systemctl", "cancel", *queued], check=False, timeout=60)
 
     def nix_env(self, *words: str) -> None:
         argv = ["nix-env", "-p", str(self.profile), *words]
@@ -3086,7 +3092,7 @@ def go_back(machine: Machine, pending: Pending, outcome: Outcome) -> Outcome | N
     )
     with best_effort(machine.log):
         pending = advance(machine, pending, machine.settings.activation_timeout + machine.settings.confirm_timeout)
-    machine.end_switches(pending.token)
+    machine.end_switches(pending)
     facts, owner = machine.facts(pending.new, pending.profile), owner_of(pending.old, [pending.profile])[0]
     pending = pending._replace(switched=pending.switched and (facts.running == pending.new or machine.has_begun()))
     default, system = find_way_back(pending, facts, owner, machine.good)
@@ -3173,6 +3179,7 @@ def activate(machine: Machine, pending: Pending) -> Outcome | None:
     if not machine.has_systemd:
         machine.log.say("systemd does not run here: no watchdog guards this activation")
     try:
+        pending = pending._replace(job=max(machine.jobs(), default=0))
         pending = advance(machine, pending, machine.settings.activation_timeout)
     except (OSError, BentoError) as error:
         return Outcome(Result.POSTPONED, f"not activated, the watchdog could not be armed: {error}")
@@ -3276,7 +3283,7 @@ def judge_boot(machine: Machine, pending: Pending) -> Outcome | None:
         raise Unreachable(f"after the boot, {failure.reason}: tried again at the next run")
     result = verdict_of_boot(machine, pending) if failure.unreachable else Result.ROLLED_BACK
     outcome = Outcome(result, f"after the boot, {failure.reason}")
-    return go_back(machine, pending._replace(boot_id=machine.boot_id), outcome)
+    return go_back(machine, pending._replace(boot_id=machine.boot_id, job=None), outcome)
 
 
 def verdict_of_boot(machine: Machine, pending: Pending) -> Result:
@@ -3439,11 +3446,11 @@ def reboot_if_due(machine: Machine) -> None:
     """Reboots into the boot default, when that is needed, allowed now, and was not tried for it before: to prove it, or
     to be rid of the kernel of what was rolled back. What else was booted is a person's choice."""
     new, before, now, tried = machine.default, machine.state.rebooted, time.localtime(), machine.state.tried
-    if not machine.needs_reboot and before is not None:
+    if before is not None and not machine.needs_reboot:
         machine.remember(rebooted=None)
     due = machine.on_trial is not None or (tried is not None and tried.system == machine.facts().booted != new)
     allowed = may_reboot(machine.settings.reboot, now.tm_hour, now.tm_min)
-    if not (machine.needs_reboot and due and allowed) or before == new:
+    if before == new or not (allowed and due and machine.needs_reboot):
         return
     if not machine.has_systemd:
         machine.log.say("a reboot is due, but systemd does not run here")

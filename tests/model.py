@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import bento_client as client
-from bento_client import BentoError, Current, Done, Loader, Machine, Unreachable
+from bento_client import BentoError, Current, Done, Loader, Machine, Pending, Unreachable
 
 SERVER = "server.example"
 NOON_S = 1_700_000_000.0
@@ -372,7 +372,10 @@ class ModelMachine(Machine):
     def switch(self, system: str, action: str, token: str) -> Done:
         return Done(*self.world.switch(name_of(system), action))
 
-    def end_switches(self, token: str) -> None:
+    def jobs(self) -> list[int]:
+        return []
+
+    def end_switches(self, pending: Pending) -> None:
         pass
 
     def has_begun(self) -> bool:
