@@ -2,15 +2,15 @@
 """Bento's server: publishes the configuration of each NixOS host of a fleet, and shows what became of it.
 
 Files. In the fleet directory: hosts/NAME/ (one host's configuration, or a symlink to it), hosts/NAME.pub (its SSH
-public keys), hosts/NAME.sig (what the administrator signed for it), fleet.nix (written from fleet.nix.in). In the
-chroot directory, for each host: current.json (the release to run; replacing it is the moment of publication),
+public keys), hosts/NAME.sig (what the administrator signed for it), hosts/waves (the order of a roll-out), fleet.nix (written
+from fleet.nix.in). In the chroot directory, for each host: current.json (the release to run; replacing it is the moment of publication),
 releases/ID/ and releases/ID.tar, config -> releases/ID, history, and logs/, which belongs to the host: nothing there
-is trusted. Beside the chroots: .store/, which has each release once, for the chroots to link to, and .lock.
+is trusted. Beside the chroots: .store/, which has each release once, for the chroots to link to, .rollout.json, and .lock.
 
 Exit codes: 0 done, 1 something failed (each failure on stderr) or a host needs a person, 2 usage.
 
-Sections: constants, types, hosts and keys, work trees, releases, states of hosts, publication, signatures, builds,
-commands, command line.
+Sections: constants, types, hosts and keys, work trees, releases, states of hosts, waves, publication, signatures,
+builds, commands, command line.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import base64
 import binascii
 import errno
 import fcntl
+import fnmatch
 import functools
 import grp
 import hashlib
@@ -44,7 +45,7 @@ import time
 import traceback
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
@@ -77,7 +78,7 @@ SMALL_FILE = 128 << 10
 MEMORY_BYTES, MEMBER_BYTES = 8 << 20, 512
 # So many different directories that hosts share are remembered; usually there is one.
 MAX_SHARED = 16
-MAX_DEPTH = 100
+MAX_DEPTH, MAX_WAVES_BYTES = 100, 1 << 20
 # Of names that belong together, so many are shown.
 SHOWN = 5
 # So much of a revision is shown in the table.
@@ -173,7 +174,7 @@ class Fleet:
 
 class Row(NamedTuple):
     """What is known of a host. `seen_s`: seconds since 1970 on the server's clock. `expired`: what is published for it is
-    signed, for a time that is over."""
+    signed, for a time that is over. `held`: since when, and whom it waits for."""
 
     host: str
     state: str
@@ -185,6 +186,7 @@ class Row(NamedTuple):
     seen_s: float | None
     problem: str
     expired: bool = False
+    held: str = ""
 
     @property
     def needs_a_person(self) -> bool:
@@ -249,13 +251,13 @@ class Plan(NamedTuple):
     action: str | None
     publish: bool = True
     dry_run: bool = False
-    verbose: bool = False
     jobs: int = 1
     limit_s: float = BUILD_LIMIT_S
     wait: bool = False
     as_json: bool = False
     revision: str | None = None
     after: tuple[str, ...] = ()
+    now: bool = False
 
 
 class Job(NamedTuple):
@@ -288,6 +290,8 @@ def find_hosts(fleet: Fleet, wanted: Sequence[str]) -> tuple[list[str], list[str
     hosts, errors = [], []
     for entry in scan_hosts(fleet):
         if entry.name.endswith((".pub", ".sig")) or entry.is_file(follow_symlinks=False):
+            continue
+        if entry.name == "waves" and not entry.is_dir():  # a link
             continue
         if client.HOST_NAME.fullmatch(entry.name):
             hosts.append(entry.name)
@@ -1094,9 +1098,19 @@ def recall_host(chroot: str, name: str, memory: Memory) -> Found:
     return memory[name][1]
 
 
-def make_row(name: str, found: Found, now_s: float, offline_after_s: float) -> Row:
+def make_row(
+    name: str,
+    found: Found,
+    now_s: float,
+    offline_after_s: float,
+    waiting: Mapping[tuple[str, str], str] | None = None,
+) -> Row:
     current, report, seen_s, _ = found
-    return Row(name, *judge(current, report, seen_s, now_s, offline_after_s), *found, is_expired(current, now_s))
+    state, offline, needs_reboot, drift = judge(current, report, seen_s, now_s, offline_after_s)
+    held = (waiting or {}).get((name, current.release), "") if current is not None else ""
+    if held and state in ("new", "pending", "waiting", "up-to-date"):
+        state = "held"
+    return Row(name, state, offline, needs_reboot, drift, *found, is_expired(current, now_s), held)
 
 
 def is_expired(current: Current | None, now_s: float) -> bool:
@@ -1111,11 +1125,12 @@ URGENCY = {
     "failing": 0,
     "rolled-back": 1,
     "pending": 3,
-    "building": 4,
-    "waiting": 5,
-    "new": 6,
-    "left": 7,
-    "up-to-date": 8,
+    "held": 4,
+    "building": 5,
+    "waiting": 6,
+    "new": 7,
+    "left": 8,
+    "up-to-date": 9,
 }
 
 
@@ -1126,17 +1141,17 @@ def sort_rows(rows: Iterable[Row]) -> list[Row]:
 
 MARKS = ("offline", "drift", "needs_reboot", "other_client", "two_machines")
 SYMBOLS = {
-    "failing": "✗", "rolled-back": "↶", "pending": "…", "building": "⚙", "waiting": "↻", "new": "·", "left": "-",
-    "up-to-date": "✓",
+    "failing": "✗", "rolled-back": "↶", "pending": "…", "held": "‖", "building": "⚙", "waiting": "↻", "new": "·",
+    "left": "-", "up-to-date": "✓",
 }  # fmt: skip
 COLOURS = {
-    "failing": "31", "rolled-back": "31", "pending": "33", "building": "36", "waiting": "33", "new": "2", "left": "2",
-    "up-to-date": "32",
+    "failing": "31", "rolled-back": "31", "pending": "33", "held": "33", "building": "36", "waiting": "33", "new": "2",
+    "left": "2", "up-to-date": "32",
 }  # fmt: skip
 
 
 # Where the encoding of stdout has none of our symbols.
-PLAIN = str.maketrans("✗↶…⚙↻·✓", "x<~*@.+")
+PLAIN = str.maketrans("✗↶…‖⚙↻·✓", "x<~=*@.+")
 
 
 def format_table(
@@ -1229,6 +1244,7 @@ def notes(row: Row, now_s: float) -> list[str]:
     told = ("other_client", "two_machines")
     found += [mark.replace("_", " ") for mark in MARKS if mark not in told and getattr(row, mark)]
     found += [f"signature expired: 'bento.py sign {row.host}'"] if row.expired else []
+    found += [row.held] if row.held else []
     last = row.report.last if row.report else None
     if row.state in ("failing", "rolled-back") and last is not None:
         found.append(one_line(last.reason if last.result == row.state else f"{last.result}: {last.reason}"))
@@ -1305,7 +1321,7 @@ th, td {{ text-align: left; vertical-align: top; padding: .25rem .6rem .25rem 0;
 td {{ white-space: nowrap; }} td.notes {{ white-space: normal; overflow-wrap: anywhere; }}
 code {{ font-size: .9em; }}
 .failing b, .rolled-back b, .mark {{ color: var(--bad); }}
-.pending b, .building b, .waiting b, .left b, .new b {{ color: var(--wait); }}
+.pending b, .held b, .building b, .waiting b, .left b, .new b {{ color: var(--wait); }}
 .up-to-date b {{ color: var(--good); }}
 @media (max-width: 40rem) {{
   thead {{ display: none; }} tr {{ display: block; border-top: 1px solid var(--line); padding: .4rem 0; }}
@@ -1400,8 +1416,195 @@ def row_json(row: Row) -> dict[str, object]:
         "since": None if since_s is None else format_time(since_s),
         "seen": None if row.seen_s is None else format_time(row.seen_s),
         "clock_ahead_s": None if ahead_s is None else round(ahead_s),
+        "held": row.held or None,
         "problem": row.problem or None,
     }
+
+
+# --- waves ---
+
+UNITS_S = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+# A host that is not there is not waited for. One that failed stops the roll-out.
+ABSENT = {"new", "left", "offline"}
+FAILED = {"failing", "rolled-back", "failed units", "not published"}
+
+
+class Wave(NamedTuple):
+    """A line of hosts/waves: its hosts, and for how long each must have run its release before later ones get theirs."""
+
+    hosts: tuple[str, ...]
+    soak_s: float
+
+
+class Standing(NamedTuple):
+    """Where a host stands. `wanted`: the release that hosts/ holds for it, or "" if that cannot be published; `since_s`:
+    since when it runs the one that it reports."""
+
+    wanted: str
+    found: Found
+    since_s: float = 0.0
+
+    @property
+    def published(self) -> str:
+        return self.found[0].release if self.found[0] is not None else ""
+
+    @property
+    def changed(self) -> bool:
+        return "" != self.published != self.wanted != ""
+
+
+class Blocker(NamedTuple):
+    """A host that others wait for."""
+
+    host: str
+    why: str
+
+
+class Held(NamedTuple):
+    """A host that waits with the release `published`, while hosts/ has `wanted` for it."""
+
+    host: str
+    since_s: float
+    published: str
+    wanted: str
+
+
+class Proven(NamedTuple):
+    """Since when the server knows that a host runs a release."""
+
+    host: str
+    since_s: float
+    release: str
+
+
+class Rollout(NamedTuple):
+    """.rollout.json: how far the last `populate` of the whole fleet could go. So many waves are `done`; the next one waits
+    for `blockers`, which hold all hosts in `held`."""
+
+    waves: tuple[Wave, ...] = ()
+    done: int = 0
+    blockers: tuple[Blocker, ...] = ()
+    held: tuple[Held, ...] = ()
+    proven: tuple[Proven, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        return f"wait for {show_names([f'{host} ({why})' for host, why in self.blockers])}"
+
+    def words(self, now_s: float) -> dict[tuple[str, str], str]:
+        """What to say of each host that is held, by its name and its release: it may have got another since."""
+        reason = self.reason
+        return {(each.host, each.published): f"held {age(now_s - each.since_s)}: {reason}" for each in self.held}
+
+
+def parse_waves(text: str, hosts: Sequence[str]) -> list[Wave]:
+    """A wave a line. BentoError for a word that stands for no host: whom it was meant for would come in the last."""
+    waves, left, known = list[Wave](), list(hosts), set(hosts)
+    for number, line in enumerate(text.splitlines(), 1):
+        soak_s, meant, where = None, dict[str, None](), f"hosts/waves:{number}"
+        for word in line.partition("#")[0].split():
+            if word.startswith("@"):
+                found = re.fullmatch(r"@([0-9]{1,5})(s|m|min|h|d)", word)
+                if found is None or soak_s is not None:
+                    raise BentoError(f"{where}: {one_line(word, 40)}: a wave has one soak time, as @90min, @2h or @1d")
+                soak_s = float(found[1]) * UNITS_S[found[2]]
+            elif matching := [word] if word in known else fnmatch.filter(hosts, word):
+                meant.update(dict.fromkeys(matching))
+            else:
+                raise BentoError(f"{where}: {one_line(word, 40)}: no such host")
+        if meant:
+            waves.append(Wave(tuple(name for name in left if name in meant), soak_s or 0.0))
+            left = [name for name in left if name not in meant]
+        elif soak_s is not None:
+            raise BentoError(f"{where}: a soak time goes with the hosts of its wave, and there are none in this line")
+    return [*waves[:-1], waves[-1]._replace(hosts=(*waves[-1].hosts, *left))] if waves else []
+
+
+def read_waves(fleet: Fleet, hosts: Sequence[str]) -> list[Wave]:
+    """The waves in hosts/waves; none without it. A host may have that name, from before there were waves."""
+    path = fleet.host("waves")
+    if not os.path.lexists(path) or path.is_dir():
+        return []
+    try:
+        return parse_waves(client.read_limited(path, MAX_WAVES_BYTES).decode("utf-8"), hosts)
+    except (OSError, UnicodeDecodeError) as error:
+        raise BentoError(f"hosts/waves: cannot be read: {one_line(str(error))}") from None
+
+
+def reason_to_wait(standing: Standing, soak_s: float, now_s: float) -> str:
+    """Why others wait for this host; nothing when it runs what hosts/ holds for it, proven, for long enough.
+
+    By when its report came: of a host that has been silent since, nobody knows what it runs.
+    """
+    current, report, seen_s, problem = standing.found
+    if report is None or seen_s is None:
+        return "unreadable" if problem else "new"
+    state, offline, _, _ = judge(current, report, seen_s, now_s, OFFLINE_AFTER_S)
+    if state == "left" or (state in FAILED and not standing.changed):
+        return state
+    if offline or not standing.wanted:
+        return "offline" if offline else "not published"
+    if standing.changed or state != "up-to-date":
+        return "pending" if standing.changed else state
+    ran_s = max(0.0, seen_s - standing.since_s)
+    soaks = f"runs it {age(ran_s)} of {age(soak_s)}" if ran_s < soak_s else ""
+    return "failed units" if report.failed_units else soaks
+
+
+def find_blockers(wave: Wave, standings: Mapping[str, Standing], now_s: float) -> tuple[Blocker, ...]:
+    """Whom a wave waits for, those that failed first: hosts that are there and not done, or all when nobody is there."""
+    reasons = [Blocker(name, reason_to_wait(standings[name], wave.soak_s, now_s)) for name in wave.hosts]
+    waiting = [blocker for blocker in reasons if blocker.why and blocker.why not in ABSENT]
+    if not waiting and all(blocker.why for blocker in reasons):
+        waiting = reasons
+    return tuple(sorted(waiting, key=lambda blocker: blocker.why not in FAILED))
+
+
+def decide(
+    waves: Sequence[Wave], standings: Mapping[str, Standing], now_s: float
+) -> tuple[int, tuple[Blocker, ...], list[str]]:
+    """How many waves are done, whom the next one waits for, and who has to wait. A host that has nothing yet never has."""
+    for number, wave in enumerate(waves):
+        if blockers := find_blockers(wave, standings, now_s):
+            later = [name for each in waves[number + 1 :] for name in each.hosts]
+            return number, blockers, [name for name in later if standings[name].changed]
+    return len(waves), (), []
+
+
+def read_rollout(chroot_dir: Path) -> Rollout:
+    """How far the last `populate` could go; an empty one without waves. What is damaged is written anew by the next."""
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+        data = json.loads((chroot_dir / ".rollout.json").read_bytes())
+        return Rollout(
+            tuple(Wave(tuple(each["hosts"]), float(each["soak_s"])) for each in data["waves"]),
+            int(data["done"]),
+            tuple(Blocker(**each) for each in data["blockers"]),
+            tuple(Held(**each) for each in data["held"]),
+            tuple(Proven(**each) for each in data["proven"]),
+        )
+    return Rollout()
+
+
+def write_rollout(chroot_dir: Path, rollout: Rollout) -> None:
+    if rollout.waves:
+        text = json.dumps({"format": client.FORMAT} | client.plain(rollout), indent=1) + "\n"
+        client.write_atomic(chroot_dir / ".rollout.json", text.encode(), 0o644)
+    else:
+        client.remove(chroot_dir / ".rollout.json")
+
+
+def runs_since_s(chroot: Path, found: Found, known: Proven | None) -> float:
+    """Since when a host runs what it reports, on this server's clock: when its log came, or the first report that we saw;
+    not from before that release was published. Its own clock has no say."""
+    current, report, seen_s, _ = found
+    if current is None or report is None or report.last is None or seen_s is None:
+        return 0.0
+    times = [seen_s, *([known.since_s] if known is not None and known.release == report.release else [])]
+    with suppress(OSError), ExitStack() as stack:
+        logs = open_logs(chroot)
+        stack.callback(os.close, logs)
+        times.append(arrival_s(os.stat(report.last.log, dir_fd=logs, follow_symlinks=False)))
+    return max(min(times), client.parse_time(current.published))
 
 
 # --- publication ---
@@ -2033,20 +2236,28 @@ class Work:
     """A check, a build, or a publication under way: what it is to do, and what has become of it.
 
     `lock`: for what is read, and for the store, when several builds go on. `users`: how many hosts still need a
-    directory, where each release is only needed for their builds.
+    directory, where each release is only needed for their builds. `decided`: each host's release, when the waves were
+    asked.
     """
 
     def __init__(self, fleet: Fleet, plan: Plan, store: Store) -> None:
         self.fleet, self.plan, self.store = fleet, plan, store
         self.failures: list[Failure] = []
-        self.counts = {"published": 0, "unchanged": 0}
+        self.counts = {"published": 0, "unchanged": 0, "held": 0}
         self.progress = Progress(quiet=plan.publish)
         self.lock = threading.RLock()
         self.users: Counter[str] = Counter()
+        self.decided: dict[str, str] = {}
+
+    def check(self, name: str, release: Release) -> None:
+        """Whether it is what the waves were asked about: a newer one has to begin with the first."""
+        if self.decided.get(name, release.id) != release.id:
+            raise BentoError(f"hosts/{name}: changed while this was at work: run this again")
 
     def add(self, job: Job) -> Job:
         """The job with its release in the store: for all that share it the one that is there now."""
         release, known = self.store.add(job.release), self.fleet.source.releases
+        self.check(job.name, release)
         if release.id != job.release.id:
             known.update({top: release for top, shared in known.items() if shared is job.release})
         return job._replace(release=release)
@@ -2091,6 +2302,7 @@ def examine(work: Work, name: str) -> Job:
                 f" 'bento.py add {name} --key FILE' makes one"
             ) from None
     release, recipe = read_release(fleet, name)
+    work.check(name, release)
     signature = check_signature(fleet, name, release) if plan.publish else None
     chroot, before = fleet.chroot(name), None
     try:
@@ -2240,6 +2452,8 @@ def command_add(fleet: Fleet, name: str, key: str | None, *, flake: bool, link_t
         raise UsageError(
             f"{one_line(name)}: no host name: letters, digits, _ and -, at most 25, a letter or digit first"
         )
+    if name == "waves":
+        raise UsageError("waves: no host name: hosts/waves is the order of a roll-out")
     lines = read_key_file(key) if key is not None else []
     host, public = fleet.host(name), fleet.directory / "hosts" / f"{name}.pub"
     made: list[Path] = []
@@ -2623,7 +2837,7 @@ def attempt(work: Work, name: str, job: Job | None = None, system: str | None = 
                 tidy(chroot, job.before)
                 prune_logs(chroot)
             work.counts["unchanged"] += 1
-            work.tell(job, "unchanged", f"unchanged, {release.id[:12]}" if work.plan.verbose else "", system)
+            work.tell(job, "unchanged", f"unchanged, {release.id[:12]}" if client.verbose else "", system)
         elif work.plan.dry_run:
             work.counts["published"] += 1
             work.tell(job, "would-publish", f"would publish {release.id[:12]} ({release.size} bytes)")
@@ -2661,6 +2875,74 @@ def announce(work: Work, placed: Sequence[tuple[Job, Current]]) -> None:
         work.tell(job, "published", words, current.system)
 
 
+def survey(work: Work, waves: Sequence[Wave], good: set[str], known: Sequence[Proven]) -> dict[str, Standing]:
+    """Where each host stands. What cannot be published is a failure, told once."""
+    standings, proven = dict[str, Standing](), {each.host: each for each in known}
+    for wave in waves:
+        for name in wave.hosts:
+            wanted, chroot = "", work.fleet.chroot(name)
+            work.progress.tell(name, "comparing", at_once=False)
+            if name in good:
+                try:
+                    wanted = examine(work, name).release.id
+                except Exception as error:
+                    work.fail(name, error)
+            found = read_host(str(chroot), name)
+            standings[name] = Standing(wanted, found, runs_since_s(chroot, found, proven.get(name)))
+    return standings
+
+
+def plan_rollout(work: Work, hosts: Sequence[str], good: Sequence[str]) -> Rollout:
+    """How far hosts/waves lets this run go."""
+    waves, now_s = [] if work.plan.now else read_waves(work.fleet, hosts), time.time()
+    before = read_rollout(work.fleet.chroot_dir)
+    standings = survey(work, waves, set(good), before.proven)
+    work.decided = {name: standing.wanted for name, standing in standings.items()}
+    done, blockers, names = decide(waves, standings, now_s)
+    since_s = {each.host: each.since_s for each in before.held}
+    held = [Held(name, since_s.get(name, now_s), standings[name].published, standings[name].wanted) for name in names]
+    proven = [
+        Proven(name, since_s, report.release)
+        for name, (_, (_, report, _, _), since_s) in standings.items()
+        if report is not None and report.release is not None
+    ]
+    return Rollout(tuple(waves), done, blockers, tuple(held), tuple(proven))
+
+
+def roll_out(work: Work, hosts: Sequence[str], good: Sequence[str]) -> None:
+    """Publishes as far as hosts/waves lets us, and tells whom it holds. `good`: the hosts whose keys are in order."""
+    place, dry_run = work.fleet.chroot_dir, work.plan.dry_run
+    rollout = plan_rollout(work, hosts, good)
+    if not dry_run:  # now, for what follows may take hours
+        write_rollout(place, rollout)
+    out = {each.host for each in rollout.held} | {failure.host for failure in work.failures}
+    populate_hosts(work, [name for name in good if name not in out])
+    failed = {failure.host for failure in work.failures}
+    blockers = [each._replace(why="not published") if each.host in failed else each for each in rollout.blockers]
+    rollout = rollout._replace(blockers=tuple(blockers))
+    if not dry_run:
+        write_rollout(place, rollout)
+    tell_rollout(work, rollout)
+
+
+def tell_rollout(work: Work, rollout: Rollout) -> None:
+    """Whom it holds, once. A host that failed, with others behind it, is a failure of this run."""
+    work.progress.clear()
+    work.counts["held"] = len(rollout.held)
+    if not rollout.held:
+        return
+    waits_for = [blocker._asdict() for blocker in rollout.blockers]
+    if not work.plan.as_json:
+        print(f"{count_hosts(len(rollout.held))}: held: {rollout.reason}")
+    for each in rollout.held if work.plan.as_json else ():
+        told = {"host": each.host, "result": "held", "release": each.wanted, "since": format_time(each.since_s)}
+        print(json.dumps(told | {"waits_for": waits_for}))
+    for host, why in rollout.blockers:
+        if why in FAILED and why != "not published":  # which is told already
+            text = f"{why}: this stops the roll-out, until a release mends it: see 'bento.py log'"
+            work.failures.append(Failure(host, text))
+
+
 def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: bool) -> int:
     if prune and wanted:
         raise UsageError("--prune goes with the whole fleet, not with single hosts")
@@ -2678,19 +2960,24 @@ def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: boo
         if prune:
             prune_chroots(find_gone(fleet, hosts), plan, work.failures)
         if not plan.dry_run:
-            client.remove(fleet.chroot_dir / ".copies")  # of version 1.0
+            for left in (fleet.chroot_dir / ".copies", *fleet.chroot_dir.glob(".tmp-*")):  # of version 1.0; of a kill
+                client.remove(left)
             work.store.prune()
         for name in sorted(bad_keys.keys() & set(hosts)) if plan.as_json else ():
             print(json.dumps({"host": name, "result": "failed", "error": bad_keys[name]}))
-        populate_hosts(work, [name for name in hosts if name not in bad_keys])
+        good = [name for name in hosts if name not in bad_keys]
+        if wanted:
+            populate_hosts(work, good)
+        else:
+            roll_out(work, hosts, good)
         if not plan.dry_run:
             work.store.prune()
     work.progress.clear()
     if not plan.as_json:
-        would = "would be " if plan.dry_run else ""
+        would, held = "would be " if plan.dry_run else "", work.counts["held"]
         print(
             f"{count_hosts(len(hosts))}: {work.counts['published']} {would}published, {work.counts['unchanged']}"
-            f" unchanged, {len(hosts) - sum(work.counts.values())} failed"
+            f" unchanged, {f'{held} held, ' if held else ''}{len(hosts) - sum(work.counts.values())} failed"
         )
     warn([*fleet.source.warnings(), *unknown_keys(fleet, hosts)])
     return complain([*errors, *group_failures(work.failures)])
@@ -2701,11 +2988,11 @@ def gather(
 ) -> tuple[list[Row], list[str]]:
     """The table of rows that every form of `status` shows. `memory`: of the time before; only what changed is read."""
     hosts, errors = find_hosts(fleet, wanted)
-    rows = []
+    rows, waiting = [], read_rollout(fleet.chroot_dir).words(now_s)
     for name in hosts:
         chroot = f"{fleet.chroot_dir}/{name}"  # a Path takes its time, ten thousand times
         found = read_host(chroot, name) if memory is None else recall_host(chroot, name, memory)
-        rows.append(make_row(name, found, now_s, offline_after_s))
+        rows.append(make_row(name, found, now_s, offline_after_s, waiting))
     return sort_rows(rows), errors
 
 
@@ -2934,6 +3221,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_after_build(populate)
     populate.add_argument("--dry-run", action="store_true", help="only say what would be done")
     populate.add_argument("--wait", action="store_true", help="for another populate, instead of giving up")
+    populate.add_argument("--now", action="store_true", help="whatever hosts/waves says")
     populate.add_argument(
         "--revision", type=not_empty, metavar="TEXT", help="what this is, for a person (default: the commit)"
     )
@@ -2993,12 +3281,12 @@ def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:
         plan = Plan(
             action="dry-build" if options.check else "build" if options.build else None,
             dry_run=options.dry_run,
-            verbose=options.verbose,
             jobs=max(1, options.jobs),
             wait=options.wait,
             as_json=options.json,
             revision=one_line(options.revision, 200) if options.revision else None,
             after=options.after_build,
+            now=options.now,
         )
         return command_populate(fleet, options.hosts, plan, options.prune)
     if command == "status":

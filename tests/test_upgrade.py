@@ -11,8 +11,6 @@ from toylab import Lab
 import bento_client
 from bento_client import Result
 
-__all__ = ["lab", "settled"]  # fixtures
-
 GOLDEN = Path(__file__).resolve().parent / "golden/1.0"
 
 
