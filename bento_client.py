@@ -227,7 +227,8 @@ class Report(NamedTuple):
 
     `waiting_for_boot`: the release that the next boot is to start. `boot_trial`: how this machine's boot loader tries a
     system that has never booted. `known_to_boot`: the system that it falls back to. `first_contact`: when a server's key
-    was last taken on trust.
+    was last taken on trust. `since`: when the phase began. `interval`, of polls, and `offline_after`, both in seconds: when
+    to worry about this machine's silence.
     """
 
     host: str
@@ -247,6 +248,9 @@ class Report(NamedTuple):
     signer: str | None = None
     expires: str | None = None
     first_contact: str | None = None
+    since: str | None = None
+    interval: int | None = None
+    offline_after: int | None = None
 
 
 class State(NamedTuple):
@@ -402,7 +406,7 @@ FIELDS: dict[str, type | re.Pattern[str]] = {
     "log": LOG_NAME, "result": re.compile(r"[a-z-]{1,40}"), "phase": re.compile(r"[a-z-]{1,40}"),
     "client": re.compile(r"[!-~]{1,40}"), "step": re.compile("|".join(Step)), "last": dict, "tried": dict,
     "verdict": re.compile("|".join(("", *Result))), "Last.reason": TEXT, "Report.system": re.compile(r"[ -~]{0,400}"),
-    "boot_trial": LINE, "known_to_boot": LINE, "signer": FINGERPRINT, "expires": TIME, "first_contact": TIME,
+    "boot_trial": LINE, "known_to_boot": LINE, "signer": FINGERPRINT, "expires": TIME, "first_contact": TIME, "since": TIME,
 }  # fmt: skip
 SIMPLE: dict[str, type] = {"str": str, "int": int, "bool": bool, "float": float}
 Record = TypeVar("Record", "Current", "Part", "Last", "Report", "State", "Pending")
