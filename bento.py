@@ -1314,6 +1314,7 @@ SHADES, NOT_KNOWN, UNKNOWN_RELEASE = "█▓▒░", "·", "not known"
 
 
 # Where the encoding of stdout has none of our symbols.
+COMMIT = re.compile(r"[0-9a-f]{7,40}\b\+?")
 PLAIN = str.maketrans("✗↶…⚙↻·✓‖↓‼█▓▒░", "x<~*@.+|v%#=:-")
 
 
@@ -1550,11 +1551,12 @@ def roll_out(rows: Sequence[Row]) -> list[Shade]:
             counts[""] += 1
             continue
         same = current is not None and current.release == report.release
-        label = one_line(row.revision or "") or ("what is published" if same else "something else")
+        label = one_line(row.revision or "") or ("current" if same else "earlier")
         counts[label] += 1
-        when_s = client.parse_time(current.published) if same and current is not None else 0.0
-        if not same and report.last is not None and report.last.release == report.release:
-            when_s = row.ours_s(report.last.finished) or 0.0
+        when_s = client.parse_time(current.published) if current is not None else 0.0
+        if not same:  # then before that, whenever a host came to it
+            last = report.last if report.last is not None and report.last.release == report.release else None
+            when_s = min(when_s - 1, (row.ours_s(last.finished) if last else None) or 0.0)
         newest[label] = max(newest.get(label, 0.0), when_s)
     order = sorted(newest, key=lambda label: (-newest[label], label))
     shades = [Shade(label, counts[label], newest[label]) for label in order]
@@ -1575,7 +1577,8 @@ def format_bar(rows: Sequence[Row], width: int) -> str:
         mark * max(1, round(room * shade.hosts / len(rows))) for mark, shade in zip(marks, shades, strict=True)
     )
     each = max(7, (width - room) // len(shades) - 6)
-    words = [f"{mark} {clip(shade.label, each)} {shade.hosts}" for mark, shade in zip(marks, shades, strict=True)]
+    labels = [clip(found[0] if (found := COMMIT.match(shade.label)) else shade.label, each) for shade in shades]
+    words = [f"{mark} {label} {shade.hosts}" for mark, label, shade in zip(marks, labels, shades, strict=True)]
     return clip(f"{bar}  {'  '.join(words)}", width)
 
 
@@ -3102,15 +3105,12 @@ def announce(work: Work, placed: Sequence[tuple[Job, Current]]) -> None:
         work.tell(job, "published", words, current.system)
 
 
-REFUSALS = ".failures.json"
-
-
 def read_refusals(fleet: Fleet) -> dict[str, Refusal]:
-    """The hosts whose configuration failed to be published when it was tried last."""
+    """The hosts whose configuration failed to be published when it was tried last: the lock's holder writes them there."""
     found: dict[str, Refusal] = {}
-    for name, data in read_json(fleet.chroot_dir / REFUSALS).items():
+    for name, data in read_json(fleet.chroot_dir / ".lock").items():
         with suppress(BentoError, AttributeError, TypeError):
-            take = functools.partial(client.take, data, what=REFUSALS)
+            take = functools.partial(client.take, data, what=".lock")
             found[name] = Refusal(take("since", client.TIME), take("times", int), one_line(take("error", str), 1000))
     return found
 
@@ -3122,10 +3122,9 @@ def remember_failures(work: Work, hosts: Sequence[str], failures: Iterable[Failu
     for failure in failures:
         since, times, _ = before.get(failure.host, Refusal(now, 0, ""))
         kept[failure.host] = Refusal(since, times + 1, one_line(failure.text, 1000))
-    path = work.fleet.chroot_dir / REFUSALS
-    if kept or path.exists():
-        text = json.dumps({name: refusal._asdict() for name, refusal in kept.items()})
-        client.write_atomic(path, text.encode(), 0o644)
+    text = json.dumps({name: refusal._asdict() for name, refusal in kept.items()}) if kept else ""
+    with suppress(OSError):  # a full disk
+        (work.fleet.chroot_dir / ".lock").write_text(text)
 
 
 def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: bool) -> int:
