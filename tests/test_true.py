@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_client import HOST, Lab, kill_tree, lab, wait_until
 from toy import esp
+from toylab import HOST, Lab, kill_tree, wait_until
 from toynixos import ToyMachine, write_config
 from toysystemd import ToySystemd
 
 from bento_client import Result
-
-__all__ = ["lab"]  # fixtures
 
 DAY_S = 86400
 
