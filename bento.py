@@ -1522,15 +1522,20 @@ def count_tries(number: int) -> str:
 
 
 def complaint(row: Row, now_s: float) -> Failure:
-    """What a person is told of a host that needs one, who does not see the table."""
-    found = notes(row, now_s)
-    since_s, state = row.since_s, row.state
+    """What a person is told of a host that needs one, who does not see the table. What is wrong comes first."""
+    since_s, found = row.since_s, notes(row, now_s)
+    state = row.state + (f" since {format_time(since_s)} ({age(now_s - since_s)})" if since_s is not None else "")
     if row.offline and row.seen_s is not None:
-        since_s, state = row.seen_s, f"offline since {format_time(row.seen_s)}, it was {row.state}"
         found = [words for words in found if not words.startswith("offline for ")]
-    elif since_s is not None:
-        state += f" since {format_time(since_s)} ({age(now_s - since_s)})"
-    return Failure(row.host, ": ".join(filter(None, (state, "; ".join(found)))))
+        return Failure(
+            row.host,
+            "; ".join(
+                [f"offline since {format_time(row.seen_s)} ({age(now_s - row.seen_s)}), it was {row.state}", *found]
+            ),
+        )
+    if row.reasons[:1] in (["failed"], ["stuck"], ["problem"]):
+        return Failure(row.host, f"{state}: {'; '.join(found)}")
+    return Failure(row.host, "; ".join([*found, state]))
 
 
 class Shade(NamedTuple):

@@ -53,6 +53,7 @@ FULL = """{
     healthChecks = [ "systemctl is-active nginx.service" "echo \\"it's $HOME\\"" ];
     upgradeChannels = true;
     reboot = "23:00-05:30";
+    offlineAfter = 168;
     stateDir = "/var/lib/fleet/bento";
     trigger = { enable = true; port = 4444; };
   };
