@@ -1299,7 +1299,7 @@ MARKS = (
 )  # fmt: skip
 SYMBOLS = {
     "failing": "✗", "rolled-back": "↶", "unknown": "?", "pending": "…", "held": "‖", "building": "⚙", "waiting": "↻",
-    "new": "·", "left": "-", "up-to-date": "✓", "offline": "!",
+    "new": "·", "left": "-", "up-to-date": "✓", "alarm": "!",
 }  # fmt: skip
 COLOURS = {
     "failing": "31", "rolled-back": "31", "unknown": "31", "pending": "33", "held": "33", "building": "36", "waiting": "33",
@@ -1347,10 +1347,15 @@ def format_table(
         line = clip(f"{text}  {'; '.join(notes(row, now_s))}".rstrip(), width - len(gutter))
         if decorated:
             colour = "31" if row.needs_a_person else COLOURS.get(row.state, "0")
-            symbol = SYMBOLS.get("offline" if row.offline else row.state, "?")
-            line = f"\x1b[{colour}m{symbol}\x1b[0m {line}"
+            line = f"\x1b[{colour}m{symbol_of(row)}\x1b[0m {line}"
         lines.append(line)
     return "\n".join([*lines, *summary])
+
+
+def symbol_of(row: Row) -> str:
+    """What a state looks like, unless something else is the matter with a host."""
+    alarm = row.offline or (row.needs_a_person and row.reasons[0] not in ("failed", "stuck", "problem"))
+    return SYMBOLS["alarm" if alarm else row.state]
 
 
 def clip(line: str, width: int) -> str:
@@ -1539,17 +1544,17 @@ def complaint(row: Row, now_s: float) -> Failure:
 
 
 class Shade(NamedTuple):
-    """How many hosts run one revision. `newest_s`: when it was published, as far as that is known."""
+    """How many hosts run one revision, and when it was published; 0 if nobody knows that any more."""
 
     label: str
     hosts: int
-    newest_s: float
+    published_s: float = 0.0
 
 
 def roll_out(rows: Sequence[Row]) -> list[Shade]:
     """How many hosts run which revision, the newest first, at last what nobody knows. Older ones are taken together."""
     counts: Counter[str] = Counter()
-    newest: dict[str, float] = {}
+    newest, published = dict[str, float](), dict[str, float]()
     for row in rows:
         report, current = row.report, row.current
         if report is None or report.release is None:
@@ -1559,16 +1564,18 @@ def roll_out(rows: Sequence[Row]) -> list[Shade]:
         label = one_line(row.revision or "") or ("current" if same else "earlier")
         counts[label] += 1
         when_s = client.parse_time(current.published) if current is not None else 0.0
-        if not same:  # then before that, whenever a host came to it
+        if same:
+            published[label] = max(published.get(label, 0.0), when_s)
+        else:  # then before that, whenever a host came to it
             last = report.last if report.last is not None and report.last.release == report.release else None
             when_s = min(when_s - 1, (row.ours_s(last.finished) if last else None) or 0.0)
         newest[label] = max(newest.get(label, 0.0), when_s)
     order = sorted(newest, key=lambda label: (-newest[label], label))
-    shades = [Shade(label, counts[label], newest[label]) for label in order]
+    shades = [Shade(label, counts[label], published.get(label, 0.0)) for label in order]
     if len(order) > len(SHADES):
         older = shades[len(SHADES) - 1 :]
-        shades[len(SHADES) - 1 :] = [Shade(f"{len(older)} older ones", sum(shade.hosts for shade in older), 0.0)]
-    return [*shades, *([Shade(UNKNOWN_RELEASE, counts[""], 0.0)] if counts[""] else [])]
+        shades[len(SHADES) - 1 :] = [Shade(f"{len(older)} older ones", sum(shade.hosts for shade in older))]
+    return [*shades, *([Shade(UNKNOWN_RELEASE, counts[""])] if counts[""] else [])]
 
 
 def format_bar(rows: Sequence[Row], width: int) -> str:
@@ -1669,7 +1676,7 @@ u {{ text-decoration: none; background: var(--shade); }} li u {{ display: inline
 .shade2 {{ --shade: repeating-linear-gradient(90deg, #b83 0 3px, #da5 3px 8px); }}
 .shade3 {{ --shade: repeating-linear-gradient(135deg, #855 0 3px, #a77 3px 6px); }}
 .shade4 {{ --shade: repeating-linear-gradient(0deg, #888 0 2px, #aaa 2px 6px); }}
-s {{ text-decoration: none; display: inline-block; min-width: .62rem; text-align: center; font-size: .85em; cursor: default; }}
+s {{ text-decoration: none; display: inline-block; min-width: .6rem; text-align: center; font-size: .95em; cursor: default; }}
 s.ok {{ color: var(--good); }} s.bad {{ color: var(--bad); font-weight: 700; }} s.odd {{ color: var(--wait); }}
 nav a {{ display: inline-block; margin: .15rem .3rem .15rem 0; padding: .1rem .6rem; border: 1px solid var(--line);
   border-radius: 1rem; color: inherit; text-decoration: none; }}
@@ -1677,7 +1684,7 @@ nav a:first-child {{ background: #8883; font-weight: 600; }}
 i:target ~ nav a:first-child {{ background: none; font-weight: inherit; }}
 table {{ border-spacing: 0; width: 100%; margin-top: .8rem; }}
 th, td {{ text-align: left; vertical-align: top; padding: .25rem .6rem .25rem 0; border-top: 1px solid var(--line); }}
-td {{ white-space: nowrap; }} td.notes {{ white-space: normal; overflow-wrap: anywhere; }}
+td {{ white-space: nowrap; }} td:first-child {{ font-weight: 600; }} td.notes {{ white-space: normal; overflow-wrap: anywhere; }}
 code {{ font-size: .9em; }}
 .failing b, .rolled-back b, .mark {{ color: var(--bad); }}
 .pending b, .held b, .building b, .waiting b, .left b, .new b {{ color: var(--wait); }}
@@ -1751,8 +1758,7 @@ def html_persons(rows: Sequence[Row], now_s: float, troubles: Sequence[str]) -> 
     lines.append("<h2>Needs a person</h2>\n<ul>")
     for row in wanting[:SHOWN_PERSONS]:
         failure = complaint(row, now_s)
-        symbol = SYMBOLS.get("offline" if row.offline else row.state, "?")
-        lines.append(f"<li><span class=mark>{symbol}</span> <b>{row.host}</b> {html.escape(failure.text)}")
+        lines.append(f"<li><span class=mark>{symbol_of(row)}</span> <b>{row.host}</b> {html.escape(failure.text)}")
     if len(wanting) > SHOWN_PERSONS:
         lines.append(f"<li>... and {len(wanting) - SHOWN_PERSONS} more, at the top of the table")
     return "\n".join([*lines, "</ul>"])
@@ -1764,7 +1770,7 @@ def html_roll_out(rows: Sequence[Row], now_s: float) -> str:
     for number, shade in enumerate(roll_out(rows)):
         kind = "shade4" if shade.label == UNKNOWN_RELEASE else f"shade{min(number, 3)}"
         label = html.escape(shade.label)
-        when = f", published {age(now_s - shade.newest_s)} ago" if shade.newest_s else ""
+        when = f", published {age(now_s - shade.published_s)} ago" if shade.published_s else ""
         parts.append(f'<u class={kind} style="flex:{shade.hosts}" title="{label}: {shade.hosts}"></u>')
         lines.append(f"<li><u class={kind}></u> {count_hosts(shade.hosts)}: {label}{when}")
     for words, count in Counter(row.held for row in rows if row.held).most_common(SHOWN):
@@ -1777,12 +1783,12 @@ def html_row(row: Row, now_s: float, logs_url: str, why: Why, brief: bool) -> st
     cells = {title: html.escape(text) for title, text in row_cells(row, now_s).items()}
     classes = [row.state, *(mark for mark in MARKS if getattr(row, mark)), *(["person"] if row.needs_a_person else [])]
     url = html.escape(f"{logs_url}/{row.host}/logs/")
-    state = f"<b>{SYMBOLS.get(row.state, '?')} {cells['STATE']}</b>"
-    if row.offline:
-        state = f"<b>{SYMBOLS['offline']} offline</b>, was {cells['STATE']}"
-    revision = html.escape(clip(one_line(row.revision or ""), REVISION_WIDTH))
+    state = f"<b>{symbol_of(row)} {'offline' if row.offline else cells['STATE']}</b>"
+    state += f", was {cells['STATE']}" if row.offline else ""
+    revision = html.escape(clip(one_line(row.revision or ""), REVISION_WIDTH - 4))
+    since = f"<td class=since>{cells['SINCE']}" if cells["SINCE"] != "-" else "<td>"
     return (
-        f'<tr class="{" ".join(classes)}"><td>{row.host}<td>{state}<td class=since>{cells["SINCE"]}'
+        f'<tr class="{" ".join(classes)}"><td>{row.host}<td>{state}{since}'
         f"<td><code>{cells['RUNS']}</code> {revision}<td class=seen>{cells['SEEN']}"
         f'<td class="notes">{html.escape("; ".join(notes(row, now_s)))}'
         f'<td>{html_attempts(row, why, brief)} <a href="{url}">logs</a></tr>'
