@@ -48,10 +48,22 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import bento_client as client
-from bento_client import BentoError, Current, Part, Phase, Recipe, Report, Result, UsageError, format_time, one_line
+from bento_client import (
+    BentoError,
+    Current,
+    Last,
+    Part,
+    Phase,
+    Recipe,
+    Report,
+    Result,
+    UsageError,
+    format_time,
+    one_line,
+)
 
 T = TypeVar("T")
 
@@ -60,6 +72,16 @@ GCROOTS = Path("/nix/var/nix/gcroots/bento")
 KEEP_RELEASES = 3
 KEEP_LOGS, MAX_PRUNED = 200, 20_000
 OFFLINE_AFTER_S = 2 * 3600
+# So many polls may be missed, and a host may ask for so much patience.
+MISSED_POLLS, LONGEST_SILENCE_S = 3, 31 * 86400
+# A build that takes longer does not end.
+STUCK_AFTER_S = 12 * 3600
+SHOWN_ATTEMPTS = 20
+# Of a page: so many hosts are named at its top; with more than that in all, marks that are alike are one.
+SHOWN_PERSONS, MANY_HOSTS = 30, 1000
+# So many logs are opened for a page, to say why an attempt failed.
+MAX_REASONS = 2000
+FULL_DISK_BYTES = 1 << 20
 WATCH_PAUSE_S = 2.0
 BUILD_LIMIT_S = 12 * 3600.0
 # A host that keeps more than this in logs/ is named in `status`. A client keeps 20 logs there, each at most 1 MB.
@@ -172,9 +194,53 @@ class Fleet:
         return self.chroot_dir / name
 
 
+class Refusal(NamedTuple):
+    """Why a host's configuration is not published: since when, how often it was tried, and the last error."""
+
+    since: str
+    times: int
+    error: str
+
+
+class Beside(NamedTuple):
+    """What the server itself knows of hosts, besides their chroots: which are acknowledged as `absent`, which
+    configurations are not published, and which wait for other hosts. Each with words for a person."""
+
+    absent: dict[str, str]
+    refused: dict[str, Refusal]
+    held: dict[tuple[str, str], str]  # by the release that is published, too: it may have got another since
+
+
+NOTHING_BESIDE = Beside({}, {}, {})
+
+
+class Attempt(NamedTuple):
+    """A log's name, taken apart: how one attempt ended, and when by the host's clock. `release`: twelve letters of it."""
+
+    name: str
+    finished: str
+    release: str
+    result: str
+
+
+class Found(NamedTuple):
+    """All that there is to read of a host: what is published for it, its report, when that came, and what is wrong.
+
+    `logs`: the newest ones' names, oldest first. `unreadable`: what is wrong keeps us from knowing how it is.
+    """
+
+    current: Current | None
+    report: Report | None
+    seen_s: float | None
+    problem: str
+    logs: tuple[str, ...] = ()
+    unreadable: bool = False
+
+
 class Row(NamedTuple):
     """What is known of a host. `seen_s`: seconds since 1970 on the server's clock. `expired`: what is published for it is
-    signed, for a time that is over. `held`: since when, and whom it waits for."""
+    signed, for a time that is over. `stuck`: it has been building for longer than any build takes. `held`: since when, and
+    whom it waits for."""
 
     host: str
     state: str
@@ -186,12 +252,47 @@ class Row(NamedTuple):
     seen_s: float | None
     problem: str
     expired: bool = False
+    paused: bool = False
+    stuck: bool = False
+    absence: str = ""
+    refusal: Refusal | None = None
     held: str = ""
+    logs: tuple[str, ...] = ()
+
+    @property
+    def reasons(self) -> list[str]:
+        """What a person is needed for, most important first. A host that is known to be away needs nobody."""
+        if self.offline and self.absent:
+            return []
+        failed = self.state in ("failing", "rolled-back")
+        flags = (
+            "offline",
+            "problem",
+            "failed",
+            "stuck",
+            "failed_units",
+            "two_machines",
+            "drift",
+            "not_published",
+            "expired",
+        )
+        return [flag for flag in flags if (failed if flag == "failed" else getattr(self, flag))]
 
     @property
     def needs_a_person(self) -> bool:
-        flags = self.offline or self.drift or self.expired or self.two_machines or bool(self.problem)
-        return self.state in ("failing", "rolled-back") or flags
+        return bool(self.reasons)
+
+    @property
+    def failed_units(self) -> bool:
+        return self.report is not None and bool(self.report.failed_units)
+
+    @property
+    def absent(self) -> bool:
+        return bool(self.absence)
+
+    @property
+    def not_published(self) -> bool:
+        return self.refusal is not None
 
     @property
     def other_client(self) -> bool:
@@ -217,17 +318,36 @@ class Row(NamedTuple):
             return None
         return client.parse_time(self.report.polled) - self.seen_s
 
-    @property
-    def since_s(self) -> float | None:
-        """When the running release was done, on our clock: as long before the report came as on the host's clock."""
-        last = self.report.last if self.report else None
-        if self.report is None or self.seen_s is None or last is None:
+    def ours_s(self, when: str) -> float | None:
+        """A time of the host's, on our clock: as long before its report came as on its own clock."""
+        if self.report is None or self.seen_s is None:
             return None
-        if last.result != Result.OK or last.release != self.report.release:
-            return None
-        age_s = client.parse_time(self.report.polled) - client.parse_time(last.finished)
+        age_s = client.parse_time(self.report.polled) - client.parse_time(when)
         # The host's clock was set back in between: nobody knows.
         return None if age_s < -CLOCK_TOLERANCE_S else max(0.0, self.seen_s - max(0.0, age_s))
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        """The newest ones that the host has uploaded, oldest first."""
+        return [found for name in self.logs if (found := parse_log_name(name)) is not None]
+
+    @property
+    def tries(self) -> int:
+        """How often the release was tried that the host fails to run."""
+        last = self.report.last if self.report else None
+        return last.attempt if last is not None and self.state in ("failing", "rolled-back") else 0
+
+    @property
+    def since_s(self) -> float | None:
+        """Since when the host is in its state, on our clock, as far as anybody knows."""
+        report, last = self.report, self.report.last if self.report else None
+        if self.state in ("new", "pending", "held"):
+            return client.parse_time(self.current.published) if self.current else None
+        if report is None or last is None or self.state in ("building", "left", "unknown"):
+            return self.ours_s(report.since) if report is not None and report.since is not None else None
+        if self.state in ("failing", "rolled-back"):
+            return self.ours_s(first_failure(last, self.attempts))
+        return self.ours_s(last.finished)
 
 
 class Owner(NamedTuple):
@@ -1021,44 +1141,79 @@ def arrival_s(found: os.stat_result) -> float:
     return max(0.0, min(found.st_mtime, found.st_ctime))
 
 
-def read_report(chroot: Path | str, name: str) -> tuple[Report | None, float | None, str]:
-    """The host's report, when it came, and what is wrong with it or with logs/."""
+def why_not(error: OSError) -> str:
+    """What a file that cannot be opened is. Ours to read is all of it, for root."""
+    denied = isinstance(error, PermissionError)
+    return f"{error.strerror}: run this as root" if denied else f"not a regular file ({error.strerror})"
+
+
+def read_report(chroot: Path | str, name: str) -> Found:
+    """The host's report, when it came, its logs' names, and what is wrong with any of these."""
     try:
         logs = open_logs(chroot)
     except FileNotFoundError:
-        return None, None, ""
+        return Found(None, None, None, "")
     except OSError as error:
-        return None, None, f"logs/status.json: not a regular file ({error.strerror})"
+        return Found(None, None, None, f"logs/status.json: {why_not(error)}", unreadable=True)
     seen_s = None
     try:
+        problem, names = weigh_logs(logs)
         raw, found = read_untrusted(logs, "status.json", client.MAX_JSON_BYTES)
         seen_s = arrival_s(found)
         report = client.parse_report(raw, "logs/status.json")
         if report.host != name:
             raise BentoError(f"logs/status.json: it speaks for host {report.host!r}")
-        return report, seen_s, weigh_logs(logs)
+        return Found(None, report, seen_s, problem, names)
     except FileNotFoundError:
-        return None, None, weigh_logs(logs)
+        return Found(None, None, None, problem, names)
+    except OSError as error:
+        return Found(None, None, seen_s, f"logs: {why_not(error)}", unreadable=True)
     except BentoError as error:
-        return None, seen_s, one_line(str(error))
+        return Found(None, None, seen_s, one_line(str(error)), names, unreadable=True)
     finally:
         os.close(logs)
 
 
-def weigh_logs(logs: int) -> str:
-    """What to say of a host that fills its logs/. Looks at no more files than it takes to know."""
-    size = 0
+def weigh_logs(logs: int) -> tuple[str, tuple[str, ...]]:
+    """What to say of a host that fills its logs/, and the newest logs in it. Looks at no more files than it takes."""
+    size, names, problem = 0, [], ""
     with os.scandir(logs) as entries:
         for count, entry in enumerate(entries, 1):
             if count > MAX_LOG_FILES:
-                return f"logs/ has more than {MAX_LOG_FILES} files: the host fills it"
+                problem = f"logs/ has more than {MAX_LOG_FILES} files: the host fills it"
+                break
+            if entry.name.endswith(".log"):
+                names.append(entry.name)
             try:
                 size += entry.stat(follow_symlinks=False).st_size  # a sparse file counts whole: so it does in a backup
             except FileNotFoundError:
                 continue
             if size > MAX_LOGS_BYTES:
-                return f"logs/ holds more than {MAX_LOGS_BYTES >> 20} MB: the host fills it"
-    return ""
+                problem = f"logs/ holds more than {MAX_LOGS_BYTES >> 20} MB: the host fills it"
+                break
+    return problem, tuple(sorted(names)[-SHOWN_ATTEMPTS:])
+
+
+def parse_log_name(name: str) -> Attempt | None:
+    if not client.LOG_NAME.fullmatch(name):
+        return None
+    when, release, result = name.removesuffix(".log").split("_")
+    time_ = f"{when[:4]}-{when[4:6]}-{when[6:11]}:{when[11:13]}:{when[13:]}"
+    try:
+        client.parse_time(time_)
+    except ValueError:
+        return None
+    return Attempt(name, time_, release, result)
+
+
+def first_failure(last: Last, attempts: Sequence[Attempt]) -> str:
+    """When the failures began, the last of which is `last`: those of the same release, without a success in between."""
+    first = last.finished
+    for attempt in reversed(attempts):
+        if attempt.release != (last.release or client.NO_RELEASE)[:12] or attempt.result == Result.OK:
+            break
+        first = min(first, attempt.finished)
+    return first
 
 
 def read_published(chroot: Path | str, name: str) -> Current | None:
@@ -1069,18 +1224,20 @@ def read_published(chroot: Path | str, name: str) -> Current | None:
         return None
 
 
-# What is published for a host, its report, when that came, and what is wrong: all that there is to read of a host.
-Found = tuple[Current | None, Report | None, float | None, str]
-
-
 def read_host(chroot: str, name: str) -> Found:
     current, problem = None, ""
     try:
         current = read_published(chroot, name)
-    except (BentoError, OSError) as error:
+        if current is None and os.path.exists(f"{chroot}/history"):
+            problem = f"current.json is missing: 'bento.py populate {name}' publishes it again"
+    except BentoError as error:
         problem = one_line(str(error))
-    report, seen_s, trouble = read_report(chroot, name)
-    return current, report, seen_s, problem or trouble
+    except OSError as error:
+        problem = f"{chroot}/current.json: {why_not(error)}"
+    found = read_report(chroot, name)
+    if problem:
+        return found._replace(problem=problem, unreadable=True)
+    return found._replace(current=current)
 
 
 Memory = dict[str, tuple[list[tuple[int, int, int, int]], Found]]
@@ -1099,18 +1256,41 @@ def recall_host(chroot: str, name: str, memory: Memory) -> Found:
 
 
 def make_row(
-    name: str,
-    found: Found,
-    now_s: float,
-    offline_after_s: float,
-    waiting: Mapping[tuple[str, str], str] | None = None,
+    name: str, given: Sequence[Any], now_s: float, offline_after_s: float, beside: Beside = NOTHING_BESIDE
 ) -> Row:
-    current, report, seen_s, _ = found
-    state, offline, needs_reboot, drift = judge(current, report, seen_s, now_s, offline_after_s)
-    held = (waiting or {}).get((name, current.release), "") if current is not None else ""
-    if held and state in ("new", "pending", "waiting", "up-to-date"):
+    found = Found(*given)
+    current, report, seen_s = found.current, found.report, found.seen_s
+    state, offline, reboot, drift = judge(current, report, seen_s, now_s, patience_s(report, offline_after_s))
+    held = "" if current is None else beside.held.get((name, current.release), "")
+    if found.unreadable:
+        state = "unknown"
+    elif held and state in ("new", "up-to-date", "waiting", "pending"):
         state = "held"
-    return Row(name, state, offline, needs_reboot, drift, *found, is_expired(current, now_s), held)
+    row = Row(name, state, offline, reboot, drift, current, report, seen_s, found.problem, is_expired(current, now_s))
+    left_s, began_s = pause_left_s(report), row.since_s
+    return row._replace(
+        paused=seen_s is not None and left_s > now_s - seen_s,
+        stuck=state == "building" and began_s is not None and now_s - began_s >= STUCK_AFTER_S,
+        absence=beside.absent.get(name, ""),
+        refusal=beside.refused.get(name),
+        held=held,
+        logs=found.logs,
+    )
+
+
+def patience_s(report: Report | None, offline_after_s: float) -> float:
+    """How long a host may be silent: what its owner says; else three of its polls, if that is more than we were told."""
+    if report is None:
+        return offline_after_s
+    own_s = min(report.offline_after or MISSED_POLLS * (report.interval or 0), LONGEST_SILENCE_S)
+    return own_s if report.offline_after else max(offline_after_s, own_s)
+
+
+def pause_left_s(report: Report | None) -> float:
+    """For how long a host was to deploy nothing, by its own clock, when it reported."""
+    if report is None or report.paused_until is None:
+        return 0.0
+    return client.parse_time(report.paused_until) - client.parse_time(report.polled)
 
 
 def is_expired(current: Current | None, now_s: float) -> bool:
@@ -1122,36 +1302,42 @@ def is_expired(current: Current | None, now_s: float) -> bool:
 
 
 URGENCY = {
-    "failing": 0,
-    "rolled-back": 1,
-    "pending": 3,
-    "held": 4,
-    "building": 5,
-    "waiting": 6,
-    "new": 7,
-    "left": 8,
-    "up-to-date": 9,
-}
+    "failing": 0, "rolled-back": 1, "unknown": 2, "pending": 4, "held": 5, "building": 6, "waiting": 7, "new": 8, "left": 9,
+    "up-to-date": 10,
+}  # fmt: skip
 
 
 def sort_rows(rows: Iterable[Row]) -> list[Row]:
-    """What needs a person first."""
-    return sorted(rows, key=lambda row: (not row.needs_a_person, URGENCY.get(row.state, 2), row.host))
+    """What needs a person first, and of that who is silent: it may be all that there is to know of a host."""
+    return sorted(
+        rows,
+        key=lambda row: (not row.needs_a_person, row.reasons[:1] != ["offline"], URGENCY.get(row.state, 3), row.host),
+    )
 
 
-MARKS = ("offline", "drift", "needs_reboot", "other_client", "two_machines")
+MARKS = (
+    "offline", "drift", "needs_reboot", "other_client", "failed_units", "paused", "expired", "absent", "not_published", "stuck",
+    "two_machines",
+)  # fmt: skip
 SYMBOLS = {
-    "failing": "✗", "rolled-back": "↶", "pending": "…", "held": "‖", "building": "⚙", "waiting": "↻", "new": "·",
-    "left": "-", "up-to-date": "✓",
+    "failing": "✗", "rolled-back": "↶", "unknown": "?", "pending": "…", "held": "‖", "building": "⚙", "waiting": "↻",
+    "new": "·", "left": "-", "up-to-date": "✓", "alarm": "!",
 }  # fmt: skip
 COLOURS = {
-    "failing": "31", "rolled-back": "31", "pending": "33", "held": "33", "building": "36", "waiting": "33", "new": "2",
-    "left": "2", "up-to-date": "32",
+    "failing": "31", "rolled-back": "31", "unknown": "31", "pending": "33", "held": "33", "building": "36", "waiting": "33",
+    "new": "2", "left": "2", "up-to-date": "32",
 }  # fmt: skip
+RESULT_MARKS: dict[str, str] = {
+    Result.OK: "✓", Result.BUILD_FAILED: "✗", Result.FETCH_FAILED: "↓", Result.ROLLED_BACK: "↶", Result.ROLLBACK_FAILED: "‼",
+    Result.POSTPONED: "…", Result.INTERRUPTED: "~",
+}  # fmt: skip
+# Of the parts of a bar, the last for all that are older than the others, and for what nobody knows.
+SHADES, NOT_KNOWN, UNKNOWN_RELEASE = "█▓▒░", "·", "not known"
 
 
 # Where the encoding of stdout has none of our symbols.
-PLAIN = str.maketrans("✗↶…‖⚙↻·✓", "x<~=*@.+")
+COMMIT = re.compile(r"[0-9a-f]{7,40}\b\+?")
+PLAIN = str.maketrans("✗↶…⚙↻·✓‖↓‼█▓▒░", "x<~*@.+|v%#=:-")
 
 
 def format_table(
@@ -1167,7 +1353,8 @@ def format_table(
         columns.insert(3, ("SYSTEM", 8))
     if wide := width >= name_width + 120 and any(row.revision for row in rows):
         columns[2] = ("RUNS", 8 + REVISION_WIDTH)
-    summary = textwrap.wrap(format_summary(rows), width)
+    bar = format_bar(rows, width)
+    summary = [*([bar] if bar else []), *textwrap.wrap(format_summary(rows), width)]
     shown = rows
     if height is not None and len(rows) > height - 1 - len(summary):
         shown = rows[: max(0, height - 2 - len(summary))]
@@ -1182,9 +1369,15 @@ def format_table(
         line = clip(f"{text}  {'; '.join(notes(row, now_s))}".rstrip(), width - len(gutter))
         if decorated:
             colour = "31" if row.needs_a_person else COLOURS.get(row.state, "0")
-            line = f"\x1b[{colour}m{SYMBOLS.get(row.state, '?')}\x1b[0m {line}"
+            line = f"\x1b[{colour}m{symbol_of(row)}\x1b[0m {line}"
         lines.append(line)
     return "\n".join([*lines, *summary])
+
+
+def symbol_of(row: Row) -> str:
+    """What a state looks like, unless something else is the matter with a host."""
+    alarm = row.offline or (row.needs_a_person and row.reasons[0] not in ("failed", "stuck", "problem"))
+    return SYMBOLS["alarm" if alarm else row.state]
 
 
 def clip(line: str, width: int) -> str:
@@ -1209,7 +1402,7 @@ def age(seconds: float) -> str:
 
 
 def row_cells(row: Row, now_s: float) -> dict[str, str]:
-    """The short texts of a row. SINCE is how long the running release has been there."""
+    """The short texts of a row. SINCE is how long it has been in its state."""
     report = row.report
     return {
         "HOST": row.host,
@@ -1227,6 +1420,62 @@ def format_summary(rows: Sequence[Row]) -> str:
     return f"{count_hosts(len(rows))}: {', '.join(words)}" if rows else "no hosts"
 
 
+def format_host(row: Row, now_s: float) -> str:
+    """All that is known of one host, with nothing cut."""
+    report, current = row.report, row.current
+    since_s = row.since_s
+    lines: list[tuple[str, str | None]] = [
+        ("state", row.state + (f" since {moment(since_s, now_s)}" if since_s is not None else "")),
+        *(("needs you", words) for reason in row.reasons if (words := note(row, reason, now_s))),
+        ("seen", "never" if row.seen_s is None else moment(row.seen_s, now_s)),
+        ("published", f"{current.release} {current.published}" if current else None),
+        ("", current.revision if current else None),
+        ("held", row.held or None),
+        ("absent", row.absence or None),
+    ]
+    if report is not None:
+        lines += report_lines(row, report, now_s)
+    if attempts := row.attempts:
+        marks = "".join(RESULT_MARKS.get(attempt.result, "?") for attempt in attempts)
+        lines.append(("attempts", f"{marks}  (the newest is the last; 'bento.py log {row.host} --list')"))
+    return "\n".join(f"{name:<10} {one_line(text, 4000)}" for name, text in lines if text is not None)
+
+
+def moment(when_s: float, now_s: float) -> str:
+    return f"{format_time(when_s)} ({age(now_s - when_s)} ago)"
+
+
+def report_lines(row: Row, report: Report, now_s: float) -> list[tuple[str, str | None]]:
+    """What a host says of itself."""
+    last = report.last
+    finished_s = row.ours_s(last.finished) if last else None
+    ended = "at a time that its clock does not tell" if finished_s is None else moment(finished_s, now_s)
+    ahead_s = row.ahead_s or 0.0
+    off = f", its clock is {age(abs(ahead_s))} {'ahead' if ahead_s > 0 else 'behind'}"
+    patient = report.offline_after or report.interval
+    return [
+        ("runs", report.release or "none of Bento's releases"),
+        ("", row.revision),
+        ("system", report.system),
+        (
+            "last",
+            f"{last.result}, {last.release or 'no release'}, {count_tries(last.attempt)}, {ended}" if last else None,
+        ),
+        ("reason", last.reason or None if last else None),
+        ("waiting", f"{report.waiting_for_boot} runs from the next boot on" if report.waiting_for_boot else None),
+        ("reboot", "needed" if report.needs_reboot else None),
+        ("failed", ", ".join(report.failed_units) or None),
+        ("paused", f"until {report.paused_until}" if row.paused else None),
+        ("phase", report.phase),
+        ("client", report.client + (off if abs(ahead_s) > CLOCK_TOLERANCE_S else "")),
+        ("offline", f"after {age(patience_s(report, OFFLINE_AFTER_S))}, as it says" if patient else None),
+        ("boot trial", report.boot_trial),
+        ("boots", report.known_to_boot),
+        ("signed", f"by {report.signer}, until {report.expires}" if report.signer else None),
+        ("trust", f"it took a server's key on trust at {report.first_contact}" if report.first_contact else None),
+    ]
+
+
 def count_words(rows: Sequence[Row]) -> dict[str, int]:
     """How many hosts are in each state, and have each mark."""
     counts = dict.fromkeys((*URGENCY, *MARKS), 0)
@@ -1238,16 +1487,10 @@ def count_words(rows: Sequence[Row]) -> dict[str, int]:
 
 def notes(row: Row, now_s: float) -> list[str]:
     """What a person should know of a host, most important first."""
-    found = [row.problem] if row.problem else []
-    found += [f"two machines report as {row.host}"] if row.two_machines else []
-    # Of another client, the version is told, further down.
-    told = ("other_client", "two_machines")
-    found += [mark.replace("_", " ") for mark in MARKS if mark not in told and getattr(row, mark)]
-    found += [f"signature expired: 'bento.py sign {row.host}'"] if row.expired else []
-    found += [row.held] if row.held else []
+    found = [words for flag in (*row.reasons, *MARKS) if (words := note(row, flag, now_s))]
     last = row.report.last if row.report else None
-    if row.state in ("failing", "rolled-back") and last is not None:
-        found.append(one_line(last.reason if last.result == row.state else f"{last.result}: {last.reason}"))
+    if row.held:
+        found.append(row.held)
     if row.state in ("pending", "building", "new") and row.current is not None:
         found.append(f"{row.current.release[:7]} published {age(now_s - client.parse_time(row.current.published))} ago")
     elif row.current is None and not row.problem:
@@ -1259,7 +1502,119 @@ def notes(row: Row, now_s: float) -> list[str]:
     ahead_s = row.ahead_s
     if ahead_s is not None and abs(ahead_s) > CLOCK_TOLERANCE_S:
         found.append(f"clock {age(abs(ahead_s))} {'ahead' if ahead_s > 0 else 'behind'}")
-    return found
+    return list(dict.fromkeys(found))
+
+
+def note(row: Row, flag: str, now_s: float) -> str:
+    """One thing that is the matter with a host, in words. Nothing for what is not, or is told elsewhere."""
+    report, refusal = row.report, row.refusal
+    if flag == "problem":
+        return row.problem
+    if flag == "failed":
+        return failure_words(row)
+    if not getattr(row, flag):
+        return ""
+    if flag == "offline" and row.seen_s is not None:
+        return f"offline for {age(now_s - row.seen_s)}"
+    if flag == "failed_units" and report is not None:
+        return f"failed units: {one_line(', '.join(report.failed_units), 1000)}"
+    if flag == "not_published" and refusal is not None:
+        since_s = client.parse_time(refusal.since)
+        return f"not published for {age(now_s - since_s)}, {count_tries(refusal.times)}: {refusal.error}"
+    if flag == "paused" and report is not None and report.paused_until is not None:
+        return f"paused until {report.paused_until}"
+    if flag == "absent":
+        return f"absent: {row.absence}" if row.offline else f"back again: remove hosts/{row.host}.absent"
+    known = {
+        "expired": f"signature expired: 'bento.py sign {row.host}'",
+        "stuck": "no end of its build",
+        "two_machines": f"two machines report as {row.host}",
+        "other_client": "",
+    }
+    return known.get(flag, flag.replace("_", " "))
+
+
+def failure_words(row: Row) -> str:
+    """Which release fails, how often, and why."""
+    last = row.report.last if row.report else None
+    if last is None:
+        return ""
+    what = (last.release or "")[:7] or "what is published"
+    tried = f", {count_tries(last.attempt)}" if last.attempt > 1 else ""
+    reason = last.reason if last.result == row.state else f"{last.result}: {last.reason}"
+    return one_line(f"{what}{tried}: {reason}", 1000)
+
+
+def count_tries(number: int) -> str:
+    return f"tried {number} time{'' if number == 1 else 's'}"
+
+
+def complaint(row: Row, now_s: float) -> Failure:
+    """What a person is told of a host that needs one, who does not see the table. What is wrong comes first."""
+    since_s, found = row.since_s, notes(row, now_s)
+    state = row.state + (f" since {format_time(since_s)} ({age(now_s - since_s)})" if since_s is not None else "")
+    if row.offline and row.seen_s is not None:
+        found = [words for words in found if not words.startswith("offline for ")]
+        return Failure(
+            row.host,
+            "; ".join(
+                [f"offline since {format_time(row.seen_s)} ({age(now_s - row.seen_s)}), it was {row.state}", *found]
+            ),
+        )
+    if row.reasons[:1] in (["failed"], ["stuck"], ["problem"]):
+        return Failure(row.host, f"{state}: {'; '.join(found)}")
+    return Failure(row.host, "; ".join([*found, state]))
+
+
+class Shade(NamedTuple):
+    """How many hosts run one revision, and when it was published; 0 if nobody knows that any more."""
+
+    label: str
+    hosts: int
+    published_s: float = 0.0
+
+
+def count_shades(rows: Sequence[Row]) -> list[Shade]:
+    """How many hosts run which revision, the newest first, at last what nobody knows. Older ones are taken together."""
+    counts: Counter[str] = Counter()
+    newest, published = dict[str, float](), dict[str, float]()
+    for row in rows:
+        report, current = row.report, row.current
+        if report is None or report.release is None:
+            counts[""] += 1
+            continue
+        same = current is not None and current.release == report.release
+        label = one_line(row.revision or "") or ("current" if same else "earlier")
+        counts[label] += 1
+        when_s = client.parse_time(current.published) if current is not None else 0.0
+        if same:
+            published[label] = max(published.get(label, 0.0), when_s)
+        else:  # then before that, whenever a host came to it
+            last = report.last if report.last is not None and report.last.release == report.release else None
+            when_s = min(when_s - 1, (row.ours_s(last.finished) if last else None) or 0.0)
+        newest[label] = max(newest.get(label, 0.0), when_s)
+    order = sorted(newest, key=lambda label: (-newest[label], label))
+    shades = [Shade(label, counts[label], published.get(label, 0.0)) for label in order]
+    if len(order) > len(SHADES):
+        older = shades[len(SHADES) - 1 :]
+        shades[len(SHADES) - 1 :] = [Shade(f"{len(older)} older ones", sum(shade.hosts for shade in older))]
+    return [*shades, *([Shade(UNKNOWN_RELEASE, counts[""])] if counts[""] else [])]
+
+
+def format_bar(rows: Sequence[Row], width: int) -> str:
+    """The roll-out in one line, if it is under way."""
+    shades = count_shades(rows)
+    marks = [NOT_KNOWN if shade.label == UNKNOWN_RELEASE else SHADES[number] for number, shade in enumerate(shades)]
+    if sum(mark != NOT_KNOWN for mark in marks) < 2:
+        return ""
+    room = max(10, min(40, width // 3))
+    bar = "".join(
+        mark * max(1, round(room * shade.hosts / len(rows))) for mark, shade in zip(marks, shades, strict=True)
+    )
+    each = max(7, (width - room) // len(shades) - 6)
+    labels = [clip(found[0] if (found := COMMIT.match(shade.label)) else shade.label, each) for shade in shades]
+    words = [f"{mark} {label} {shade.hosts}" for mark, label, shade in zip(marks, labels, shades, strict=True)]
+    return clip(f"{bar}  {'  '.join(words)}", width)
 
 
 def format_prometheus(rows: Sequence[Row]) -> str:
@@ -1272,8 +1627,17 @@ def format_prometheus(rows: Sequence[Row]) -> str:
         ("bento_host_needs_reboot", "Whether a host needs a reboot.", []),
         ("bento_host_other_client", "Whether a host runs another version of the client than the server has.", []),
         ("bento_host_two_machines", "Whether another machine has reported as a host, too.", []),
+        ("bento_host_failed_units", "Whether units failed when a host's release was activated, and still do.", []),
+        ("bento_host_paused", "Whether a host deploys nothing for now.", []),
+        ("bento_host_expired", "Whether nobody vouches any more for what is published for a host.", []),
+        ("bento_host_absent", "Whether a host is known to be away.", []),
+        ("bento_host_not_published", "Whether a host's configuration failed to be published.", []),
+        ("bento_host_stuck", "Whether a host has been building for longer than any build takes.", []),
         ("bento_host_needs_attention", "Whether a host needs a person.", []),
         ("bento_host_last_seen_timestamp_seconds", "When a host reported last, on the server's clock.", []),
+        ("bento_host_state_since_timestamp_seconds", "When a host came into its state.", []),
+        ("bento_host_tries", "How often a host tried the release that it fails to run.", []),
+        ("bento_host_release_info", "The releases that a host runs, is to run, and tried last.", []),
         ("bento_host_published_timestamp_seconds", "When a host's current release was published.", []),
         ("bento_host_clock_ahead_seconds", "How far a host's clock was ahead of the server's at its last report.", []),
     ]
@@ -1286,6 +1650,10 @@ def format_prometheus(rows: Sequence[Row]) -> str:
         for mark in MARKS:
             samples[f"bento_host_{mark}"].append((host, getattr(row, mark)))
         samples["bento_host_needs_attention"].append((host, row.needs_a_person))
+        samples["bento_host_tries"].append((host, row.tries))
+        samples["bento_host_release_info"].append((f"{host},{release_labels(row)}", 1))
+        if (since_s := row.since_s) is not None:
+            samples["bento_host_state_since_timestamp_seconds"].append((host, since_s))
         if row.seen_s is not None:
             samples["bento_host_last_seen_timestamp_seconds"].append((host, row.seen_s))
         if row.current is not None:
@@ -1300,6 +1668,17 @@ def format_prometheus(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def release_labels(row: Row) -> str:
+    """Of a metric: releases are nothing but hexadecimal."""
+    last = row.report.last if row.report else None
+    releases = {
+        "running": row.report.release if row.report else None,
+        "published": row.current.release if row.current else None,
+        "tried": last.release if last else None,
+    }
+    return ",".join(f'{name}="{(release or "none")[:12]}"' for name, release in releases.items())
+
+
 PAGE = """\
 <!doctype html>
 <html lang="en">
@@ -1311,22 +1690,33 @@ PAGE = """\
 :root {{ color-scheme: light dark; --line: #8884; --bad: #c22; --wait: #a60; --good: #282; }}
 @media (prefers-color-scheme: dark) {{ :root {{ --bad: #f77; --wait: #fb5; --good: #7d7; }} }}
 body {{ font: 15px/1.4 system-ui, sans-serif; margin: 1rem auto; max-width: 75rem; padding: 0 .8rem; }}
-h1 {{ font-size: 1.2rem; }}
+h1 {{ font-size: 1.3rem; margin-bottom: 0; }} h2 {{ font-size: 1rem; margin: 1.4rem 0 .3rem; }}
+ul {{ list-style: none; margin: 0; padding: 0; }} li {{ overflow-wrap: anywhere; margin: .25rem 0; }}
+.alarm {{ border-left: .3rem solid var(--bad); padding-left: .6rem; font-weight: 600; }}
+.bar {{ display: flex; height: 1.5rem; border-radius: .3rem; overflow: hidden; }} .bar u {{ min-width: .3rem; }}
+u {{ text-decoration: none; background: var(--shade); }} li u {{ display: inline-block; width: 1rem; height: .8rem; }}
+.shade0 {{ --shade: #396; }}
+.shade1 {{ --shade: repeating-linear-gradient(45deg, #58c 0 5px, #7ae 5px 10px); }}
+.shade2 {{ --shade: repeating-linear-gradient(90deg, #b83 0 3px, #da5 3px 8px); }}
+.shade3 {{ --shade: repeating-linear-gradient(135deg, #855 0 3px, #a77 3px 6px); }}
+.shade4 {{ --shade: repeating-linear-gradient(0deg, #888 0 2px, #aaa 2px 6px); }}
+s {{ text-decoration: none; display: inline-block; min-width: .6rem; text-align: center; font-size: .95em; cursor: default; }}
+s.ok {{ color: var(--good); }} s.bad {{ color: var(--bad); font-weight: 700; }} s.odd {{ color: var(--wait); }}
 nav a {{ display: inline-block; margin: .15rem .3rem .15rem 0; padding: .1rem .6rem; border: 1px solid var(--line);
   border-radius: 1rem; color: inherit; text-decoration: none; }}
 nav a:first-child {{ background: #8883; font-weight: 600; }}
 i:target ~ nav a:first-child {{ background: none; font-weight: inherit; }}
 table {{ border-spacing: 0; width: 100%; margin-top: .8rem; }}
 th, td {{ text-align: left; vertical-align: top; padding: .25rem .6rem .25rem 0; border-top: 1px solid var(--line); }}
-td {{ white-space: nowrap; }} td.notes {{ white-space: normal; overflow-wrap: anywhere; }}
+td {{ white-space: nowrap; }} td:first-child {{ font-weight: 600; }} td.notes {{ white-space: normal; overflow-wrap: anywhere; }}
 code {{ font-size: .9em; }}
 .failing b, .rolled-back b, .mark {{ color: var(--bad); }}
 .pending b, .held b, .building b, .waiting b, .left b, .new b {{ color: var(--wait); }}
-.up-to-date b {{ color: var(--good); }}
+.up-to-date b {{ color: var(--good); }} .unknown b, .offline b, .person b {{ color: var(--bad); }}
 @media (max-width: 40rem) {{
   thead {{ display: none; }} tr {{ display: block; border-top: 1px solid var(--line); padding: .4rem 0; }}
   td {{ display: inline-block; border: 0; padding: 0 .6rem 0 0; }} td.notes {{ display: block; }}
-  td.since {{ display: none; }} td.seen::before {{ content: "seen "; }}
+  td.since::before {{ content: "since "; }} td.seen::before {{ content: "seen "; }}
 }}
 .old {{ visibility: hidden; color: var(--bad); animation: old 0s {old_s}s forwards; }}
 @keyframes old {{ to {{ visibility: visible; }} }}
@@ -1335,9 +1725,11 @@ code {{ font-size: .9em; }}
 {targets}
 <h1>{title}</h1>
 <p>As of {time} on the server. <span class="old">That was a while ago: reload this page.</span></p>
+{persons}{rollout}
+<h2>Hosts</h2>
 <nav>{links}</nav>
 <table>
-<thead><tr><th>Host<th>State<th>Runs<th>Since<th>Seen<th>Notes<th>Logs</thead>
+<thead><tr><th>Host<th>State<th>Since<th>Runs<th>Seen<th>Notes<th>Last attempts</thead>
 <tbody>
 {rows}
 </tbody>
@@ -1346,7 +1738,13 @@ code {{ font-size: .9em; }}
 """
 
 
-def format_html(rows: Sequence[Row], now_s: float, logs_url: str) -> str:
+# The reason of an attempt, from its log: a host's name, and the log's.
+Why = Callable[[str, str], str]
+
+
+def format_html(
+    rows: Sequence[Row], now_s: float, logs_url: str, troubles: Sequence[str] = (), why: Why = lambda *_: ""
+) -> str:
     """One page without scripts. The filter is the end of its address: links open the page again, with a query, so that
     a browser that loads it anew does so with the filter. Chromium then does not, hence the word about an old page.
 
@@ -1367,27 +1765,85 @@ def format_html(rows: Sequence[Row], now_s: float, logs_url: str) -> str:
         time=format_time(now_s),
         filters="\n".join(filters),
         targets="".join(f'<i id="{word}"></i>' for word, _, _ in kinds[1:]),
+        persons=html_persons(rows, now_s, troubles),
+        rollout=html_roll_out(rows, now_s),
         links="\n".join(f'<a href="?{word}#{word}">{text} {count}</a>' for word, text, count in kinds),
-        rows="\n".join(html_row(row, now_s, logs_url) for row in rows),
+        rows="\n".join(html_row(row, now_s, logs_url, why, len(rows) > MANY_HOSTS) for row in rows),
     )
     return page.encode("ascii", "xmlcharrefreplace").decode()
 
 
-def html_row(row: Row, now_s: float, logs_url: str) -> str:
+def html_persons(rows: Sequence[Row], now_s: float, troubles: Sequence[str]) -> str:
+    """Who needs a person, and why: the first of them, and how many more there are."""
+    lines = [f'<p class="alarm">{html.escape(text)}</p>' for text in troubles]
+    wanting = [row for row in rows if row.needs_a_person]
+    if not wanting:
+        return "".join(lines)
+    lines.append("<h2>Needs a person</h2>\n<ul>")
+    for row in wanting[:SHOWN_PERSONS]:
+        failure = complaint(row, now_s)
+        lines.append(f"<li><span class=mark>{symbol_of(row)}</span> <b>{row.host}</b> {html.escape(failure.text)}")
+    if len(wanting) > SHOWN_PERSONS:
+        lines.append(f"<li>... and {len(wanting) - SHOWN_PERSONS} more, at the top of the table")
+    return "\n".join([*lines, "</ul>"])
+
+
+def html_roll_out(rows: Sequence[Row], now_s: float) -> str:
+    """How many hosts run which revision, and which are held, and by whom."""
+    parts, lines = [], []
+    for number, shade in enumerate(count_shades(rows)):
+        kind = "shade4" if shade.label == UNKNOWN_RELEASE else f"shade{min(number, 3)}"
+        label = html.escape(shade.label)
+        when = f", published {age(now_s - shade.published_s)} ago" if shade.published_s else ""
+        parts.append(f'<u class={kind} style="flex:{shade.hosts}" title="{label}: {shade.hosts}"></u>')
+        lines.append(f"<li><u class={kind}></u> {count_hosts(shade.hosts)}: {label}{when}")
+    for words, count in Counter(row.held for row in rows if row.held).most_common(SHOWN):
+        lines.append(f"<li>{SYMBOLS['held']} {count_hosts(count)} held: {html.escape(words)}")
+    bar = f'<div class="bar">{"".join(parts)}</div>'
+    return "\n".join(["\n<h2>Roll-out</h2>", bar, "<ul>", *lines, "</ul>"]) if rows else ""
+
+
+def html_row(row: Row, now_s: float, logs_url: str, why: Why, brief: bool) -> str:
     cells = {title: html.escape(text) for title, text in row_cells(row, now_s).items()}
     classes = [row.state, *(mark for mark in MARKS if getattr(row, mark)), *(["person"] if row.needs_a_person else [])]
     url = html.escape(f"{logs_url}/{row.host}/logs/")
+    state = f"<b>{symbol_of(row)} {'offline' if row.offline else cells['STATE']}</b>"
+    state += f", was {cells['STATE']}" if row.offline else ""
+    revision = html.escape(clip(one_line(row.revision or ""), REVISION_WIDTH - 4))
+    since = f"<td class=since>{cells['SINCE']}" if cells["SINCE"] != "-" else "<td>"
     return (
-        f'<tr class="{" ".join(classes)}"><td>{cells["HOST"]}<td><b>{SYMBOLS.get(row.state, "?")} {cells["STATE"]}</b>'
-        f"<td><code>{cells['RUNS']}</code><td class=since>{cells['SINCE']}<td class=seen>{cells['SEEN']}"
-        f'<td class="notes">{html.escape("; ".join(notes(row, now_s)))}<td><a href="{url}">logs</a></tr>'
+        f'<tr class="{" ".join(classes)}"><td>{row.host}<td>{state}{since}'
+        f"<td><code>{cells['RUNS']}</code> {revision}<td class=seen>{cells['SEEN']}"
+        f'<td class="notes">{html.escape("; ".join(notes(row, now_s)))}'
+        f'<td>{html_attempts(row, why, brief)} <a href="{url}">logs</a></tr>'
     )
 
 
-def format_json(rows: Sequence[Row], now_s: float) -> str:
+def html_attempts(row: Row, why: Why, brief: bool) -> str:
+    """The last attempts as marks, each with when and why; `brief`: those that ended alike, one after the other, as one."""
+    found = []
+    keys = itertools.count()
+    for _, group in itertools.groupby(row.attempts, key=lambda attempt: attempt.result if brief else next(keys)):
+        attempts = list(group)
+        last, result = attempts[-1], attempts[-1].result
+        kind = "ok" if result == Result.OK else "odd" if result in (Result.POSTPONED, Result.INTERRUPTED) else "bad"
+        since = f"{attempts[0].finished} to " if len(attempts) > 1 else ""
+        title = f"{since}{last.finished} {last.release[:7]} {result}"
+        if result != Result.OK:
+            report = row.report.last if row.report else None
+            words = report.reason if report and report.log == last.name else why(row.host, last.name)
+            title += f": {one_line(words, 200)}" if words else ""
+        found.append(
+            f'<s class={kind} title="{html.escape(title)}">{RESULT_MARKS.get(result, "?") * len(attempts)}</s>'
+        )
+    return "".join(found)
+
+
+def format_json(rows: Sequence[Row], now_s: float, troubles: Sequence[str] = ()) -> str:
     """A line a host. Without `indent`, which would make json.dumps ten times as slow."""
     lines = ",\n".join(json.dumps(row_json(row)) for row in rows)
-    return f'{{"format": 1, "time": "{format_time(now_s)}", "hosts": [\n{lines}\n]}}\n'
+    head = f'"format": 1, "time": "{format_time(now_s)}", "problems": {json.dumps(list(troubles))}'
+    return f'{{{head}, "hosts": [\n{lines}\n]}}\n'
 
 
 def row_json(row: Row) -> dict[str, object]:
@@ -1405,6 +1861,15 @@ def row_json(row: Row) -> dict[str, object]:
         "other_client": row.other_client,
         "two_machines": row.two_machines,
         "expired": row.expired,
+        "failed_units": [one_line(unit) for unit in row.report.failed_units] if row.report else [],
+        "paused": row.paused,
+        "stuck": row.stuck,
+        "absent": row.absence or None,
+        "held": row.held or None,
+        "not_published": row.refusal._asdict() if row.refusal else None,
+        "needs_a_person": row.needs_a_person,
+        "reasons": row.reasons,
+        "tries": row.tries,
         "published": published or None,
         "release": row.report.release if row.report else None,
         "revision": row.revision,
@@ -1412,11 +1877,12 @@ def row_json(row: Row) -> dict[str, object]:
         "client": row.report.client if row.report else None,
         "phase": row.report.phase if row.report else None,
         "signer": row.report.signer if row.report else None,
+        "waiting_for_boot": row.report.waiting_for_boot if row.report else None,
+        "paused_until": row.report.paused_until if row.report else None,
         "last": None if last is None else last._asdict() | {"reason": one_line(last.reason)},
         "since": None if since_s is None else format_time(since_s),
         "seen": None if row.seen_s is None else format_time(row.seen_s),
         "clock_ahead_s": None if ahead_s is None else round(ahead_s),
-        "held": row.held or None,
         "problem": row.problem or None,
     }
 
@@ -1536,10 +2002,10 @@ def reason_to_wait(standing: Standing, soak_s: float, now_s: float) -> str:
 
     By when its report came: of a host that has been silent since, nobody knows what it runs.
     """
-    current, report, seen_s, problem = standing.found
+    found, report, seen_s = standing.found, standing.found.report, standing.found.seen_s
     if report is None or seen_s is None:
-        return "unreadable" if problem else "new"
-    state, offline, _, _ = judge(current, report, seen_s, now_s, OFFLINE_AFTER_S)
+        return "unreadable" if found.problem else "new"
+    state, offline, _, _ = judge(found.current, report, seen_s, now_s, patience_s(report, OFFLINE_AFTER_S))
     if state == "left" or (state in FAILED and not standing.changed):
         return state
     if offline or not standing.wanted:
@@ -1596,7 +2062,7 @@ def write_rollout(chroot_dir: Path, rollout: Rollout) -> None:
 def runs_since_s(chroot: Path, found: Found, known: Proven | None) -> float:
     """Since when a host runs what it reports, on this server's clock: when its log came, or the first report that we saw;
     not from before that release was published. Its own clock has no say."""
-    current, report, seen_s, _ = found
+    current, report, seen_s = found.current, found.report, found.seen_s
     if current is None or report is None or report.last is None or seen_s is None:
         return 0.0
     times = [seen_s, *([known.since_s] if known is not None and known.release == report.release else [])]
@@ -2325,7 +2791,7 @@ def examine(work: Work, name: str) -> Job:
 
 def check_client(chroot: Path, name: str) -> None:
     """Whether the host would heed a bento.json. One that has never reported gets its client with its first release."""
-    report, _, _ = read_report(chroot, name)
+    report = read_report(chroot, name).report
     found = re.match(r"(\d+)\.(\d+)", report.client) if report else None
     if report is not None and (found is None or (int(found[1]), int(found[2])) < RECIPE_SINCE):
         raise BentoError(
@@ -2702,7 +3168,7 @@ def command_diff(fleet: Fleet, wanted: Sequence[str]) -> int:
 
 def diff_host(fleet: Fleet, name: str) -> str:
     current = read_published(fleet.chroot(name), name)
-    report, _, problem = read_report(fleet.chroot(name), name)
+    _, report, _, problem, *_ = read_report(fleet.chroot(name), name)
     if current is None or current.system is None:
         raise BentoError("its release was not built here: run 'bento.py build', or 'populate --build'")
     if report is None:
@@ -2903,8 +3369,8 @@ def plan_rollout(work: Work, hosts: Sequence[str], good: Sequence[str]) -> Rollo
     held = [Held(name, since_s.get(name, now_s), standings[name].published, standings[name].wanted) for name in names]
     proven = [
         Proven(name, since_s, report.release)
-        for name, (_, (_, report, _, _), since_s) in standings.items()
-        if report is not None and report.release is not None
+        for name, (_, found, since_s) in standings.items()
+        if (report := found.report) is not None and report.release is not None
     ]
     return Rollout(tuple(waves), done, blockers, tuple(held), tuple(proven))
 
@@ -2943,6 +3409,28 @@ def tell_rollout(work: Work, rollout: Rollout) -> None:
             work.failures.append(Failure(host, text))
 
 
+def read_refusals(fleet: Fleet) -> dict[str, Refusal]:
+    """The hosts whose configuration failed to be published when it was tried last: the lock's holder writes them there."""
+    found: dict[str, Refusal] = {}
+    for name, data in read_json(fleet.chroot_dir / ".lock").items():
+        with suppress(BentoError, AttributeError, TypeError):
+            take = functools.partial(client.take, data, what=".lock")
+            found[name] = Refusal(take("since", client.TIME), take("times", int), one_line(take("error", str), 1000))
+    return found
+
+
+def remember_failures(work: Work, hosts: Sequence[str], failures: Iterable[Failure], *, everyone: bool) -> None:
+    """Keeps what failed until it passes, for `status`: what is published meanwhile looks as good as ever."""
+    before, now = read_refusals(work.fleet), format_time(time.time())
+    kept = {} if everyone else {name: refusal for name, refusal in before.items() if name not in hosts}
+    for failure in failures:
+        since, times, _ = before.get(failure.host, Refusal(now, 0, ""))
+        kept[failure.host] = Refusal(since, times + 1, one_line(failure.text, 1000))
+    text = json.dumps({name: refusal._asdict() for name, refusal in kept.items()}) if kept else ""
+    with suppress(OSError):  # a full disk
+        (work.fleet.chroot_dir / ".lock").write_text(text)
+
+
 def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: bool) -> int:
     if prune and wanted:
         raise UsageError("--prune goes with the whole fleet, not with single hosts")
@@ -2972,6 +3460,8 @@ def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: boo
             roll_out(work, hosts, good)
         if not plan.dry_run:
             work.store.prune()
+            failed = [*work.failures, *(Failure(name, bad_keys[name]) for name in bad_keys if name in hosts)]
+            remember_failures(work, hosts, failed, everyone=not wanted)
     work.progress.clear()
     if not plan.as_json:
         would, held = "would be " if plan.dry_run else "", work.counts["held"]
@@ -2985,15 +3475,58 @@ def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: boo
 
 def gather(
     fleet: Fleet, wanted: Sequence[str], offline_after_s: float, now_s: float, memory: Memory | None = None
-) -> tuple[list[Row], list[str]]:
-    """The table of rows that every form of `status` shows. `memory`: of the time before; only what changed is read."""
+) -> tuple[list[Row], list[str], list[str]]:
+    """The rows that every form of `status` shows, what is wrong with hosts/, and what is the matter with the server.
+
+    `memory`: of the time before; only what changed is read.
+    """
     hosts, errors = find_hosts(fleet, wanted)
-    rows, waiting = [], read_rollout(fleet.chroot_dir).words(now_s)
+    beside, rows = read_beside(fleet, now_s), []
     for name in hosts:
         chroot = f"{fleet.chroot_dir}/{name}"  # a Path takes its time, ten thousand times
         found = read_host(chroot, name) if memory is None else recall_host(chroot, name, memory)
-        rows.append(make_row(name, found, now_s, offline_after_s, waiting))
-    return sort_rows(rows), errors
+        rows.append(make_row(name, found, now_s, offline_after_s, beside))
+    troubles = [*look_at_disk(fleet.chroot_dir), *([] if wanted else look_at_silence(rows, now_s))]
+    return sort_rows(rows), errors, troubles
+
+
+def read_beside(fleet: Fleet, now_s: float) -> Beside:
+    """What lies beside the chroots and the hosts. What cannot be read there keeps nobody from the table."""
+    absent = {}
+    for path in (fleet.directory / "hosts").glob("*.absent"):
+        with suppress(OSError):
+            absent[path.stem] = one_line(path.read_text("utf-8", "replace")) or "nobody said why"
+    return Beside(absent, read_refusals(fleet), read_rollout(fleet.chroot_dir).words(now_s))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of the server's own, beside the chroots: nothing is lost with it."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def look_at_disk(directory: Path) -> list[str]:
+    """Whether the server's disk has room for what hosts have to say."""
+    try:
+        disk = os.statvfs(directory)
+    except OSError:
+        return []
+    if disk.f_bavail * disk.f_frsize >= FULL_DISK_BYTES and (disk.f_favail or not disk.f_files):
+        return []
+    what = "has no room" if disk.f_bavail * disk.f_frsize < FULL_DISK_BYTES else "has no inodes"
+    return [f"this server's own disk {what} at {directory}: no host can report, and nothing can be published"]
+
+
+def look_at_silence(rows: Sequence[Row], now_s: float) -> list[str]:
+    """Whether all hosts fell silent: that is hardly all of theirs."""
+    seen = [row.seen_s for row in rows if row.seen_s is not None and not row.absent]
+    if len(seen) < 2 or not all(row.offline for row in rows if row.seen_s is not None and not row.absent):
+        return []
+    since = f"since {format_time(max(seen))} ({age(now_s - max(seen))})"
+    return [f"all {len(seen)} hosts are silent {since}: was this server down, or its disk full?"]
 
 
 def for_stdout(text: str) -> str:
@@ -3005,30 +3538,87 @@ def for_stdout(text: str) -> str:
     return text
 
 
-def command_status(
-    fleet: Fleet, wanted: Sequence[str], offline_after_s: float, form: str, output: str | None, logs_url: str | None
-) -> int:
+class View(NamedTuple):
+    """How `status` shows the fleet: `form`, into the file `output`, and what has changed since the file `changes`."""
+
+    form: str
+    offline_after_s: float = OFFLINE_AFTER_S
+    output: str | None = None
+    logs_url: str | None = None
+    changes: str | None = None
+
+
+def command_status(fleet: Fleet, wanted: Sequence[str], view: View) -> int:
     now_s = time.time()
-    rows, errors = gather(fleet, wanted, offline_after_s, now_s)
-    width = shutil.get_terminal_size(fallback=(200, 24)).columns
-    terminal = sys.stdout.isatty() and output is None
-    if form == "json":
-        text = format_json(rows, now_s)
-    elif form == "prometheus":
+    rows, errors, troubles = gather(fleet, wanted, view.offline_after_s, now_s)
+    terminal = sys.stdout.isatty() and view.output is None
+    if view.form == "json":
+        text = format_json(rows, now_s, troubles)
+    elif view.form == "prometheus":
         text = format_prometheus(rows)
-    elif form == "html":
-        text = format_html(rows, now_s, logs_url or fleet.chroot_dir.as_uri())
+    elif view.form == "html":
+        url = view.logs_url or fleet.chroot_dir.as_uri()
+        text = format_html(rows, now_s, url, troubles, functools.partial(find_reason, fleet, itertools.count()))
     else:
+        width = shutil.get_terminal_size(fallback=(200, 24)).columns
         text = format_table(rows, now_s, width, decorated=terminal and "NO_COLOR" not in os.environ) + "\n"
-    if output is None:
+        if len(wanted) == 1:
+            top, _, summary = text[:-1].rpartition("\n")
+            text = f"{top}\n\n{format_host(rows[0], now_s)}\n\n{summary}\n"
+    if view.output is None:
         sys.stdout.write(for_stdout(text))
         sys.stdout.flush()
     else:
-        client.write_atomic(Path(output), text.encode(), 0o644)
-    if not terminal:  # cron mails what is on stderr
-        errors += [f"{row.host}: {row.state}: {'; '.join(notes(row, now_s))}" for row in rows if row.needs_a_person]
+        client.write_atomic(Path(view.output), text.encode(), 0o644)
+    if view.changes is not None:
+        tell_changes(Path(view.changes), rows, troubles, now_s)
+    elif view.output is None:  # cron mails what is on stderr
+        silent = any(trouble.startswith("all ") for trouble in troubles)
+        wanting = [row for row in rows if row.needs_a_person and not terminal and not (silent and row.offline)]
+        errors = [*troubles, *errors, *group_failures(complaint(row, now_s) for row in wanting)]
     warn(unknown_keys(fleet, [row.host for row in rows]))
-    return max(complain(errors), int(any(row.needs_a_person for row in rows)))
+    return max(complain(errors), int(bool(troubles) or any(row.needs_a_person for row in rows)))
+
+
+def find_reason(fleet: Fleet, asked: Iterator[int], host: str, log: str) -> str:
+    """Why an attempt ended as it did, from the end of its log: of so many logs, no more."""
+    if next(asked) >= MAX_REASONS:
+        return ""
+    try:
+        logs = open_logs(fleet.chroot(host))
+    except OSError:
+        return ""
+    try:
+        return last_words(logs, log)
+    except (BentoError, OSError):
+        return ""
+    finally:
+        os.close(logs)
+
+
+def tell_changes(path: Path, rows: Sequence[Row], troubles: Sequence[str], now_s: float) -> None:
+    """A line on stderr for each problem that has begun since the last call, and one for each that is over. What was
+    told lies in a file."""
+    before = read_json(path).get("problems", {})
+    before = before if isinstance(before, dict) else {}
+    now: dict[str, str] = {}
+    words: dict[str, str] = {}
+    for what, text in [("the server", trouble) for trouble in troubles]:
+        now[what], words[what] = format_time(now_s), text
+    for row in rows:
+        for reason in row.reasons:
+            what = f"{row.host}: {reason.replace('_', ' ')}"
+            release = row.report.last.release if reason == "failed" and row.report and row.report.last else None
+            what += f" {release[:7]}" if release else ""
+            now[what], words[what] = format_time(now_s), f"{row.host}: {complaint(row, now_s).text}"
+    for what in [what for what in now if what not in before]:
+        print(f"bento: begins: {words[what]}", file=sys.stderr)
+    for what, since in before.items():
+        if what in now:
+            now[what] = str(since)
+        else:
+            print(f"bento: over: {one_line(str(what))} (since {one_line(str(since))})", file=sys.stderr)
+    client.write_atomic(path, json.dumps({"problems": now}).encode(), 0o644)
 
 
 def command_watch(fleet: Fleet, wanted: Sequence[str], offline_after_s: float) -> int:
@@ -3039,11 +3629,14 @@ def command_watch(fleet: Fleet, wanted: Sequence[str], offline_after_s: float) -
     try:
         while True:
             now_s = time.time()
-            rows, _ = gather(fleet, wanted, offline_after_s, now_s, memory)
+            rows, _, troubles = gather(fleet, wanted, offline_after_s, now_s, memory)
             width, height = size = shutil.get_terminal_size()
+            top = [clip(f"! {trouble}", width) for trouble in troubles]
             # The hosts that need a person are on top, the summary stays in sight.
             decorated = "NO_COLOR" not in os.environ
-            table = format_table(rows, now_s, width, height=height - 1, decorated=decorated)
+            table = "\n".join(
+                [*top, format_table(rows, now_s, width, height=height - 1 - len(top), decorated=decorated)]
+            )
             if (table, size) != (shown, drawn_for):
                 lines = for_stdout(table).splitlines()[-max(1, height - 1) :]
                 sys.stdout.write("\x1b[H" if size == drawn_for else "\x1b[2J\x1b[H")
@@ -3077,22 +3670,27 @@ def find_logs(logs: int, release: str | None) -> tuple[list[tuple[float, str]], 
         ) is not None
 
 
+def last_words(logs: int, name: str) -> str:
+    """How an attempt ended, as its log says at the end."""
+    end, _ = read_untrusted(logs, name, LOG_END_BYTES, end=True)
+    last = end.decode(errors="replace").rstrip().rpartition("\n")[2]
+    words = re.search(r"bento: (?:error: )?[a-z-]+: (.*)", last)
+    return one_line(words[1]) if words else ""
+
+
 def list_log(logs: int, name: str, came_s: float) -> str:
     """A log's line in the list: when by the host's clock, release, result and reason."""
     when, short, result = name.removesuffix(".log").split("_")
     line = f"{when}  {short}  {result}"
     try:
-        end, _ = read_untrusted(logs, name, LOG_END_BYTES, end=True)
-        last = end.decode(errors="replace").rstrip().rpartition("\n")[2]
-        words = re.search(r"bento: (?:error: )?[a-z-]+: (.*)", last)
-        line += f"  {one_line(words[1])}" if words else ""
+        words = last_words(logs, name)
+        line += f"  {words}" if words else ""
     except (BentoError, OSError) as error:
         line += f"  {one_line(str(error))}"
     came = format_time(came_s)
-    with suppress(ValueError):
-        finished_s = client.parse_time(f"{when[:4]}-{when[4:6]}-{when[6:11]}:{when[11:13]}:{when[13:]}")
-        if abs(finished_s - came_s) > CLOCK_TOLERANCE_S:
-            line += f"  (came {came})"
+    parsed = parse_log_name(name)
+    if parsed is not None and abs(client.parse_time(parsed.finished) - came_s) > CLOCK_TOLERANCE_S:
+        line += f"  (came {came})"
     return line
 
 
@@ -3119,7 +3717,7 @@ def command_log(fleet: Fleet, name: str, show_list: bool, release: str | None) -
         try:
             logs = open_logs(fleet.chroot(name))
         except NotADirectoryError:
-            raise none from None
+            raise BentoError(f"{name}: {where} is no directory: 'bento.py populate {name}' makes one") from None
         stack.callback(os.close, logs)
         found, more = find_logs(logs, release)
         if show_list:
@@ -3236,6 +3834,12 @@ def make_parser() -> argparse.ArgumentParser:
     forms.add_argument("--html", dest="form", action="store_const", const="html", help="one page, without scripts")
     forms.add_argument("--watch", dest="form", action="store_const", const="watch", help="stay, and show what changes")
     status.add_argument("--output", type=not_empty, metavar="FILE", help="replace FILE instead of printing")
+    status.add_argument(
+        "--changes",
+        type=not_empty,
+        metavar="FILE",
+        help="on stderr only what has begun or is over since the last call, which FILE remembers",
+    )
     status.add_argument("--logs-url", metavar="URL", help="where the page's links find the chroots (default: as files)")
     status.add_argument(
         "--offline-after", type=float, default=OFFLINE_AFTER_S / 3600, metavar="HOURS", help="default: 2"
@@ -3297,7 +3901,8 @@ def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:
             if options.output is not None:
                 raise UsageError("--output goes with a status that ends, not with --watch")
             return command_watch(fleet, options.hosts, after_s)
-        return command_status(fleet, options.hosts, after_s, options.form or "table", options.output, options.logs_url)
+        view = View(options.form or "table", after_s, options.output, options.logs_url, options.changes)
+        return command_status(fleet, options.hosts, view)
     return command_log(fleet, options.name, options.list, options.release)
 
 

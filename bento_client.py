@@ -86,6 +86,8 @@ PATIENT_PROOFS = 3
 PAUSE_H, LONGEST_PAUSE_H = 8.0, 24.0 * 31
 # Each command of `after_deployment`.
 HOOK_LIMIT_S = 60
+# A long build says so often that it is under way.
+HEARTBEAT_S = 30 * 60
 NO_RELEASE = "0" * 64
 # How long it is told that another machine reported under this name.
 TWIN_S = 24 * 3600
@@ -235,6 +237,8 @@ class Report(NamedTuple):
     `waiting_for_boot`: the release that the next boot is to start. `boot_trial`: how this machine's boot loader tries a
     system that has never booted. `known_to_boot`: the system that it falls back to. `first_contact`: when a server's key
     was last taken on trust. `machine` tells this machine from others; `twin`: when another one last reported as this host.
+    `since`: when the phase began. `interval`, of polls, and `offline_after`, both in seconds: when to worry about this
+    machine's silence.
     """
 
     host: str
@@ -256,6 +260,9 @@ class Report(NamedTuple):
     first_contact: str | None = None
     machine: str | None = None
     twin: str | None = None
+    since: str | None = None
+    interval: int | None = None
+    offline_after: int | None = None
 
 
 class State(NamedTuple):
@@ -367,6 +374,8 @@ class Settings(NamedTuple):
     after_deployment: tuple[str, ...] = ()
     reboot: str = "never"
     build: str = "host"
+    interval: int = 0
+    offline_after: int = 0
     boot_loader: tuple[str, ...] = ()
 
     @property
@@ -428,8 +437,7 @@ FIELDS: dict[str, type | re.Pattern[str]] = {
     "client": re.compile(r"[!-~]{1,40}"), "step": re.compile("|".join(Step)), "last": dict, "tried": dict,
     "verdict": re.compile("|".join(("", *Result))), "Last.reason": TEXT, "Report.system": re.compile(r"[ -~]{0,400}"),
     "boot_trial": LINE, "known_to_boot": LINE, "signer": FINGERPRINT, "expires": TIME, "first_contact": TIME,
-    "since": TIME, "until": TIME,
-    "machine": re.compile(r"[0-9a-f]{16}"), "twin": TIME,
+    "since": TIME, "until": TIME, "machine": re.compile(r"[0-9a-f]{16}"), "twin": TIME,
 }  # fmt: skip
 SIMPLE: dict[str, type] = {"str": str, "int": int, "bool": bool, "float": float}
 Record = TypeVar("Record", "Current", "Part", "Last", "Report", "State", "Pending", "Pause")
@@ -576,9 +584,16 @@ def plain(value: Any) -> Any:
     return [plain(each) for each in value] if isinstance(value, tuple) else value
 
 
+# Not written while there is nothing in them: a file stays as it was before there were such fields.
+OPTIONAL = (
+    "parts", "signed", "signature", "signer", "expires", "serials", "first_contact", "machine", "twin", "since", "interval",
+    "offline_after",
+)  # fmt: skip
+
+
 def encode(record: Current | Report | State | Pending | Pause) -> bytes:
     data = {"format": FORMAT} | plain(record)
-    for name in ("parts", "signed", "signature", "signer", "expires", "serials", "first_contact", "machine", "twin"):
+    for name in OPTIONAL:
         if not data.get(name, True):
             del data[name]
     return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
@@ -959,10 +974,13 @@ def scratch(settings: Settings) -> Iterator[str]:
             (settings.state / name).rmdir()
 
 
-def name_holder(settings: Settings, text: str) -> None:
-    """Writes into the lock file who holds it: over what is there, for which there is room on a full disk, too."""
+def name_holder(settings: Settings, text: str, contact: str = "") -> None:
+    """Writes into the lock file who holds it, and below that the last contact with a server: over what is there, for which
+    there is room on a full disk, too."""
     with suppress(OSError), open(settings.state / "lock", "r+") as file:
-        file.write(f"{text}\n")
+        contact = contact or file.read().partition("\n")[2].strip()
+        file.seek(0)
+        file.write(f"{text}\n{contact}\n" if contact else f"{text}\n")
         file.truncate()
 
 
@@ -1444,8 +1462,11 @@ class Sftp:
         # It gives no sign of life before its end.
         limit_s = STALL_S + (self.directory / local).stat().st_size / LEAST_RATE
         sign = "-" if optional else ""
-        self.do(f"{sign}put {local} logs/.{name}", limit_s)
-        self.do(f"{sign}rename logs/.{name} logs/{name}")
+        try:
+            self.do(f"{sign}put {local} logs/.{name}", limit_s)
+            self.do(f"{sign}rename logs/.{name} logs/{name}")
+        except Refused as error:
+            raise Unreachable(f"{error}: it cannot take the report: is its disk full?", passing=False) from None
 
     def close(self) -> None:
         """Ends the connection, at once: nothing is left unanswered, and a farewell would take a round trip."""
@@ -1956,6 +1977,7 @@ class Machine:
         self.session: Sftp | None = None
         self.watchdog: str | None = None
         self.twin = self.state.twin
+        self.phase_since: str | None = None
 
     def remember(self, **changes: Any) -> None:
         """Changes state.json, where it says something else."""
@@ -2066,6 +2088,20 @@ class Machine:
         """Whether a boot would give another kernel (or initrd, modules, parameters), or a system that could not go live."""
         waits = self.on_trial is not None and self.facts().running != self.on_trial
         return waits or not self.has_kernel_of(self.default)
+
+    def still_failed(self) -> tuple[str, ...]:
+        """The units that failed at the last activation, but for those that systemd knows to be well by now."""
+        units = self.state.failed_units
+        if not units or not self.has_systemd:
+            return units
+        argv = ["systemctl", "show", "--property=LoadState,ActiveState", "--", *units]
+        said = run(argv, check=False, timeout=60).output.strip().split("\n\n")
+        well = {
+            unit
+            for unit, words in zip(units, said, strict=False)
+            if len(said) == len(units) and "=loaded" in words and not re.search("=failed|=activating", words)
+        }
+        return tuple(unit for unit in units if unit not in well)
 
     def is_switching(self) -> bool:
         """Whether somebody's switch is at work. That of 2024 would wait for it, today's would refuse."""
@@ -2271,7 +2307,7 @@ def make_report(machine: Machine, phase: Phase = Phase.IDLE) -> Report:
         needs_reboot=machine.needs_reboot,
         last=state.last,
         revision=revision,
-        failed_units=state.failed_units,
+        failed_units=machine.still_failed(),
         waiting_for_boot=state.release if trial is not None and trial != running else None,
         paused_until=paused_until(machine),
         boot_trial=machine.trial_way,
@@ -2281,6 +2317,9 @@ def make_report(machine: Machine, phase: Phase = Phase.IDLE) -> Report:
         first_contact=first_contact(machine.settings),
         machine=machine.mark,
         twin=machine.twin,
+        since=machine.phase_since if phase == Phase.BUILDING else None,
+        interval=machine.settings.interval or None,
+        offline_after=machine.settings.offline_after or None,
     )
 
 
@@ -2293,11 +2332,38 @@ def write_report(machine: Machine, phase: Phase) -> str:
     return name
 
 
-def announce(machine: Machine, phase: Phase) -> None:
+def announce(machine: Machine, phase: Phase, session: Sftp | None = None) -> None:
     """Tells the server what comes next. That it has no room for it is no reason to stop."""
-    assert machine.session is not None
+    session = session or machine.session
+    assert session is not None
+    machine.phase_since = machine.phase_since or format_time(time.time())
     with suppress(OSError):  # on a full disk there is no report to send
-        machine.session.put(write_report(machine, phase), "status.json", optional=True)
+        session.put(write_report(machine, phase), "status.json", optional=True)
+
+
+@contextmanager
+def heartbeat(machine: Machine) -> Iterator[None]:
+    """Says that we are still building, over connections of its own: a long silence would look like a dead machine."""
+    import threading  # not for a poll
+
+    ended, server = threading.Event(), machine.session.server if machine.session else ""
+
+    def beat() -> None:
+        while not ended.wait(HEARTBEAT_S):
+            with suppress(BentoError, OSError):
+                session = knock(machine.settings, machine.log, server)
+                try:
+                    announce(machine, Phase.BUILDING, session)
+                finally:
+                    session.close()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def look_for_twin(machine: Machine) -> None:
@@ -2331,6 +2397,7 @@ def deliver(machine: Machine, phase: Phase = Phase.IDLE) -> None:
         (outbox / name).unlink()
     look_for_twin(machine)
     session.put(write_report(machine, phase), "status.json")
+    name_holder(machine.settings, str(os.getpid()), f"{format_time(time.time())} {session.server}")
     if waiting:
         there = re.findall(rf"(?m)^(?:logs/)?({LOG_NAME.pattern})\s*$", session.do("-ls -1 logs"))
         old = sorted(set(there) - set(waiting))
@@ -3542,7 +3609,8 @@ def update(machine: Machine, *, force: bool) -> int:
     machine.log.say(why)
     pending, server = begin(machine, current), machine.session.server
     try:
-        obtained = obtain(machine, pending, current, action)
+        with heartbeat(machine):
+            obtained = obtain(machine, pending, current, action)
     except Unreachable:
         report(machine)
         disarm(machine)
@@ -3653,7 +3721,7 @@ def command_rollback(settings: Settings, *, token: str | None) -> int:
         pending = load_pending(machine)
         ended = token is not None and (pending is None or pending.token != token)
         with lock(settings) as held:
-            if ended and (held or (settings.state / "lock").read_text().split()[1:] != [token]):
+            if ended and (held or (settings.state / "lock").read_text().partition("\n")[0].split()[1:] != [token]):
                 print("this deployment has ended already: nothing to do")
                 return 0
             if held:
@@ -3822,13 +3890,27 @@ def command_status(settings: Settings) -> int:
     machine = Machine(settings, log="no-log")
     waiting = len(list((settings.state / "outbox").glob("*.log")))
     print(format_status(make_report(machine), load_pending(machine), waiting))
+    print(f"{'contact':<10} {last_contact(settings, time.time())}")
     return 0
+
+
+def last_contact(settings: Settings, now_s: float) -> str:
+    """When a server last took a report, for a person who wonders why nothing happens."""
+    why = "'bento-client probe' says why, 'journalctl -u bento' what was tried"
+    try:
+        when, server = (settings.state / "lock").read_text().partition("\n")[2].split()
+        ago_s = now_s - parse_time(when)
+    except (OSError, ValueError):
+        return f"none yet: {why}"
+    lost = ago_s > max(2 * 3600, 3 * settings.interval)
+    return f"{when}, {duration(ago_s)} ago, {server}" + (f": lost since then: {why}" if lost else "")
 
 
 def format_status(report: Report, pending: Pending | None, waiting: int) -> str:
     last = report.last
     rows = [
         ("host", report.host),
+        ("client", report.client),
         ("release", report.release or "none of Bento's"),
         ("system", report.system),
     ]

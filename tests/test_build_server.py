@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_client import HOST, Lab
 from test_modules import HOST_MODULE, MINIMAL, evaluate_host
+from toylab import HOST, Lab
 from toynixos import TOY, need_nix, write_config
 
 import bento

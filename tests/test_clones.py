@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_client import HOST, Lab
 from test_states import Server
 from test_states import server as plain_server
+from toylab import HOST, Lab
 from toynixos import ToyMachine
 
 import bento_client as client

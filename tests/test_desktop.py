@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_client import CURRENT, NOON, A, B, Lab, attempt, lab, state_after, wait_until
+from test_decisions import CURRENT, state_after
 from test_modules import HOST_MODULE, MINIMAL, analyze, evaluate_host, write_units
-from test_way_back import Systemd
+from toylab import NOON, A, B, Lab, Systemd, attempt, wait_until
 
 import bento_client
 from bento_client import Action, Machine, Result, Settings, decide
-
-__all__ = ["lab"]  # a fixture
-
 
 LOADER = {"boot_loader": ["systemd-boot", "/boot"]}
 AT_BOOT = LOADER | {"activation": "boot"}

@@ -56,6 +56,7 @@ FULL = """{
     activation = "boot";
     afterDeployment = [ "wall \\"$BENTO_RESULT\\"" ];
     reboot = "23:00-05:30";
+    offlineAfter = 168;
     stateDir = "/var/lib/fleet/bento";
     trigger = { enable = true; port = 4444; };
   };

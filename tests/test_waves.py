@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_server import Ran, Site, site
+from fleet import Ran, Site
 from toynixos import need
 
 import bento
 import bento_client as client
+from bento import Found
 from bento_client import BentoError, Current, Last, Phase, Report, Result, format_time
-
-__all__ = ["site"]  # a fixture
 
 HOUR_S, DAY_S = 3600, 86400
 NOW_S = 1_790_000_000.0
@@ -99,14 +98,14 @@ def standing(state: str, *, wanted: str = NEW, age_s: float = 300, ran_s: float 
     release = OLD if state.startswith("old-") else NEW
     current = None if state == "none" else Current("x", release, 1, format_time(NOW_S - 5 * DAY_S))
     if state in ("new", "old-new", "none"):
-        return bento.Standing(wanted, (current, None, None, ""))
+        return bento.Standing(wanted, Found(current, None, None, ""))
     result = {"rolled-back": "rolled-back", "failing": "build-failed"}.get(state.removeprefix("old-"), "ok")
     when = format_time(NOW_S - age_s)
     last = Last(OTHER if state == "pending" else release, result, "", "/s", when, when, 1, f"20260921T132640Z_{'1' * 12}_ok.log")
     running = release if result == "ok" and state not in ("pending", "waiting") else OTHER
     phase = {"building": Phase.BUILDING, "left": Phase.LEFT}.get(state, Phase.IDLE)
     report = Report("x", "1.1", when, phase, running, "/s", state == "waiting", last)._replace(**changes)
-    return bento.Standing(wanted, (current, report, NOW_S - age_s, ""), NOW_S - age_s - ran_s)
+    return bento.Standing(wanted, Found(current, report, NOW_S - age_s, ""), NOW_S - age_s - ran_s)
 
 
 GONE = 3 * HOUR_S
@@ -138,7 +137,7 @@ DECISIONS: list[tuple[str, Sequence[bento.Standing], Sequence[str]]] = [
     ("nobody was ever there", [standing("new"), standing("old-new")], ["new", "new"]),
     ("it left", [standing("left"), DONE], []),
     ("left, and nobody else", [standing("left")], ["left"]),
-    ("nobody knows", [bento.Standing(NEW, (DONE.found[0], None, None, "logs/status.json: not JSON")), DONE], ["unreadable"]),
+    ("nobody knows", [bento.Standing(NEW, Found(DONE.found.current, None, None, "logs/status.json: not JSON")), DONE], ["unreadable"]),
     ("one of many", [DONE, standing("building"), standing("rolled-back"), DONE], ["", "building", "rolled-back"]),
 ]  # fmt: skip
 

@@ -157,10 +157,25 @@ let
     upgrade_channels = cfg.upgradeChannels;
     rebuild_every = cfg.rebuildEvery;
     after_deployment = cfg.afterDeployment;
+    interval = pollSeconds;
     boot_loader = bootLoader;
   }
   // lib.optionalAttrs (cfg.knownHosts != null) { known_hosts = cfg.knownHosts; }
+  // lib.optionalAttrs (cfg.offlineAfter != null) { offline_after = cfg.offlineAfter * 3600; }
   // lib.optionalAttrs (cfg.signers != [ ]) { signers = signersFile; };
+
+  # How often it polls, as far as that can be told here: the server worries after three polls that were missed.
+  minutes = builtins.match "\\*:0*0/([1-9][0-9]?)" cfg.interval;
+  pollSeconds =
+    if minutes != null then
+      60 * builtins.fromJSON (builtins.head minutes)
+    else
+      {
+        hourly = 3600;
+        daily = 86400;
+        weekly = 7 * 86400;
+      }
+      .${cfg.interval} or 0;
 
   servers = lib.toList cfg.server;
   isServer = name: builtins.match "[A-Za-z0-9:[][]A-Za-z0-9._:%[-]*" name != null && !isHostAndPort name;
@@ -269,10 +284,10 @@ in
     sshOptions = mkOption {
       type = types.listOf types.str;
       default = [ ];
-      example = [ "ProxyCommand=nc -X 5 -x 127.0.0.1:9050 %h %p" ];
+      example = literalExpression ''[ "ProxyCommand=''${pkgs.netcat}/bin/nc -X 5 -x 127.0.0.1:9050 %h %p" ]'';
       description = ''
         More options for ssh, as one would give them with `-o`. They go before Bento's own. {manpage}`ssh_config(5)`
-        has them all.
+        has them all. What a ProxyCommand starts is not on the unit's path: name it by its store path.
       '';
     };
 
@@ -307,6 +322,17 @@ in
         Who builds this machine's systems. `"server"` is for machines too small for it: they evaluate and build nothing,
         and fetch what `bento.py populate --build` has built from their substituters ({option}`nix.settings.substituters`),
         signed by a key in {option}`nix.settings.trusted-public-keys`.
+      '';
+    };
+
+    offlineAfter = mkOption {
+      type = types.nullOr types.ints.positive;
+      default = null;
+      example = 168;
+      description = ''
+        For how many hours this machine may be silent before the server calls it offline and asks for a person: for a
+        laptop, say a week. By default two hours, or three of its polls if {option}`services.bento.interval` is
+        `hourly`, `daily`, `weekly` or `*:0/MINUTES`.
       '';
     };
 
