@@ -136,7 +136,10 @@ let
     };
     config = {
       # As the real module has it, and in its place among the rules: each has a hundred of its own.
-      security.pam.services.sshd.rules.session.systemd.order = 12600;
+      security.pam.services.sshd.rules.session.systemd = {
+        enable = lib.mkDefault true;
+        order = 12600;
+      };
       environment.sessionVariables.NIX_PATH = "nixpkgs=/channels/nixos:nixos-config=/etc/nixos/configuration.nix";
       system.build.nixos-rebuild = pkgs.nixos-rebuild;
     };

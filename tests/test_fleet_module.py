@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +92,16 @@ def test_other_chroots(fleet: Path) -> None:
     assert server["users"]["bento-t470"]["home"] == "/srv/chroot/t470"
     assert {'d "/srv/chroot/t470" 0750 root bento -', 'd "/var/lib/node exporter" - - - -'} <= set(server["tmpfiles"])
     assert len(server["users"]["bento-cache"]["openssh"]["authorizedKeys"]["keys"]) == 3
+
+
+def test_the_rule_of_pam_skips_pam_systemd_or_nothing(fleet: Path) -> None:
+    """It skips the rule after it. On a server that starts no sessions that would be the hosts' limits."""
+    off = "{ security.pam.services.sshd.rules.session.systemd.enable = false; }"
+    enabled = [
+        evaluate(f"m: (m {{ }}).server [ {nix_list([fleet, module])} ]")["pam"]["sshd"]["rules"]["session"]["systemd-not-for-bento"]["enable"]
+        for module in ("{ }", off)
+    ]
+    assert enabled == [True, False]
 
 
 # --- for real programs ---
