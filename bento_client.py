@@ -89,8 +89,9 @@ HOOK_LIMIT_S = 60
 # A long build says so often that it is under way.
 HEARTBEAT_S = 30 * 60
 NO_RELEASE = "0" * 64
-# How long it is told that another machine reported under this name.
-TWIN_S = 24 * 3600
+# How long it is told that another machine reported under this name, and how often it is looked for: that is a fifth of
+# a poll on a slow line.
+TWIN_S, TWIN_LOOK_S = 24 * 3600, 6 * 3600
 
 
 # --- errors ---
@@ -269,13 +270,15 @@ class State(NamedTuple):
     """`state.json`. `system`: the boot default that Bento made, `release` and `revision` are its; `previous`: what ran
     before. `good`: the last system that a boot has proven.
 
-    While `system` is not `good`, it waits for its first boot, since the boot with the id `boot`. `armed`: the boot loader has variables of ours;
-    `set_before` is what a person had in them; `forgets`: they were gone after the last boot that they were there for.
+    While `system` is not `good`, it waits for its first boot, since the boot with the id `boot`. `armed`: the boot loader
+    has variables of ours; `set_before` is what a person had in them; `forgets`: they were gone after the last boot that
+    they were there for.
     `unpacked` is the release in config/, `tried` the last attempt at a release (`last` may be a later failure to
     read `current.json`), `interruptions` how often that release was cut short, `doubts` how often it was blamed for a
     server that was out of reach, `costly`: its failure costs more than a poll; `published` its publication, `rebooted` the
     system that a reboot was last asked for. `serials`: see Trust; `signed` is the text that was last accepted, and
-    `signer` whose it was. `machine`: which one wrote this file; `twin`: see Report.
+    `signer` whose it was. `machine`: which one wrote this file; `twin`: see Report; `looked`: when it
+    was looked for.
     """
 
     release: str | None = None
@@ -305,6 +308,7 @@ class State(NamedTuple):
     signed: str | None = None
     machine: str | None = None
     twin: str | None = None
+    looked: str | None = None
 
 
 class Pending(NamedTuple):
@@ -437,7 +441,7 @@ FIELDS: dict[str, type | re.Pattern[str]] = {
     "client": re.compile(r"[!-~]{1,40}"), "step": re.compile("|".join(Step)), "last": dict, "tried": dict,
     "verdict": re.compile("|".join(("", *Result))), "Last.reason": TEXT, "Report.system": re.compile(r"[ -~]{0,400}"),
     "boot_trial": LINE, "known_to_boot": LINE, "signer": FINGERPRINT, "expires": TIME, "first_contact": TIME,
-    "since": TIME, "until": TIME, "machine": re.compile(r"[0-9a-f]{16}"), "twin": TIME,
+    "since": TIME, "until": TIME, "machine": re.compile(r"[0-9a-f]{16}"), "twin": TIME, "looked": TIME,
 }  # fmt: skip
 SIMPLE: dict[str, type] = {"str": str, "int": int, "bool": bool, "float": float}
 Record = TypeVar("Record", "Current", "Part", "Last", "Report", "State", "Pending", "Pause")
@@ -586,7 +590,7 @@ def plain(value: Any) -> Any:
 
 # Not written while there is nothing in them: a file stays as it was before there were such fields.
 OPTIONAL = (
-    "parts", "signed", "signature", "signer", "expires", "serials", "first_contact", "machine", "twin", "since", "interval",
+    "parts", "signed", "signature", "signer", "expires", "serials", "first_contact", "machine", "twin", "looked", "since", "interval",
     "offline_after",
 )  # fmt: skip
 
@@ -2374,6 +2378,9 @@ def look_for_twin(machine: Machine) -> None:
     session, state, own = machine.session, machine.state, machine.mark
     assert session is not None
     name, now_s = f"{machine.directory}/reported.json", time.time()
+    looked_s = 0.0 if state.looked is None else parse_time(state.looked)
+    if state.machine == own and state.twin is None and abs(now_s - looked_s) < TWIN_LOOK_S:
+        return
     path, seen = machine.settings.state / name, None
     session.do(f"-get logs/status.json {name}", grows=path, ceiling=MAX_JSON_BYTES)
     with suppress(OSError, BentoError):
@@ -2384,7 +2391,8 @@ def look_for_twin(machine: Machine) -> None:
     elif state.twin is not None and abs(now_s - parse_time(state.twin)) > TWIN_S:
         machine.twin = None
     with suppress(OSError):
-        machine.remember(machine=own, twin=machine.twin if state.machine == own else None)
+        twin = machine.twin if state.machine == own else None
+        machine.remember(machine=own, twin=twin, looked=format_time(now_s))
 
 
 def deliver(machine: Machine, phase: Phase = Phase.IDLE) -> None:
