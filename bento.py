@@ -3375,8 +3375,9 @@ def plan_rollout(work: Work, hosts: Sequence[str], good: Sequence[str]) -> Rollo
     return Rollout(tuple(waves), done, blockers, tuple(held), tuple(proven))
 
 
-def roll_out(work: Work, hosts: Sequence[str], good: Sequence[str]) -> None:
-    """Publishes as far as hosts/waves lets us, and tells whom it holds. `good`: the hosts whose keys are in order."""
+def roll_out(work: Work, hosts: Sequence[str], good: Sequence[str]) -> list[Failure]:
+    """Publishes as far as hosts/waves lets us, and tells whom it holds. `good`: the hosts whose keys are in order. Returns
+    the hosts that failed with others behind them."""
     place, dry_run = work.fleet.chroot_dir, work.plan.dry_run
     rollout = plan_rollout(work, hosts, good)
     if not dry_run:  # now, for what follows may take hours
@@ -3389,10 +3390,14 @@ def roll_out(work: Work, hosts: Sequence[str], good: Sequence[str]) -> None:
     if not dry_run:
         write_rollout(place, rollout)
     tell_rollout(work, rollout)
+    # What could not be published is told already.
+    stops = [each for each in rollout.blockers if rollout.held and each.why in FAILED and each.why != "not published"]
+    words = "this stops the roll-out, until a release mends it: see 'bento.py log'"
+    return [Failure(each.host, f"{each.why}: {words}") for each in stops]
 
 
 def tell_rollout(work: Work, rollout: Rollout) -> None:
-    """Whom it holds, once. A host that failed, with others behind it, is a failure of this run."""
+    """Whom it holds, once."""
     work.progress.clear()
     work.counts["held"] = len(rollout.held)
     if not rollout.held:
@@ -3403,10 +3408,6 @@ def tell_rollout(work: Work, rollout: Rollout) -> None:
     for each in rollout.held if work.plan.as_json else ():
         told = {"host": each.host, "result": "held", "release": each.wanted, "since": format_time(each.since_s)}
         print(json.dumps(told | {"waits_for": waits_for}))
-    for host, why in rollout.blockers:
-        if why in FAILED and why != "not published":  # which is told already
-            text = f"{why}: this stops the roll-out, until a release mends it: see 'bento.py log'"
-            work.failures.append(Failure(host, text))
 
 
 def read_refusals(fleet: Fleet) -> dict[str, Refusal]:
@@ -3431,6 +3432,28 @@ def remember_failures(work: Work, hosts: Sequence[str], failures: Iterable[Failu
         (work.fleet.chroot_dir / ".lock").write_text(text)
 
 
+def publish(work: Work, hosts: Sequence[str], bad_keys: Mapping[str, str], *, everyone: bool) -> None:
+    """Publishes hosts, as far as hosts/waves lets us where it is all of them; keeps for `status` what failed."""
+    place, plan = work.fleet.chroot_dir, work.plan
+    if not plan.dry_run:
+        for left in (place / ".copies", *place.glob(".tmp-*")):  # of version 1.0; of a kill
+            client.remove(left)
+        work.store.prune()
+    unfit = [Failure(name, bad_keys[name]) for name in hosts if name in bad_keys]
+    for name, error in sorted(unfit) if plan.as_json else ():
+        print(json.dumps({"host": name, "result": "failed", "error": error}))
+    good = [name for name in hosts if name not in bad_keys]
+    stops = []
+    if everyone:
+        stops = roll_out(work, hosts, good)
+    else:
+        populate_hosts(work, good)
+    if not plan.dry_run:
+        work.store.prune()
+        remember_failures(work, hosts, [*work.failures, *unfit], everyone=everyone)
+    work.failures += stops
+
+
 def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: bool) -> int:
     if prune and wanted:
         raise UsageError("--prune goes with the whole fleet, not with single hosts")
@@ -3447,21 +3470,7 @@ def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: boo
         work = Work(fleet, plan, Store(fleet.chroot_dir / ".store"))
         if prune:
             prune_chroots(find_gone(fleet, hosts), plan, work.failures)
-        if not plan.dry_run:
-            for left in (fleet.chroot_dir / ".copies", *fleet.chroot_dir.glob(".tmp-*")):  # of version 1.0; of a kill
-                client.remove(left)
-            work.store.prune()
-        for name in sorted(bad_keys.keys() & set(hosts)) if plan.as_json else ():
-            print(json.dumps({"host": name, "result": "failed", "error": bad_keys[name]}))
-        good = [name for name in hosts if name not in bad_keys]
-        if wanted:
-            populate_hosts(work, good)
-        else:
-            roll_out(work, hosts, good)
-        if not plan.dry_run:
-            work.store.prune()
-            failed = [*work.failures, *(Failure(name, bad_keys[name]) for name in bad_keys if name in hosts)]
-            remember_failures(work, hosts, failed, everyone=not wanted)
+        publish(work, hosts, bad_keys, everyone=not wanted)
     work.progress.clear()
     if not plan.as_json:
         would, held = "would be " if plan.dry_run else "", work.counts["held"]
