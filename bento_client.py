@@ -254,7 +254,7 @@ class State(NamedTuple):
     before. `good`: the last system that a boot has proven.
 
     While `system` is not `good`, it waits for its first boot, since the boot with the id `boot`. `armed`: the boot loader has variables of ours;
-    `set_before` is what a person had in them.
+    `set_before` is what a person had in them; `forgets`: they were gone after the last boot that they were there for.
     `unpacked` is the release in config/, `tried` the last attempt at a release (`last` may be a later failure to
     read `current.json`), `interruptions` how often that release was cut short, `doubts` how often it was blamed for a
     server that was out of reach, `costly`: its failure costs more than a poll; `published` its publication, `rebooted` the
@@ -274,6 +274,7 @@ class State(NamedTuple):
     boot: str | None = None
     armed: bool = False
     set_before: str = ""
+    forgets: bool = False
     published: str | None = None
     unpacked: str | None = None
     rebooted: str | None = None
@@ -1953,6 +1954,24 @@ class Machine:
         state = self.state
         return state.system if state.good not in (None, state.system) and state.system == self.default else None
 
+    @property
+    def trial_way(self) -> str:
+        """How a system that has never booted gets its first boot: as Loader.trial_way, and from what came of it here."""
+        way, new = self.loader.trial_way(), self.on_trial
+        if way.startswith("none"):
+            return way
+        if self.state.forgets:
+            return f"none: the firmware forgot what it was told for {way}"
+        if new is not None and not self.state.armed:
+            return f"none: {way} has no entry to fall back to, or could not be told"
+        return way
+
+    def notice_forgotten(self) -> None:
+        """Whether what a trial rests on is still there after a boot. The boot loader takes only the one shot."""
+        if self.on_trial is not None and self.state.armed and self.state.boot != self.boot_id:
+            with best_effort(self.log):
+                self.remember(forgets=not self.loader.armed().default)
+
     def has_kernel_of(self, system: str) -> bool:
         """Whether this boot has the system's kernel, initrd, modules and parameters, as far as it says."""
         return boot_parts(self.booted) == boot_parts(self.variant(system))
@@ -2165,7 +2184,7 @@ def make_report(machine: Machine, phase: Phase = Phase.IDLE) -> Report:
         revision=revision,
         failed_units=state.failed_units,
         waiting_for_boot=state.release if trial is not None and trial != running else None,
-        boot_trial=machine.loader.trial_way(),
+        boot_trial=machine.trial_way,
         known_to_boot=machine.good,
         signer=state.signer,
         expires=vouched_until(state),
@@ -3382,6 +3401,7 @@ def command_run(settings: Settings, *, force: bool) -> int:
         with at_work(settings) as machine:
             signal.alarm(POLL_LIMIT_S)  # which ends us, until a deployment has its watchdog
             upgrade(machine)
+            machine.notice_forgotten()
             if not settle_earlier(machine):
                 return 1
             code = update(machine, force=force)
@@ -3565,6 +3585,17 @@ def command_align(settings: Settings) -> int:
     return 0
 
 
+def command_emergency(settings: Settings) -> int:
+    """For emergency mode, where nothing else of ours runs: a first boot that ends there has come to nothing, and the next
+    one leads back. Where it would not, the machine is left to whoever sits at it."""
+    machine = Machine(settings, log="no-log")
+    if machine.on_trial == machine.facts().booted and machine.state.boot != machine.boot_id:
+        told = machine.loader.armed()
+        if machine.state.armed and told.default and not told.once:
+            machine.reboot()
+    return 0
+
+
 def command_key(settings: Settings) -> int:
     """Prints the public key; makes the identity first where there is none. The private half never leaves."""
     private = settings.identity_file
@@ -3669,7 +3700,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("-v", "--verbose", action="store_true", help="show the programs that are run")
     parser.add_argument("--force", action="store_true", help="run: try again what was given up or refused")
     parser.add_argument("--token", help=argparse.SUPPRESS)
-    parser.add_argument("command", metavar="COMMAND", choices=[*COMMANDS, "align"], help="one of those below")
+    parser.add_argument(
+        "command", metavar="COMMAND", choices=[*COMMANDS, "align", "emergency"], help="one of those below"
+    )
     add_settings(parser)
     return parser
 
@@ -3717,9 +3750,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return command_run(settings, force=options["force"])
         if command == "rollback":
             return command_rollback(settings, token=options["token"])
-        return {"align": command_align, "key": command_key, "probe": command_probe, "status": command_status}[command](
-            settings
-        )
+        others = {
+            "align": command_align, "emergency": command_emergency, "key": command_key, "probe": command_probe,
+            "status": command_status,
+        }  # fmt: skip
+        return others[command](settings)
     except BentoError as error:
         print(f"bento: error: {error}", file=sys.stderr)
         return error.exit_code

@@ -5,11 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
-from test_server import Site, site
+from fleet import Site
 
 import bento
-
-__all__ = ["site"]  # a fixture
 
 
 def two_hosts(site: Site) -> None:

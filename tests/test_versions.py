@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from landed import unpack_1_0
-from test_client import HOST, Lab
+from toylab import HOST, Lab
 from toynixos import PYTHON_FLAGS
 
 import bento

@@ -52,6 +52,7 @@ class Machine:
     _agent: socket.socket | None = None
     _received: bytes = b""
     _wanted: bool = False  # on; after an end that is no power cut it is started again
+    _is_up: bool = False  # its agent has greeted since it was switched on
     _orders: int = 0
 
     # -- what it consists of --
@@ -93,7 +94,7 @@ class Machine:
 
     def argv(self) -> list[str]:
         return [
-            "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-machine", "q35,accel=tcg,smm=off",
+            "setpriv", "--pdeathsig=KILL", "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-machine", "q35,accel=tcg,smm=off",
             "-cpu", "max", "-smp", "1", "-m", str(self.memory_mib), "-display", "none", "-vga", "none",
             "-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={FIRMWARE}",
             "-drive", f"if=pflash,format=raw,unit=1,file={self.nvram}",
@@ -128,6 +129,7 @@ class Machine:
         with open(self.directory / "qemu.log", "ab") as log:
             self._process = subprocess.Popen(self.argv(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self._received = b""
+        self._is_up = False
 
         def connected() -> bool:
             assert self._process is not None
@@ -186,6 +188,7 @@ class Machine:
                 if message is None:
                     continue
                 if "boot" in message:
+                    self._is_up = True
                     self.boots.append(message["boot"])
                 return message
             left = deadline - time.monotonic()
@@ -215,8 +218,14 @@ class Machine:
                 self._receive(time.monotonic() + 0.05, "nothing")
 
     def order(self, script: str) -> int:
-        """Gives the machine a shell script to run, and does not wait. A number, for `result`."""
+        """Gives the machine a shell script to run, as soon as it is up, and does not wait. A number, for `result`.
+
+        Before that, firmware and boot loader would take what comes on this serial port for keys: systemd-boot's `q` quits.
+        """
         self.tend()
+        deadline = time.monotonic() + BOOT_TIMEOUT_S
+        while not self._is_up:
+            self._receive(deadline, "its agent")
         assert self._agent is not None
         self._orders += 1
         message = base64.b64encode(json.dumps({"id": self._orders, "script": script}).encode()) + b"\n"

@@ -45,7 +45,7 @@ def test_good(bed: Bed) -> None:
     bed.boot()
     seen = bed.wait(rests(bed, "v1", "ok"), "v1 at rest")
     assert seen.way == bed.kind.loader
-    assert len(bed.machine.boots) == 3  # the first of all, before the test; v0; and v1
+    assert len(bed.machine.boots) == 2  # v0, and v1
     assert bed.failures() == []
 
 
@@ -80,6 +80,19 @@ def test_stage_1_fails(bed: Bed, params: list[str]) -> None:
     bed.boot()
     bed.wait(rests(bed, "v0", "rolled-back"), "v1 given up")
     assert bed.failures() == ["interrupted", "rolled-back"]
+
+
+@whole
+@on(SYSTEMD_BOOT, GRUB_EXT4)
+def test_emergency_mode(bed: Bed) -> None:
+    """Where somebody has switched it on. It is live at first: only the boot meets the file system that does not mount."""
+    mount = "[Unit]\nConditionKernelCommandLine=toy.emergency\n[Mount]\nWhat=nothing\nWhere=/mnt\nType=nosuchfs\n"
+    units = bed.behaviour("v1")["units"] | {"mnt.mount": mount}
+    bed.publish("v1", units=units, more_params=["toy.emergency"])
+    bed.boot()
+    bed.wait(rests(bed, "v0", "rolled-back"), "v1 given up")
+    assert bed.failures() == ["interrupted", "rolled-back"]
+    assert bed.machine.console_text().count("emergency.target") >= 2
 
 
 @whole
@@ -190,9 +203,10 @@ def test_full_esp(bed: Bed, builder: str) -> None:
 
 @whole
 def test_configuration_limit(bed: Bed) -> None:
-    """Without an entry of the old system there is no way back to it: no trial, and nothing armed."""
+    """Without an entry of the old system there is no way back to it: no trial, nothing armed, and it is said."""
     bed.publish("v1", kernel="6.13", configuration_limit=1)
     bed.boot()
+    bed.wait_report(lambda report: "no entry to fall back to" in (report.get("boot_trial") or ""), "said")
     bed.wait(rests(bed, "v1", "ok"), "v1 at rest")
 
 
@@ -274,7 +288,7 @@ def test_another_system_from_the_menu(bed: Bed) -> None:
 
 @whole
 def test_variables_that_forget(bed: Bed) -> None:
-    """Fresh NVRAM in a trial: the boot is proven all the same."""
+    """Fresh NVRAM in a trial: the boot is proven all the same, and it is said."""
     bed.publish("v1", kernel="6.13", settings={"reboot": "never"})
     bed.boot()
     bed.wait(lambda seen: seen.once == "v1", "armed")
@@ -283,6 +297,7 @@ def test_variables_that_forget(bed: Bed) -> None:
     bed.machine.forget_variables()
     bed.machine.boot()
     bed.wait(lambda seen: seen.settled == at_rest("v1"), "v1 at rest")
+    assert "forgot" in bed.server.report()["boot_trial"]
 
 
 # --- where there is no trial ---

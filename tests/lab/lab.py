@@ -68,6 +68,7 @@ TOOLS = ("systemd-nspawn", "ip", "nsenter", "unshare", "mount", "umount", "mkfs.
 FILLER = ".lab-fill"
 CLOCK = "/var/lib/lab-clock"
 TRIAL = "bento-trial.service"
+EMERGENCY = "bento-emergency.service"
 # Names of only some units would do, but a transient one's is known by its prefix only: "bento-" is for all of those.
 CLOCK_DROP_INS = ("bento.service.d", "bento-.service.d")
 
@@ -799,12 +800,12 @@ def host_units(module: Any, *, slot_s: int, boot_s: int) -> dict[str, str]:
     poll_section = timer["timerConfig"] | {"OnCalendar": f"*:*:0/{slot_s}", "AccuracySec": "100ms"}
     poll_section["RandomizedDelaySec"] = 0
     boot_section = boot["timerConfig"] | {"OnBootSec": f"{boot_s}s", "AccuracySec": "100ms"}
-    trial = module["services"].get(TRIAL.removesuffix(".service"))
+    made = ((TRIAL, trial_unit), (EMERGENCY, emergency_unit))
     return {
         "bento.service": render_unit({"Unit": unit, "Service": service_section}),
         "bento.timer": render_unit({"Unit": {"Description": timer["description"]}, "Timer": poll_section}),
         "bento-boot.timer": render_unit({"Unit": {"Description": boot["description"]}, "Timer": boot_section}),
-    } | ({TRIAL: trial_unit(trial)} if trial else {})
+    } | {name: make(service) for name, make in made if (service := module["services"].get(name.removesuffix(".service")))}
 
 
 def trial_unit(service: dict[str, Any]) -> str:
@@ -813,6 +814,13 @@ def trial_unit(service: dict[str, Any]) -> str:
     commands = {"ExecStart": "/bin/true", "ExecStop": f"/run/current-system/sw/bin/{command}"}
     unit = {"Description": service["description"], "X-RestartIfChanged": service["restartIfChanged"]}
     return render_unit({"Unit": unit, "Service": service["serviceConfig"] | commands})
+
+
+def emergency_unit(service: dict[str, Any]) -> str:
+    command = service["serviceConfig"]["ExecStart"].split("/bin/", 1)[1]
+    section = service["serviceConfig"] | {"ExecStart": f"/run/current-system/sw/bin/{command}"}
+    unit = {"Description": service["description"]} | service["unitConfig"]
+    return render_unit({"Unit": unit, "Service": section})
 
 
 # --- the server ---
