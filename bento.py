@@ -763,10 +763,13 @@ def too_large(members: Sequence[Member]) -> str:
     return f"the release would exceed {client.MAX_RELEASE_BYTES} bytes: leave large files out: {shown}"
 
 
-def write_release(members: Sequence[Member], tar: BinaryIO | None = None, tree: Path | None = None) -> tuple[str, int]:
+def write_release(
+    members: Sequence[Member], tar: BinaryIO | None = None, tree: Path | None = None, pool: Path | None = None
+) -> tuple[str, int]:
     """Reads the members once: the release's id and its size in bytes. Always the same for the same content.
 
     The archive's bytes go to `tar`, and the same content, as a client will unpack it, into the new directory `tree`.
+    `pool`: see write_member.
     """
     digest, size = hashlib.sha256(), 0
 
@@ -796,12 +799,25 @@ def write_release(members: Sequence[Member], tar: BinaryIO | None = None, tree: 
         elif member.is_directory:
             os.mkdir(f"{tree}/{member.name}", 0o755)
         else:
-            write_file(f"{tree}/{member.name}", member.executable, content)
+            write_member(f"{tree}/{member.name}", member, content, pool)
     put(bytes(2 * tarfile.BLOCKSIZE + -(size + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE))
     if tree is not None:
         for directory in [*[f"{tree}/{m.name}" for m in reversed(members) if m.is_directory], str(tree)]:
             os.utime(directory, (1, 1))
     return digest.hexdigest(), size
+
+
+def write_member(path: str, member: Member, content: Iterable[bytes], pool: Path | None) -> None:
+    """A small file that another release of this run has, is a link to it: hosts share most of theirs, and a new file costs
+    ten times as much. `pool`: a directory of them all, by the hash of what the archive has of them."""
+    same = f"{pool}/{hashlib.sha256(member.block).hexdigest()}" if pool is not None and member.block else None
+    with suppress(FileNotFoundError):
+        if same is not None:
+            link(same, path)
+            return
+    write_file(path, member.executable, content)
+    if same is not None:
+        link(path, same)
 
 
 def write_file(path: str, executable: bool, content: Iterable[bytes]) -> None:
@@ -2149,7 +2165,7 @@ class Store:
 
     def __init__(self, directory: Path, *, archives: bool = True) -> None:
         self.directory, self.archives = directory, archives
-        self.new = directory / ".new"
+        self.new, self.pool = directory / ".new", directory / ".pool"
         self.parts: dict[str, tuple[Part, ...]] = {}
 
     def find(self, release: str) -> Path | None:
@@ -2172,6 +2188,7 @@ class Store:
         client.remove(aside)
         try:
             aside.mkdir(mode=0o755)
+            self.pool.mkdir(exist_ok=True)
             return self.write(release, aside)
         finally:  # on a full disk, the first thing that is needed is room
             client.remove(aside)
@@ -2198,7 +2215,7 @@ class Store:
         with open(aside / "tar" if self.archives else os.devnull, "wb", 1 << 20) as file:
             if self.archives:
                 os.fchmod(file.fileno(), 0o644)
-            written = Release(*write_release(release.members, file, aside / "tree"), release.members)
+            written = Release(*write_release(release.members, file, aside / "tree", self.pool), release.members)
         place = self.new / written.id
         if self.archives:
             parts = cut_release(aside, written.members)
@@ -2221,6 +2238,7 @@ class Store:
                 os.rename(self.new / name, self.directory / name)
 
     def discard(self, release: str) -> None:
+        client.remove(self.pool)  # on a full disk, its room is needed
         for directory, ending in itertools.product((self.new, self.directory), (".json", ".tar", ".parts", "")):
             client.remove(directory / f"{release}{ending}")
         self.parts.pop(release, None)

@@ -800,12 +800,12 @@ def host_units(module: Any, *, slot_s: int, boot_s: int) -> dict[str, str]:
     poll_section = timer["timerConfig"] | {"OnCalendar": f"*:*:0/{slot_s}", "AccuracySec": "100ms"}
     poll_section["RandomizedDelaySec"] = 0
     boot_section = boot["timerConfig"] | {"OnBootSec": f"{boot_s}s", "AccuracySec": "100ms"}
+    made = ((TRIAL, trial_unit), (EMERGENCY, emergency_unit))
     return {
         "bento.service": render_unit({"Unit": unit, "Service": service_section}),
         "bento.timer": render_unit({"Unit": {"Description": timer["description"]}, "Timer": poll_section}),
         "bento-boot.timer": render_unit({"Unit": {"Description": boot["description"]}, "Timer": boot_section}),
-    } | {name: render(module["services"][name.removesuffix(".service")]) for name, render in LATER.items()
-         if name.removesuffix(".service") in module["services"]}
+    } | {name: make(service) for name, make in made if (service := module["services"].get(name.removesuffix(".service")))}
 
 
 def trial_unit(service: dict[str, Any]) -> str:
@@ -821,10 +821,6 @@ def emergency_unit(service: dict[str, Any]) -> str:
     section = service["serviceConfig"] | {"ExecStart": f"/run/current-system/sw/bin/{command}"}
     unit = {"Description": service["description"]} | service["unitConfig"]
     return render_unit({"Unit": unit, "Service": section})
-
-
-# What 1.0 did not have.
-LATER = {TRIAL: trial_unit, EMERGENCY: emergency_unit}
 
 
 # --- the server ---
