@@ -2382,7 +2382,7 @@ def look_for_twin(machine: Machine) -> None:
     if state.machine == own and state.twin is None and abs(now_s - looked_s) < TWIN_LOOK_S:
         return
     path, seen = machine.settings.state / name, None
-    session.do(f"-get logs/status.json {name}", grows=path, ceiling=MAX_JSON_BYTES)
+    session.do(f"-get logs/status.json {name}", grows=path, ceiling=MIN_FREE_BYTES)
     with suppress(OSError, BentoError):
         seen = parse_report(path.read_bytes(), "the last report").machine
     if None not in (seen, own) and seen != own:

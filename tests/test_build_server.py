@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ class Site:
     """A server that builds with Nix, a cache, and a host on the same store, where what was copied is deleted again."""
 
     lab: Lab
-    made: list[str] = field(default_factory=list)
 
     @property
     def keys(self) -> str:

@@ -13,9 +13,10 @@ from lab.test_matrix import last, reports, settled
 MEMORY = 192 << 20  # a machine's files are on a tmpfs here, and count, too
 # As NixOS, the toy takes a gigabyte to evaluate.
 HUNGRY = "builtins.seq (builtins.length (builtins.genList (n: n) 40000000)) "
-SSH = "ssh://bento-cache@server?ssh-key=/var/lib/bento/id_ed25519"
+# In the group "bento", "bento-cache" would be a host's name to sshd.
+SSH = "ssh://cache@server?ssh-key=/var/lib/bento/id_ed25519"
 SSHD = """\
-Match User bento-cache
+Match User cache
   ForceCommand nix-store --serve
   DisableForwarding yes
   PermitTTY no
@@ -92,14 +93,14 @@ def test_a_machine_that_cannot_evaluate(lab: Lab, server: Server) -> None:
     assert code == 1 and last(server)["result"] == "build-failed", said  # it was ended in the evaluation
     code, said = inside(host, *client, "--build", "server", "run", "--force")
     assert code == 0, said
-    settled(host, server, "v1")
+    settled(host, server, "v1", 120)
     published = json.loads(server.read("/home/chroot/h1/current.json"))
     assert host.current_system() == published["system"] == last(server)["system"]
 
     # From the server's own store, by its own timer.
-    server.add_user("bento-cache", "/var/empty", [server.read("/srv/fleet/hosts/h1.pub").strip()])
+    server.add_user("cache", "/var/empty", [server.read("/srv/fleet/hosts/h1.pub").strip()])
     users = server.read("/etc/passwd").splitlines()
-    shell = [line.replace("nologin", "../bin/sh") if line.startswith("bento-cache:") else line for line in users]
+    shell = [line.replace("nologin", "../bin/sh") if line.startswith("cache:") else line for line in users]
     server.write("/etc/passwd", "\n".join(shell) + "\n")
     server.run("systemd-run", "--quiet", "--unit=nix-daemon", "nix-daemon")
     host.write("/etc/ssh/ssh_known_hosts", f"server {server.host_key}\n")
@@ -108,7 +109,7 @@ def test_a_machine_that_cannot_evaluate(lab: Lab, server: Server) -> None:
     sign = "nix store sign --recursive --key-file /root/secret"
     server.bento("populate", "--build", "--after-build", sign, timeout_s=240)
     release = json.loads(server.read("/home/chroot/h1/current.json"))["release"]
-    settled(host, server, "v2")
+    settled(host, server, "v2", 120)
     assert reports(server, release) == ["ok"]
     log = server.read(f"/home/chroot/h1/logs/{last(server)['log']}")
     assert "copying path '" in log and "nixos-rebuild" not in log
