@@ -1490,7 +1490,7 @@ def parse_waves(text: str, hosts: Sequence[str]) -> list[Wave]:
     """A wave a line. BentoError for a word that stands for no host: whom it was meant for would come in the last."""
     waves, left, known = list[Wave](), list(hosts), set(hosts)
     for number, line in enumerate(text.splitlines(), 1):
-        soak_s, meant, where = None, dict[str, None](), f"hosts/waves:{number}"
+        soak_s, meant, where = None, set[str](), f"hosts/waves:{number}"
         for word in line.partition("#")[0].split():
             if word.startswith("@"):
                 found = re.fullmatch(r"@([0-9]{1,5})(s|m|min|h|d)", word)
@@ -1498,7 +1498,7 @@ def parse_waves(text: str, hosts: Sequence[str]) -> list[Wave]:
                     raise BentoError(f"{where}: {one_line(word, 40)}: a wave has one soak time, as @90min, @2h or @1d")
                 soak_s = float(found[1]) * UNITS_S[found[2]]
             elif matching := [word] if word in known else fnmatch.filter(hosts, word):
-                meant.update(dict.fromkeys(matching))
+                meant.update(matching)
             else:
                 raise BentoError(f"{where}: {one_line(word, 40)}: no such host")
         if meant:
@@ -2296,8 +2296,9 @@ def examine(work: Work, name: str) -> Job:
     try:
         before = read_published(chroot, name) if plan.publish else None
     except BentoError as error:
-        work.progress.clear()
-        print(f"{name}: {error}: published anew", file=sys.stderr)
+        if name not in work.decided:  # else it was told before the waves were asked
+            work.progress.clear()
+            print(f"{name}: {error}: published anew", file=sys.stderr)
     except PermissionError:
         if not plan.dry_run:  # which is for anybody
             raise
@@ -2866,15 +2867,16 @@ def survey(work: Work, waves: Sequence[Wave], good: set[str], known: Sequence[Pr
     standings, proven = dict[str, Standing](), {each.host: each for each in known}
     for wave in waves:
         for name in wave.hosts:
-            wanted, chroot = "", work.fleet.chroot(name)
+            chroot, standing = work.fleet.chroot(name), Standing("", (None, None, None, "unreadable"))
             work.progress.tell(name, "comparing", at_once=False)
-            if name in good:
-                try:
-                    wanted = examine(work, name).release.id
-                except Exception as error:
-                    work.fail(name, error)
-            found = read_host(str(chroot), name)
-            standings[name] = Standing(wanted, found, runs_since_s(chroot, found, proven.get(name)))
+            try:
+                found = read_host(str(chroot), name)
+                standing = Standing("", found, runs_since_s(chroot, found, proven.get(name)))
+                if name in good:
+                    standing = standing._replace(wanted=examine(work, name).release.id)
+            except Exception as error:
+                work.fail(name, error)
+            standings[name] = standing
     return standings
 
 
@@ -2905,10 +2907,10 @@ def roll_out(work: Work, hosts: Sequence[str], good: Sequence[str]) -> None:
     populate_hosts(work, [name for name in good if name not in out])
     failed = {failure.host for failure in work.failures}
     blockers = [each._replace(why="not published") if each.host in failed else each for each in rollout.blockers]
-    rollout = rollout._replace(blockers=tuple(blockers))
-    if not dry_run:
-        write_rollout(place, rollout)
-    tell_rollout(work, rollout)
+    after = rollout._replace(blockers=tuple(blockers))
+    if after != rollout and not dry_run:
+        write_rollout(place, after)
+    tell_rollout(work, after)
 
 
 def tell_rollout(work: Work, rollout: Rollout) -> None:
