@@ -2237,15 +2237,11 @@ class Work:
         self.users: Counter[str] = Counter()
         self.decided: dict[str, str] = {}
 
-    def check(self, name: str, release: Release) -> None:
-        """Whether it is what the waves were asked about: a newer one has to begin with the first."""
-        if self.decided.get(name, release.id) != release.id:
-            raise BentoError(f"hosts/{name}: changed while this was at work: run this again")
-
     def add(self, job: Job) -> Job:
         """The job with its release in the store: for all that share it the one that is there now."""
         release, known = self.store.add(job.release), self.fleet.source.releases
-        self.check(job.name, release)
+        if self.decided.get(job.name, release.id) != release.id:  # a newer one has to begin with the first wave
+            raise BentoError(f"hosts/{job.name}: changed while this was at work: run this again")
         if release.id != job.release.id:
             known.update({top: release for top, shared in known.items() if shared is job.release})
         return job._replace(release=release)
@@ -2290,7 +2286,6 @@ def examine(work: Work, name: str) -> Job:
                 f" 'bento.py add {name} --key FILE' makes one"
             ) from None
     release, recipe = read_release(fleet, name)
-    work.check(name, release)
     signature = check_signature(fleet, name, release) if plan.publish else None
     chroot, before = fleet.chroot(name), None
     try:

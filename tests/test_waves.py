@@ -599,6 +599,14 @@ def test_what_fails_here_holds_the_others(days: Days) -> None:
         "39 hosts: held: wait for nas (not published)",
         "40 hosts: 0 published, 0 unchanged, 39 held, 1 failed",
     ])  # fmt: skip
+    # The same of what goes wrong later on the way.
+    days.write("third")
+    (days.site.chroots / "nas/releases").rename(days.site.chroots / "nas/kept")
+    (days.site.chroots / "nas/releases").touch()
+    ran = days.populate()
+    assert (ran.code, len(ran.errors)) == (1, 1)
+    assert ran.out.splitlines()[0] == "39 hosts: held: wait for nas (not published)"
+    assert days.rollout.reason == "wait for nas (not published)"
 
 
 def test_what_comes_while_it_is_at_work_waits(days: Days, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -629,7 +637,8 @@ def test_the_file_is_no_host(days: Days) -> None:
     (hosts / "waves").rename(hosts.parent / "order")
     (hosts / "waves").symlink_to("../order")
     days.write("second")
-    assert days.populate().out.splitlines()[-2] == "39 hosts: held: wait for nas (pending)"
+    ran = days.populate()
+    assert (ran.code, ran.out.splitlines()[-2]) == (0, "39 hosts: held: wait for nas (pending)"), ran.err
     # A link that leads nowhere is not nobody's wish.
     (hosts.parent / "order").unlink()
     before = days.published
