@@ -1983,7 +1983,7 @@ def parse_waves(text: str, hosts: Sequence[str]) -> list[Wave]:
     """A wave a line. BentoError for a word that stands for no host: whom it was meant for would come in the last."""
     waves, left, known = list[Wave](), list(hosts), set(hosts)
     for number, line in enumerate(text.splitlines(), 1):
-        soak_s, meant, where = None, dict[str, None](), f"hosts/waves:{number}"
+        soak_s, meant, where = None, set[str](), f"hosts/waves:{number}"
         for word in line.partition("#")[0].split():
             if word.startswith("@"):
                 found = re.fullmatch(r"@([0-9]{1,5})(s|m|min|h|d)", word)
@@ -1991,7 +1991,7 @@ def parse_waves(text: str, hosts: Sequence[str]) -> list[Wave]:
                     raise BentoError(f"{where}: {one_line(word, 40)}: a wave has one soak time, as @90min, @2h or @1d")
                 soak_s = float(found[1]) * UNITS_S[found[2]]
             elif matching := [word] if word in known else fnmatch.filter(hosts, word):
-                meant.update(dict.fromkeys(matching))
+                meant.update(matching)
             else:
                 raise BentoError(f"{where}: {one_line(word, 40)}: no such host")
         if meant:
@@ -2733,15 +2733,11 @@ class Work:
         self.users: Counter[str] = Counter()
         self.decided: dict[str, str] = {}
 
-    def check(self, name: str, release: Release) -> None:
-        """Whether it is what the waves were asked about: a newer one has to begin with the first."""
-        if self.decided.get(name, release.id) != release.id:
-            raise BentoError(f"hosts/{name}: changed while this was at work: run this again")
-
     def add(self, job: Job) -> Job:
         """The job with its release in the store: for all that share it the one that is there now."""
         release, known = self.store.add(job.release), self.fleet.source.releases
-        self.check(job.name, release)
+        if self.decided.get(job.name, release.id) != release.id:  # a newer one has to begin with the first wave
+            raise BentoError(f"hosts/{job.name}: changed while this was at work: run this again")
         if release.id != job.release.id:
             known.update({top: release for top, shared in known.items() if shared is job.release})
         return job._replace(release=release)
@@ -2786,14 +2782,14 @@ def examine(work: Work, name: str) -> Job:
                 f" 'bento.py add {name} --key FILE' makes one"
             ) from None
     release, recipe = read_release(fleet, name)
-    work.check(name, release)
     signature = check_signature(fleet, name, release) if plan.publish else None
     chroot, before = fleet.chroot(name), None
     try:
         before = read_published(chroot, name) if plan.publish else None
     except BentoError as error:
-        work.progress.clear()
-        print(f"{name}: {error}: published anew", file=sys.stderr)
+        if name not in work.decided:  # else it was told before the waves were asked
+            work.progress.clear()
+            print(f"{name}: {error}: published anew", file=sys.stderr)
     except PermissionError:
         if not plan.dry_run:  # which is for anybody
             raise
@@ -3364,15 +3360,16 @@ def survey(work: Work, waves: Sequence[Wave], good: set[str], known: Sequence[Pr
     standings, proven = dict[str, Standing](), {each.host: each for each in known}
     for wave in waves:
         for name in wave.hosts:
-            wanted, chroot = "", work.fleet.chroot(name)
+            chroot, standing = work.fleet.chroot(name), Standing("", (None, None, None, "unreadable"))
             work.progress.tell(name, "comparing", at_once=False)
-            if name in good:
-                try:
-                    wanted = examine(work, name).release.id
-                except Exception as error:
-                    work.fail(name, error)
-            found = read_host(str(chroot), name)
-            standings[name] = Standing(wanted, found, runs_since_s(chroot, found, proven.get(name)))
+            try:
+                found = read_host(str(chroot), name)
+                standing = Standing("", found, runs_since_s(chroot, found, proven.get(name)))
+                if name in good:
+                    standing = standing._replace(wanted=examine(work, name).release.id)
+            except Exception as error:
+                work.fail(name, error)
+            standings[name] = standing
     return standings
 
 
@@ -3404,12 +3401,12 @@ def roll_out(work: Work, hosts: Sequence[str], good: Sequence[str]) -> list[Fail
     populate_hosts(work, [name for name in good if name not in out])
     failed = {failure.host for failure in work.failures}
     blockers = [each._replace(why="not published") if each.host in failed else each for each in rollout.blockers]
-    rollout = rollout._replace(blockers=tuple(blockers))
-    if not dry_run:
-        write_rollout(place, rollout)
-    tell_rollout(work, rollout)
+    after = rollout._replace(blockers=tuple(blockers))
+    if after != rollout and not dry_run:
+        write_rollout(place, after)
+    tell_rollout(work, after)
     # What could not be published is told already.
-    stops = [each for each in rollout.blockers if rollout.held and each.why in FAILED and each.why != "not published"]
+    stops = [each for each in after.blockers if after.held and each.why in FAILED and each.why != "not published"]
     words = "this stops the roll-out, until a release mends it: see 'bento.py log'"
     return [Failure(each.host, f"{each.why}: {words}") for each in stops]
 

@@ -17,7 +17,7 @@ from toynixos import CLIENT, PYTHON_FLAGS, TOY, write_config
 import bento
 import bento_client
 
-STATES = ("new", "pending", "building", "waiting", "left", "up-to-date", "failing", "rolled-back")
+STATES = ("new", "pending", "held", "building", "waiting", "left", "up-to-date", "failing", "rolled-back")
 FLAGS = ("offline", "needs_reboot", "drift", "other_client")
 YEAR_S = 365 * 86400
 

@@ -257,7 +257,7 @@ def test_offline_after(site: Site) -> None:
 LONG = ("parts", "signed", "signature", "signer")
 NOTHING_THE_MATTER = {
     "failed_units": [], "paused": False, "stuck": False, "absent": None, "held": None, "not_published": None, "tries": 0,
-    "needs_a_person": False, "reasons": [], "waiting_for_boot": None, "paused_until": None,
+    "two_machines": False, "needs_a_person": False, "reasons": [], "waiting_for_boot": None, "paused_until": None,
 }  # fmt: skip
 
 
