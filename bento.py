@@ -2941,6 +2941,36 @@ def command_diff(fleet: Fleet, wanted: Sequence[str]) -> int:
     return complain(failures)
 
 
+def is_here(system: str) -> bool:
+    """Whether this server's store has what a host reports: nothing but a store path reaches a command line."""
+    return bool(re.fullmatch(r"/nix/store/[a-z0-9]{32}-[A-Za-z0-9+._?=-]+", system)) and os.path.exists(system)
+
+
+def command_closure(fleet: Fleet, package: str) -> int:
+    """Which versions of a package are in the system that each host reports, as far as this server's store has it."""
+    hosts, failures = find_hosts(fleet, [])
+    known: dict[str, str] = {}
+    for name in hosts:
+        found = read_report(fleet.chroot(name), name)
+        system = found.report.system if found.report else ""
+        if system and system not in known:
+            known[system] = find_versions(system, package) if is_here(system) else ""
+        missing = f"{one_line(system)} is not in this server's store" if system else "it has not reported"
+        print(f"{name}: {known.get(system) or f'unknown: {found.problem or missing}'}", flush=True)
+    return complain(failures)
+
+
+OUTPUTS = "bin|dev|lib|out|man|doc|info|static|debug|devdoc|data|dist"
+
+
+def find_versions(system: str, package: str) -> str:
+    """A store path is named after a package and its version, which begins with the first digit behind a dash."""
+    paths = client.run(["nix-store", "--query", "--requisites", system], timeout=600).output
+    pattern = rf"/nix/store/[a-z0-9]{{32}}-{re.escape(package)}(?:-([0-9].*?))?(?:-(?:{OUTPUTS}))?"
+    found = {match[1] or "without a version" for path in paths.split() if (match := re.fullmatch(pattern, path))}
+    return ", ".join(sorted(found)) or "none"
+
+
 def diff_host(fleet: Fleet, name: str) -> str:
     current = read_published(fleet.chroot(name), name)
     _, report, _, problem, *_ = read_report(fleet.chroot(name), name)
@@ -2951,8 +2981,7 @@ def diff_host(fleet: Fleet, name: str) -> str:
     if report.system == current.system:
         return f"no difference, it runs {current.system}"
     for system in (report.system, current.system):
-        # The first comes from the host: nothing but a store path reaches a command line.
-        if not re.fullmatch(r"/nix/store/[a-z0-9]{32}-[A-Za-z0-9+._?=-]+", system) or not os.path.exists(system):
+        if not is_here(system):
             raise BentoError(f"{one_line(system)} is not in this server's store: nothing to compare with")
     tool = ["nvd", "diff"] if shutil.which("nvd") else [*NIX, "store", "diff-closures"]
     changes = client.run([*tool, report.system, current.system], timeout=600).output
@@ -3527,6 +3556,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--offline-after", type=float, default=OFFLINE_AFTER_S / 3600, metavar="HOURS", help="default: 2"
     )
     add_hosts(status)
+    closure = command("closure", "which versions of a package each host's system has")
+    closure.add_argument("package", type=not_empty, metavar="PACKAGE", help="openssl, for example")
     add_hosts(command("diff", "what would change between the running and the built system"))
     sign = command("sign", "sign the releases of this checkout, for hosts that take signed ones only")
     sign.add_argument("--key", required=True, metavar="FILE", help="an SSH key, or the public half of an agent's")
@@ -3554,6 +3585,8 @@ def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:
         action = "dry-build" if command == "check" else "build"
         plan = Plan(action, publish=False, jobs=max(1, options.jobs), limit_s=options.timeout, as_json=options.json)
         return command_rebuild(fleet, options.hosts, plan)
+    if command == "closure":
+        return command_closure(fleet, options.package)
     if command == "diff":
         return command_diff(fleet, options.hosts)
     if command == "sign":
