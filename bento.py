@@ -2955,8 +2955,8 @@ def command_closure(fleet: Fleet, package: str) -> int:
         system = found.report.system if found.report else ""
         if system and system not in known:
             known[system] = find_versions(system, package) if is_here(system) else ""
-        missing = f"{one_line(system)} is not in this server's store" if system else "it has not reported"
-        print(f"{name}: {known.get(system) or f'unknown: {found.problem or missing}'}", flush=True)
+        missing = f"{one_line(system)} is not in this server's store" if system else found.problem or "it has not reported"
+        print(f"{name}: {known.get(system) or f'unknown: {missing}'}", flush=True)
     return complain(failures)
 
 
