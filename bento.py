@@ -1258,11 +1258,11 @@ def make_row(
 
 
 def patience_s(report: Report | None, offline_after_s: float) -> float:
-    """How long a host may be silent: what its owner says; else three of its polls, if that is more than we were told."""
-    if report is None:
-        return offline_after_s
-    own_s = min(report.offline_after or MISSED_POLLS * (report.interval or 0), LONGEST_SILENCE_S)
-    return own_s if report.offline_after else max(offline_after_s, own_s)
+    """How long a host may be silent: what its owner says; else what we were told, or three of its polls if it polls rarely."""
+    if report is not None and report.offline_after:
+        return min(report.offline_after, LONGEST_SILENCE_S)
+    missed_s = MISSED_POLLS * (report.interval or 0) if report is not None else 0
+    return max(offline_after_s, min(missed_s, LONGEST_SILENCE_S)) if missed_s > OFFLINE_AFTER_S else offline_after_s
 
 
 def pause_left_s(report: Report | None) -> float:
@@ -1430,7 +1430,6 @@ def report_lines(row: Row, report: Report, now_s: float) -> list[tuple[str, str 
     ended = "at a time that its clock does not tell" if finished_s is None else moment(finished_s, now_s)
     ahead_s = row.ahead_s or 0.0
     off = f", its clock is {age(abs(ahead_s))} {'ahead' if ahead_s > 0 else 'behind'}"
-    patient = report.offline_after or report.interval
     return [
         ("runs", report.release or "none of Bento's releases"),
         ("", row.revision),
@@ -1446,7 +1445,7 @@ def report_lines(row: Row, report: Report, now_s: float) -> list[tuple[str, str 
         ("paused", f"until {report.paused_until}" if row.paused else None),
         ("phase", report.phase),
         ("client", report.client + (off if abs(ahead_s) > CLOCK_TOLERANCE_S else "")),
-        ("offline", f"after {age(patience_s(report, OFFLINE_AFTER_S))}, as it says" if patient else None),
+        ("offline", f"after {age(patience_s(report, OFFLINE_AFTER_S))} of silence"),
         ("boot trial", report.boot_trial),
         ("boots", report.known_to_boot),
         ("signed", f"by {report.signer}, until {report.expires}" if report.signer else None),
@@ -2955,7 +2954,9 @@ def command_closure(fleet: Fleet, package: str) -> int:
         system = found.report.system if found.report else ""
         if system and system not in known:
             known[system] = find_versions(system, package) if is_here(system) else ""
-        missing = f"{one_line(system)} is not in this server's store" if system else found.problem or "it has not reported"
+        missing = (
+            f"{one_line(system)} is not in this server's store" if system else found.problem or "it has not reported"
+        )
         print(f"{name}: {known.get(system) or f'unknown: {missing}'}", flush=True)
     return complain(failures)
 

@@ -348,7 +348,7 @@ class Settings(NamedTuple):
     health_checks: tuple[str, ...] = ()
     upgrade_channels: bool = False
     reboot: str = "never"
-    interval: int = 0
+    interval: int = 900
     offline_after: int = 0
     boot_loader: tuple[str, ...] = ()
 
@@ -632,7 +632,7 @@ def settings_argv(settings: Settings) -> list[str]:
             argv += [flag] if value else []
         elif isinstance(value, tuple):
             argv += [f"{flag}={item}" for item in value]
-        elif value != "":
+        elif value:
             argv += [f"{flag}={value}"]
     return argv
 
@@ -2286,7 +2286,7 @@ def make_report(machine: Machine, phase: Phase = Phase.IDLE) -> Report:
         expires=vouched_until(state),
         first_contact=first_contact(machine.settings),
         since=machine.phase_since if phase == Phase.BUILDING else None,
-        interval=machine.settings.interval or None,
+        interval=machine.settings.interval,
         offline_after=machine.settings.offline_after or None,
     )
 

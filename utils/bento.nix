@@ -144,10 +144,10 @@ let
     confirm_timeout = cfg.confirmTimeout;
     health_checks = cfg.healthChecks;
     upgrade_channels = cfg.upgradeChannels;
-    interval = pollSeconds;
     boot_loader = bootLoader;
   }
   // lib.optionalAttrs (cfg.knownHosts != null) { known_hosts = cfg.knownHosts; }
+  // lib.optionalAttrs (pollSeconds != null) { interval = pollSeconds; }
   // lib.optionalAttrs (cfg.offlineAfter != null) { offline_after = cfg.offlineAfter * 3600; }
   // lib.optionalAttrs (cfg.signers != [ ]) { signers = signersFile; };
 
@@ -162,7 +162,7 @@ let
         daily = 86400;
         weekly = 7 * 86400;
       }
-      .${cfg.interval} or 0;
+      .${cfg.interval} or null;
 
   servers = lib.toList cfg.server;
   isServer = name: builtins.match "[A-Za-z0-9:[][]A-Za-z0-9._:%[-]*" name != null && !isHostAndPort name;
