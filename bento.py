@@ -1295,11 +1295,11 @@ def make_row(
 
 
 def patience_s(report: Report | None, offline_after_s: float) -> float:
-    """How long a host may be silent: what its owner says; else three of its polls, if that is more than we were told."""
-    if report is None:
-        return offline_after_s
-    own_s = min(report.offline_after or MISSED_POLLS * (report.interval or 0), LONGEST_SILENCE_S)
-    return own_s if report.offline_after else max(offline_after_s, own_s)
+    """How long a host may be silent: what its owner says; else what we were told, or three of its polls if it polls rarely."""
+    if report is not None and report.offline_after:
+        return min(report.offline_after, LONGEST_SILENCE_S)
+    missed_s = MISSED_POLLS * (report.interval or 0) if report is not None else 0
+    return max(offline_after_s, min(missed_s, LONGEST_SILENCE_S)) if missed_s > OFFLINE_AFTER_S else offline_after_s
 
 
 def pause_left_s(report: Report | None) -> float:
@@ -1468,7 +1468,6 @@ def report_lines(row: Row, report: Report, now_s: float) -> list[tuple[str, str 
     ended = "at a time that its clock does not tell" if finished_s is None else moment(finished_s, now_s)
     ahead_s = row.ahead_s or 0.0
     off = f", its clock is {age(abs(ahead_s))} {'ahead' if ahead_s > 0 else 'behind'}"
-    patient = report.offline_after or report.interval
     return [
         ("runs", report.release or "none of Bento's releases"),
         ("", row.revision),
@@ -1484,7 +1483,7 @@ def report_lines(row: Row, report: Report, now_s: float) -> list[tuple[str, str 
         ("paused", f"until {report.paused_until}" if row.paused else None),
         ("phase", report.phase),
         ("client", report.client + (off if abs(ahead_s) > CLOCK_TOLERANCE_S else "")),
-        ("offline", f"after {age(patience_s(report, OFFLINE_AFTER_S))}, as it says" if patient else None),
+        ("offline", f"after {age(patience_s(report, OFFLINE_AFTER_S))} of silence"),
         ("boot trial", report.boot_trial),
         ("boots", report.known_to_boot),
         ("signed", f"by {report.signer}, until {report.expires}" if report.signer else None),
@@ -3180,6 +3179,38 @@ def command_diff(fleet: Fleet, wanted: Sequence[str]) -> int:
     return complain(failures)
 
 
+def is_here(system: str) -> bool:
+    """Whether this server's store has what a host reports: nothing but a store path reaches a command line."""
+    return bool(re.fullmatch(r"/nix/store/[a-z0-9]{32}-[A-Za-z0-9+._?=-]+", system)) and os.path.exists(system)
+
+
+def command_closure(fleet: Fleet, package: str) -> int:
+    """Which versions of a package are in the system that each host reports, as far as this server's store has it."""
+    hosts, failures = find_hosts(fleet, [])
+    known: dict[str, str] = {}
+    for name in hosts:
+        found = read_report(fleet.chroot(name), name)
+        system = found.report.system if found.report else ""
+        if system and system not in known:
+            known[system] = find_versions(system, package) if is_here(system) else ""
+        missing = (
+            f"{one_line(system)} is not in this server's store" if system else found.problem or "it has not reported"
+        )
+        print(f"{name}: {known.get(system) or f'unknown: {missing}'}", flush=True)
+    return complain(failures)
+
+
+OUTPUTS = "bin|dev|lib|out|man|doc|info|static|debug|devdoc|data|dist"
+
+
+def find_versions(system: str, package: str) -> str:
+    """A store path is named after a package and its version, which begins with the first digit behind a dash."""
+    paths = client.run(["nix-store", "--query", "--requisites", system], timeout=600).output
+    pattern = rf"/nix/store/[a-z0-9]{{32}}-{re.escape(package)}(?:-([0-9].*?))?(?:-(?:{OUTPUTS}))?"
+    found = {match[1] or "without a version" for path in paths.split() if (match := re.fullmatch(pattern, path))}
+    return ", ".join(sorted(found)) or "none"
+
+
 def diff_host(fleet: Fleet, name: str) -> str:
     current = read_published(fleet.chroot(name), name)
     _, report, _, problem, *_ = read_report(fleet.chroot(name), name)
@@ -3190,8 +3221,7 @@ def diff_host(fleet: Fleet, name: str) -> str:
     if report.system == current.system:
         return f"no difference, it runs {current.system}"
     for system in (report.system, current.system):
-        # The first comes from the host: nothing but a store path reaches a command line.
-        if not re.fullmatch(r"/nix/store/[a-z0-9]{32}-[A-Za-z0-9+._?=-]+", system) or not os.path.exists(system):
+        if not is_here(system):
             raise BentoError(f"{one_line(system)} is not in this server's store: nothing to compare with")
     tool = ["nvd", "diff"] if shutil.which("nvd") else [*NIX, "store", "diff-closures"]
     changes = client.run([*tool, report.system, current.system], timeout=600).output
@@ -3869,6 +3899,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--offline-after", type=float, default=OFFLINE_AFTER_S / 3600, metavar="HOURS", help="default: 2"
     )
     add_hosts(status)
+    closure = command("closure", "which versions of a package each host's system has")
+    closure.add_argument("package", type=not_empty, metavar="PACKAGE", help="openssl, for example")
     add_hosts(command("diff", "what would change between the running and the built system"))
     sign = command("sign", "sign the releases of this checkout, for hosts that take signed ones only")
     sign.add_argument("--key", required=True, metavar="FILE", help="an SSH key, or the public half of an agent's")
@@ -3896,6 +3928,8 @@ def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:
         action = "dry-build" if command == "check" else "build"
         plan = Plan(action, publish=False, jobs=max(1, options.jobs), limit_s=options.timeout, as_json=options.json)
         return command_rebuild(fleet, options.hosts, plan._replace(after=getattr(options, "after_build", ())))
+    if command == "closure":
+        return command_closure(fleet, options.package)
     if command == "diff":
         return command_diff(fleet, options.hosts)
     if command == "sign":

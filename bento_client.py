@@ -378,7 +378,7 @@ class Settings(NamedTuple):
     after_deployment: tuple[str, ...] = ()
     reboot: str = "never"
     build: str = "host"
-    interval: int = 0
+    interval: int = 900
     offline_after: int = 0
     boot_loader: tuple[str, ...] = ()
 
@@ -782,40 +782,73 @@ def explain_ssh(output: str) -> tuple[str, bool]:
     """What ssh's words mean, and whether the failure may pass by itself. Its last ones say most, but for sftp's own."""
     said = [one_line(line) for line in output.splitlines() if line.strip() and not line.startswith("sftp> ")]
     last = sorted(said[: -LAST_LINES - 1 : -1], key=lambda line: line.rstrip(".") == "Connection closed")
+    if any(line.endswith("closed by UNKNOWN port 65535") for line in last):
+        return explain_proxy([line for line in reversed(last) if not re.search(BY_PROXY, line)])
     for line in last:
         for pattern, passing, meaning in SSH_FAILURES:
             if re.search(pattern, line):
-                return f"{meaning} ({line.removeprefix('ssh: ')})", passing
+                where = re.search(r"Offending \S+ key in (\S+)", " ".join(said))
+                words = f"{meaning}: look at {where[1]}" if where and not passing else meaning
+                return f"{words} ({line.removeprefix('ssh: ')})", passing
     return (said[-1] if said else "sftp ended without a word"), True
 
 
-# Not compiled: only a failure needs them.
+# What ssh itself says when a ProxyCommand or a ProxyJump ends.
+BY_PROXY = r"^(Connection closed\.?|kex_exchange_identification: .*|.* closed by UNKNOWN port 65535)$"
+
+
+def explain_proxy(said: Sequence[str]) -> tuple[str, bool]:
+    """What the way to the server says, when that fails: nothing is known of the server then."""
+    for line in said:
+        if unknown := re.search(r"No \S+ host key is known for (\S+)", line):
+            return f"the jump host {unknown[1]} is not known here: add its key to the known hosts", False
+    return f"the proxy or jump host failed: {' | '.join(said[-2:]) or 'without a word'}", True
+
+
+# Not compiled: only a failure needs these.
 BY_BENTO = r"[0-9TZ:-]{20} bento: "
 # What only says that something above it failed.
 CONSEQUENCES = (
     r"(?i:error: (\d+ dependenc|some (substitutes|outputs)|build of|cannot build .*nixos-system-|Command '\[)"
     r"|.*returned non-zero exit status|.*Pre-switch checks? .*failed|warning: |.*dependency failed|.*For full logs)"
 )
-PRIVATE = r"(ssh: |fatal: .*(not found|unable|Authentication)|.*Permission denied \(|.*Host key verification)"
+# Of Git and ssh, for an input that is not everybody's. They say it first; what Nix says then is what it made of it.
+PRIVATE = r"ssh: |fatal: (?!not a git repo|.*from remote repo|Refusing)|.*Permission denied \(|.*Host key verification"
+BUILDER = r"(?i:error: (builder for|cannot build) ')"
+OF_NIX = r"error: (unable to download|hash mismatch)"
+# Nix at work, among the lines of builders.
+PROGRESS = r"building '|copying |downloading |these \d|this derivation|\s*/nix/store/|error:|warning:|[…|]|\d+ *\|"
+STORE_NAME = r"/nix/store/[a-z0-9]{32}-([^'\s]+?)(?:\.drv)?(?=['\s]|$)"
+# What a later poll may find better. A file that is not there (4xx) it will not.
+BAD_MOMENT = (
+    r"(?i:unable to download (?!.*HTTP error 4)|could(n't| not) (connect|resolve)|connection (refused|reset|timed out)"
+    r"|name resolution|network is unreachable|no route to host)"
+)
 
 
 def find_cause(output: str) -> str:
     """Why a program failed, as a person would name it: the first error that does not follow from another."""
-    lines = [line.rstrip() for line in output.splitlines() if line.strip()]
+    lines = [line.strip() for line in re.sub("\x1b\\[[0-9;]*m", "", output).splitlines() if line.strip()]
+    errors = [n for n, line in enumerate(lines) if line.startswith("error:") and line != "error:"]
+    errors = [n for n in errors if not re.match(CONSEQUENCES, lines[n])]
+    builders = [n for n in errors if re.match(BUILDER, lines[n])]
+    if builders:  # what their own logs call errors is not Nix's
+        errors = [n for n in errors if n < builders[0] and re.match(OF_NIX, lines[n])] + builders
     for number, line in enumerate(lines):
-        text = line.strip()
-        if text.endswith("Failed assertions:"):
-            more = [each.strip() for each in lines[number + 1 :] if not re.match(CONSEQUENCES, each.strip())]
-            return one_line(" ".join(more))
-        if re.match(PRIVATE, text):
-            return one_line(text)
-        if text.startswith("error:") and len(text) > len("error:") and not re.match(CONSEQUENCES, text):
-            return one_line(" ".join(filter(None, (text, builder_words(lines[number + 1 :])))))
-    plain = [line.strip() for line in lines if not re.match(CONSEQUENCES, line.strip())]
-    return one_line((plain or [line.strip() for line in lines] or ["no output"])[-1])
+        more = lines[number + 1 :]
+        if line.endswith("Failed assertions:"):
+            return one_line(" ".join(each for each in more if not re.match(CONSEQUENCES, each)))
+        if snippet := re.match("Activation script snippet '(.*)' failed", line):
+            return one_line(f"activation script {snippet[1]}: {lines[number - 1] if number else line}")
+        if re.match(PRIVATE, line) and not builders:
+            return one_line(line)
+        if number in errors[:1]:
+            return one_line(re.sub(STORE_NAME, r"\1", " ".join((line, *details(more), builder_words(lines, number)))))
+    plain = [line for line in lines if not re.match(CONSEQUENCES, line)]
+    return one_line((plain or lines or ["no output"])[-1])
 
 
-NOT_FETCHED = re.compile(
+NOT_FETCHED = (
     r"(?:warning: |error: )*(.*(?:not signed by any|lacks a .*signature|unable to download|ssh: |Permission denied"
     r"|Host key verification).*)"
 )
@@ -823,20 +856,38 @@ NOT_FETCHED = re.compile(
 
 def why_not_fetched(output: str) -> str:
     """Why Nix could not fetch a path: what it says of a substituter last. Its errors do not tell, its warnings do."""
-    said = [match[1] for line in output.splitlines() if (match := NOT_FETCHED.match(line.strip()))]
+    said = [match[1] for line in output.splitlines() if (match := re.match(NOT_FETCHED, line.strip()))]
     missing = "no substituter has it, or what it needs" if "don't know how to build" in output else find_cause(output)
     return one_line(said[-1]) if said else missing
 
 
-def builder_words(lines: Sequence[str]) -> str:
-    """The last line of a builder's own log, which Nix shows with > in front, below the error that names the package."""
+def details(more: Sequence[str]) -> list[str]:
+    """What belongs to an error, and stands in the lines below it."""
+    return [line for line in more[:2] if re.match(r"Reason: |specified: |got: |at /\S+:\d+:\d+|- In `", line)]
+
+
+def builder_words(lines: Sequence[str], number: int) -> str:
+    """The last line of a builder's own log. Nix shows it with > in front below the error that names the package, else
+    above that as it came."""
+    if not re.match(BUILDER, lines[number]):
+        return ""
     said = []
-    for line in lines:
+    for line in lines[number + 1 :]:
         if line.startswith("error:"):
             break
-        if line.lstrip().startswith("> "):
-            said.append(line.strip()[2:].strip())
+        if line.startswith("> "):
+            said.append(line[2:].strip())
+    said = said or [line for line in lines[:number] if not re.match(PROGRESS, line)]
     return f"({said[-1]})" if said else ""
+
+
+def out_of_memory(since_s: float) -> str:
+    """Whether memory ran out since then, as the kernel or systemd-oomd says."""
+    words = "out of memory: Killed process|Killed .* due to memory"
+    argv = ["journalctl", "--quiet", "--boot", "--output=cat", f"--since=@{since_s:.0f}", f"--grep={words}"]
+    done = run(argv, check=False, timeout=60)
+    said = [line for line in done.output.splitlines() if re.search(words, line, re.IGNORECASE)]
+    return f"killed, out of memory: {one_line(said[-1], 120)}" if done.code == 0 and said else ""
 
 
 def failed_units(output: str) -> list[str]:
@@ -2139,6 +2190,14 @@ class Machine:
         said = self.log.tail().rpartition("bento: switch-to-configuration test: ")[2]
         return not said or "the following units:" in said or "activating the configuration" in said
 
+    def waits_for(self) -> str:
+        """What systemd is waiting for: of a switch that hangs, the cause."""
+        if not self.has_systemd:
+            return ""
+        said = run(["systemctl", "list-jobs", "--no-legend", "--no-pager"], check=False, timeout=30).output
+        jobs = [words for line in said.splitlines() if (words := line.split())[3:4] == ["running"]]
+        return f"systemd waits for {', '.join(f'{unit} ({kind})' for _, unit, kind, _ in jobs)}" if jobs else ""
+
     def jobs(self) -> list[int]:
         """The numbers of the jobs in systemd's queue. They grow; the first one of a boot is 1."""
         if not self.has_systemd:
@@ -2322,7 +2381,7 @@ def make_report(machine: Machine, phase: Phase = Phase.IDLE) -> Report:
         machine=machine.mark,
         twin=machine.twin,
         since=machine.phase_since if phase == Phase.BUILDING else None,
-        interval=machine.settings.interval or None,
+        interval=machine.settings.interval,
         offline_after=machine.settings.offline_after or None,
     )
 
@@ -2869,12 +2928,15 @@ def make_result(settings: Settings, log: Log, argv: Sequence[str], find: Callabl
     link, what = settings.state / "result", shlex.join(argv[:2])
     remove(link)
     log.say(shlex.join(argv))
+    started_s = time.time()
     with log.output() as out:
         code = run(argv, check=False, output=out, cwd=settings.state, timeout=settings.build_timeout).code
     if code is None:
         raise BentoError(f"{what} did not end within {settings.build_timeout} s")
     if code != 0:
-        raise BentoError(f"{what}: exit {code}: {log.cause(find)}")
+        cause = log.cause(find)
+        killed = out_of_memory(started_s) if code in (-9, 137) or "signal 9" in cause else ""
+        raise BentoError(f"{what}: exit {code}: {' '.join(filter(None, (killed, cause)))}")
     new = os.path.realpath(link)
     if not Path(new, "bin/switch-to-configuration").exists():
         raise BentoError(f"{what} left no system in {link}")
@@ -3216,7 +3278,8 @@ def take_over(machine: Machine, pending: Pending) -> Outcome | None:
             return wait_for_boot(machine, pending, "")
         done = machine.switch(new, "test", pending.token)
         switched = judge_switch(done.code, done.output, is_new=machine.running == new, is_old=machine.running == before)
-        words = f"switch-to-configuration test: {how_ended(done.code)}: {find_cause(done.output)}"
+        waits = machine.jobs() if done.code is None else ""
+        words = f"switch-to-configuration test: {how_ended(done.code)}: {waits or find_cause(done.output)}"
         if switched == Switched.REFUSED:
             return give_up(machine, pending, Outcome(Result.POSTPONED, f"not activated: {words}", costly=True))
         if switched == Switched.FAILED:
@@ -3497,7 +3560,9 @@ def obtain(machine: Machine, pending: Pending, current: Current, action: Action)
     except Unreachable:
         raise
     except (BentoError, OSError) as error:
-        return Outcome(result, str(error), current.system if settings.build == "server" else None)
+        passing = result == Result.BUILD_FAILED and re.search(BAD_MOMENT, str(error))
+        known = current.system if settings.build == "server" else None
+        return Outcome(Result.POSTPONED if passing else result, str(error), known)
     except Exception as error:  # a bug of ours must not be met anew at each poll, and nobody told
         return Outcome(result, tell_bug(machine.log, error))
 

@@ -157,10 +157,10 @@ let
     upgrade_channels = cfg.upgradeChannels;
     rebuild_every = cfg.rebuildEvery;
     after_deployment = cfg.afterDeployment;
-    interval = pollSeconds;
     boot_loader = bootLoader;
   }
   // lib.optionalAttrs (cfg.knownHosts != null) { known_hosts = cfg.knownHosts; }
+  // lib.optionalAttrs (pollSeconds != null) { interval = pollSeconds; }
   // lib.optionalAttrs (cfg.offlineAfter != null) { offline_after = cfg.offlineAfter * 3600; }
   // lib.optionalAttrs (cfg.signers != [ ]) { signers = signersFile; };
 
@@ -175,7 +175,7 @@ let
         daily = 86400;
         weekly = 7 * 86400;
       }
-      .${cfg.interval} or 0;
+      .${cfg.interval} or null;
 
   servers = lib.toList cfg.server;
   isServer = name: builtins.match "[A-Za-z0-9:[][]A-Za-z0-9._:%[-]*" name != null && !isHostAndPort name;
