@@ -21,14 +21,12 @@ from pathlib import Path
 import pytest
 from rogue_sftp import HARMS, MARKS
 from sshd import command, end_sshd, no_penalties
-from test_client import Lab, archive, lab, member
+from toylab import Lab, archive, member
 from toynixos import CLIENT, TOY, need, need_root
 
 import bento
 import bento_client as client
 from bento_client import BentoError, unpack
-
-__all__ = ["lab"]  # a fixture
 
 FLEET_NIX = CLIENT.parent / "fleet.nix.in"
 ROGUE = Path(__file__).with_name("rogue_sftp.py")

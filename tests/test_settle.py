@@ -9,17 +9,7 @@ from typing import Any
 
 import pytest
 
-from bento_client import (
-    Facts,
-    Move,
-    Pending,
-    State,
-    Step,
-    Switched,
-    find_way_back,
-    judge_switch,
-    settle,
-)
+from bento_client import Facts, Move, Pending, State, Step, Switched, find_way_back, judge_switch, settle
 
 OLD, NEW, OTHER, BEFORE = "/nix/store/old", "/nix/store/new", "/nix/store/other", "/nix/store/before"
 SYSTEMS = (OLD, NEW, OTHER)

@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_sshd import FRESH, SERVER, Done, Host, Line, Server, call, fresh, server
+from sshdlab import FRESH, SERVER, Done, Host, Line, Server, call
 from toynixos import write_config
 
 import bento
 import bento_client as client
 from bento_client import BentoError, Signed, State, Trust, format_signed, format_time, parse_signed
-
-__all__ = ["fresh", "server"]  # fixtures
 
 A = "a" * 64
 BULK = 1_000_000

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_client import HOST, Lab, wait_until
+from toylab import HOST, Lab, wait_until
 from toynixos import CLIENT, PYTHON_FLAGS, TOY, write_config
 
 import bento

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_client import Lab, lab, settled
+from toylab import Lab
 
 import bento_client
 from bento_client import Result
-
-__all__ = ["lab", "settled"]  # fixtures
 
 NEW_FIELDS = (
     "revision", "previous_revision", "good", "good_release", "good_revision", "boot", "armed", "set_before", "doubts", "costly",

@@ -1,0 +1,347 @@
+"""A toy machine with the real client, a server's directory, an administrator: what the tests of the client have in common."""
+
+import hashlib
+import io
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from accounts import add_user, need_accounts
+from toynixos import CLIENT, PYTHON_FLAGS, ToyMachine, need, write_config
+
+import bento
+import bento_client
+from bento_client import Current, Last, Report, log_name, parse_current, parse_report, parse_state
+
+A, B = "a" * 64, "b" * 64
+NOON = 1_795_435_200.0  # 2026-11-23T12:00:00Z
+
+
+def attempt(result: str, number: int = 1, *, release: str = A, finished_s: float = NOON) -> Last:
+    finished = bento_client.format_time(finished_s)
+    log = log_name(finished_s, release, result)
+    return Last(release, result, "a reason", None, finished, finished, number, log)
+
+
+QUARTER = 15 * 60
+HOST = f"toy{os.getpid()}"
+SERVER = "server.example"
+
+
+@cache
+def make_account() -> None:
+    """As root, `populate` wants the account of the host, as on a real server."""
+    if os.geteuid() == 0:
+        need_accounts()
+        add_user(f"bento-{HOST}", "bento")
+
+
+@dataclass
+class Lab:
+    """One server and one host. `down`: a file; while it exists, the server is down."""
+
+    directory: Path
+    machine: ToyMachine
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def create(cls, directory: Path, *, state: str = "var/lib/bento", **behaviour: Any) -> "Lab":
+        need("sftp")
+        make_account()
+        root = directory / "machine"
+        settings = {
+            "server": SERVER, "host": HOST, "root": str(root), "state_dir": str(root / state),
+            "connect_timeout": 1, "confirm_timeout": 2, "activation_timeout": 20,
+        }  # fmt: skip
+        chroot = directory / "chroot" / HOST
+        machine = ToyMachine.create(root, HOST, chroot=chroot, **{"client_json": settings} | behaviour)
+        lab = cls(directory, machine, settings)
+        lab.state.mkdir(mode=0o700, parents=True)
+        (lab.state / "id_ed25519").write_text("the toy's ssh asks for none\n")
+        return lab
+
+    @property
+    def state(self) -> Path:
+        return Path(self.settings["state_dir"])
+
+    @property
+    def chroot(self) -> Path:
+        return self.directory / "chroot" / HOST
+
+    @property
+    def config(self) -> Path:
+        return self.directory / "fleet/hosts" / HOST
+
+    @property
+    def down(self) -> Path:
+        return self.directory / "down"
+
+    def file(self, name: str) -> str:
+        return str(self.directory / name)
+
+    def use_two_servers(self) -> None:
+        """With known host keys, without which a list of servers is refused."""
+        Path(self.file("known")).touch()
+        self.settings |= {"server": ["first", "second"], "known_hosts": self.file("known")}
+
+    def publish(self, label: str, *, flake: bool = True, settings: dict[str, Any] | None = None, **behaviour: Any) -> str:
+        """Writes and publishes a configuration; the release's name. `settings` differ in the new system only."""
+        client_json = self.settings | (settings or {})
+        write_config(self.config, flake=flake, host=HOST, label=label, client_json=client_json, **behaviour)
+        return self.populate()
+
+    def populate(self) -> str:
+        argv = ["--fleet", str(self.directory / "fleet"), "--chroot-dir", str(self.directory / "chroot"), "populate"]
+        assert bento.main(argv) == 0
+        return parse_current((self.chroot / "current.json").read_bytes(), "current.json", HOST).release
+
+    def publish_raw(self, tar: bytes, *, release: str | None = None, size: int | None = None) -> str:
+        """What `populate` would never publish."""
+        release = release or hashlib.sha256(tar).hexdigest()
+        (self.chroot / "releases" / f"{release}.tar").write_bytes(tar)
+        current = Current(HOST, release, len(tar) if size is None else size, "2026-11-23T10:00:00Z")
+        (self.chroot / "current.json").write_bytes(bento_client.encode(current))
+        return release
+
+    def argv(self, *words: str) -> list[str]:
+        """The client, with settings from a file."""
+        config = self.directory / "client.json"
+        config.write_text(json.dumps(self.settings))
+        return [sys.executable, *PYTHON_FLAGS, str(CLIENT), "--config", str(config), *words]
+
+    def env(self, **more: str) -> dict[str, str]:
+        return {"TOY_SERVER": SERVER, "TOY_SERVER_DOWN": str(self.down)} | more
+
+    def client(self, *words: str, code: int = 0, **env: str) -> str:
+        """Runs the client to its end, and returns what it said."""
+        done = self.machine.run(*self.argv(*words), env=self.env(**env))
+        assert done.returncode == code, done.stdout
+        assert "Traceback" not in done.stdout
+        return done.stdout
+
+    def run_patched(self, patch: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """Like `run`, with constants of the client's module, here `c`, changed."""
+        code = f"import sys; sys.path.insert(0, {str(CLIENT.parent)!r}); import bento_client as c; {patch}; sys.exit(c.main())"
+        return self.machine.run(sys.executable, "-c", code, *self.argv("run")[len(PYTHON_FLAGS) + 2 :], env=self.env(**env))
+
+    def start(self, *words: str) -> subprocess.Popen[bytes]:
+        with open(self.directory / "output", "ab") as out:
+            return subprocess.Popen(
+                self.argv(*words), env=self.machine.env(**self.env()), stdin=subprocess.DEVNULL, stdout=out, stderr=out
+            )
+
+    def finish(self, process: subprocess.Popen[bytes]) -> int:
+        try:
+            return process.wait(60)
+        finally:
+            kill_tree(process)
+
+    def labels(self) -> tuple[str, str, str]:
+        return self.machine.labels()
+
+    def report(self) -> Report:
+        """The report that the server has."""
+        return parse_report((self.chroot / "logs/status.json").read_bytes(), "status.json")
+
+    def phase(self) -> str:
+        return self.report().phase if (self.chroot / "logs/status.json").exists() else ""
+
+    def last(self) -> Last:
+        last = self.report().last
+        assert last is not None
+        return last
+
+    def logs(self) -> list[str]:
+        """Names of the logs that the server has."""
+        return sorted(path.name for path in (self.chroot / "logs").glob("*.log"))
+
+    def log(self) -> str:
+        return (self.chroot / "logs" / self.last().log).read_text()
+
+    def age_attempts(self, seconds: float) -> None:
+        """As if the last attempt had been so long ago."""
+        path = self.state / "state.json"
+        state = parse_state(path.read_bytes(), "state.json")
+        assert state.tried is not None
+        finished = bento_client.format_time(bento_client.parse_time(state.tried.finished) - seconds)
+        path.write_bytes(bento_client.encode(state._replace(tried=state.tried._replace(finished=finished))))
+
+
+def descendants(pid: int) -> list[int]:
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            parents.setdefault(int(words[1]), []).append(int(entry.name))
+    found = [pid]
+    for one in found:
+        found += parents.get(one, [])
+    return found
+
+
+def kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """Kills a client with everything it has started, as systemd does with a unit's processes."""
+    for pid in descendants(process.pid) if process.poll() is None else ():
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.wait()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.02)
+
+
+def tree(directory: Path) -> dict[str, tuple[str, bytes]]:
+    """Names, kinds and contents of everything below a directory."""
+    found: dict[str, tuple[str, bytes]] = {}
+    for path in directory.rglob("*"):
+        mode = path.lstat().st_mode
+        if stat.S_ISDIR(mode):
+            kind, content = "directory", b""
+        else:
+            kind = "program" if mode & 0o100 else "file"
+            content = path.read_bytes()
+        found[str(path.relative_to(directory))] = kind, content
+    return found
+
+
+def fake_sftp(lab: Lab, script: str) -> str:
+    """A PATH on which `sftp` is this shell script. In it, `sftp` is the toy's."""
+    toy, fake = lab.machine.env()["PATH"], lab.directory / "path/sftp"
+    fake.parent.mkdir(exist_ok=True)
+    fake.write_text(f"#!/bin/sh\nPATH={toy}\n{script}")
+    fake.chmod(0o755)
+    return f"{fake.parent}:{toy}"
+
+
+def archive(*members: tarfile.TarInfo, content: bytes = b"content\n") -> bytes:
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for member in members:
+            member.size = len(content) if member.isreg() else 0
+            tar.addfile(member, io.BytesIO(content))
+    return raw.getvalue()
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "", **pax: str) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    info.pax_headers = {name.replace("_", "."): value for name, value in pax.items()}
+    return info
+
+
+SYSTEMD_RUN = """\
+#!{python}
+import json, subprocess, sys
+at = sys.argv.index("--")
+options, command = dict(o.partition("=")[::2] for o in sys.argv[1:at]), sys.argv[at + 1:]
+if "--on-active" in options:
+    with open("{top}/timers/" + options["--unit"], "w") as file:
+        json.dump(command, file)
+    sys.exit(0)
+sink = [o.split("append:", 1)[1] for o in sys.argv[1:at] if "StandardOutput=append:" in o]
+with open(sink[0] if sink else "/dev/null", "ab") as out:
+    process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+    open("{top}/units/" + options["--unit"], "w").write(str(process.pid))
+    sys.exit(process.wait())
+"""
+SYSTEMCTL = """\
+#!{python}
+import fnmatch, os, sys
+verb, *units = [word for word in sys.argv[1:] if not word.startswith("-")]
+if verb == "stop":
+    for unit in units:
+        timer = "{top}/timers/" + unit.removesuffix(".timer")
+        if os.path.exists(timer):
+            os.unlink(timer)
+if verb == "is-active":
+    for name in fnmatch.filter(os.listdir("{top}/units"), units[0]):
+        pid = open("{top}/units/" + name).read()
+        if os.path.exists("/proc/" + pid) and " Z " not in open("/proc/" + pid + "/stat").read():
+            sys.exit(0)
+    sys.exit(0 if units[0] == "bento.timer" else 3)
+if verb == "reboot":
+    if os.path.exists("{top}/no-reboot"):
+        print("Operation inhibited")
+        sys.exit(1)
+    open("{top}/reboots", "a").write("x")
+"""
+
+
+class Systemd:
+    def __init__(self, lab: Lab) -> None:
+        self.lab, self.top = lab, lab.directory / "systemd"
+        for name in ("timers", "units"):
+            (self.top / name).mkdir(parents=True)
+        for name, text in (("systemd-run", SYSTEMD_RUN), ("systemctl", SYSTEMCTL)):
+            (self.top / name).write_text(text.format(python=sys.executable, top=self.top))
+            (self.top / name).chmod(0o755)
+        self.path = f"{self.top}:{lab.machine.env()['PATH']}"
+        self.come_up()
+
+    def come_up(self) -> None:
+        (self.lab.machine.root / "run/systemd/system").mkdir(parents=True, exist_ok=True)
+
+    def boot(self) -> None:
+        for timer in (self.top / "timers").iterdir():
+            timer.unlink()
+        self.lab.machine.power_cycle()
+        self.come_up()
+
+    def run(self, *words: str, code: int = 0, **env: str) -> str:
+        return self.lab.client(*words, code=code, PATH=self.path, **env)
+
+    def start(self, *words: str) -> subprocess.Popen[bytes]:
+        with open(self.lab.directory / "output", "ab") as out:
+            env = self.lab.machine.env(**self.lab.env(PATH=self.path))
+            return subprocess.Popen(self.lab.argv(*words), env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+
+    def timers(self) -> list[list[str]]:
+        return [json.loads(timer.read_text()) for timer in (self.top / "timers").iterdir()]
+
+    def reboots(self) -> int:
+        path = self.top / "reboots"
+        return len(path.read_text()) if path.exists() else 0
+
+
+def at_any_price(lab: Lab, *words: str, **env: str) -> str:
+    """Runs the client whatever its exit code."""
+    said = lab.machine.run(*lab.argv(*words), env=lab.env(**env)).stdout
+    assert "Traceback" not in said
+    return said
+
+
+def inhibited(directory: Path) -> Lab:
+    return Lab.create(directory, inhibitors="dbus 1")
+
+
+def result(lab: Lab) -> tuple[str, str | None]:
+    last = bento_client.parse_state((lab.state / "state.json").read_bytes(), "state.json").last
+    assert last is not None
+    return last.result, last.release
+
+
+def be_patient(lab: Lab, **env: str) -> None:
+    """After a boot the server is not there: but for one more proof, that is nobody's fault."""
+    before = lab.labels()
+    for _ in range(bento_client.PATIENT_PROOFS - 1):
+        assert "tried again at the next run" in lab.client("run", code=75, **env)
+        assert lab.labels() == before
