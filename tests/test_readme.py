@@ -405,11 +405,11 @@ def test_options_are_declared() -> None:
     said = set()
     for block in BLOCKS:
         if block.language == "nix":
-            said |= set(re.findall(r"services\.bento(?:-server)?\.[A-Za-z]+(?:\.[a-z][A-Za-z]+)*", block.text))
+            said |= set(re.findall(r"(?<!systemd\.)services\.bento(?:-server)?\.[A-Za-z]+(?:\.[a-z][A-Za-z]+)*", block.text))
             for group in re.findall(r"(?s)(services\.bento(?:-server)?) = \{(.*?)\};", block.text):
                 said |= {f"{group[0]}.{option}" for option in re.findall(r"(?m)^\s+([a-z][A-Za-z.]*) =", group[1])}
     for span in SPANS:
-        said |= set(re.findall(r"services\.bento(?:-server)?\.[A-Za-z]+(?:\.[a-z][A-Za-z]+)*", span))
+        said |= set(re.findall(r"(?<!systemd\.)services\.bento(?:-server)?\.[A-Za-z]+(?:\.[a-z][A-Za-z]+)*", span))
     assert len(said) > 10
     assert said <= OPTIONS
 
