@@ -2,15 +2,15 @@
 """Bento's server: publishes the configuration of each NixOS host of a fleet, and shows what became of it.
 
 Files. In the fleet directory: hosts/NAME/ (one host's configuration, or a symlink to it), hosts/NAME.pub (its SSH
-public keys), hosts/NAME.sig (what the administrator signed for it), fleet.nix (written from fleet.nix.in). In the
-chroot directory, for each host: current.json (the release to run; replacing it is the moment of publication),
+public keys), hosts/NAME.sig (what the administrator signed for it), hosts/waves (the order of a roll-out), fleet.nix (written
+from fleet.nix.in). In the chroot directory, for each host: current.json (the release to run; replacing it is the moment of publication),
 releases/ID/ and releases/ID.tar, config -> releases/ID, history, and logs/, which belongs to the host: nothing there
-is trusted. Beside the chroots: .store/, which has each release once, for the chroots to link to, and .lock.
+is trusted. Beside the chroots: .store/, which has each release once, for the chroots to link to, .rollout.json, and .lock.
 
 Exit codes: 0 done, 1 something failed (each failure on stderr) or a host needs a person, 2 usage.
 
-Sections: constants, types, hosts and keys, work trees, releases, states of hosts, publication, signatures, builds,
-commands, command line.
+Sections: constants, types, hosts and keys, work trees, releases, states of hosts, waves, publication, signatures,
+builds, commands, command line.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import base64
 import binascii
 import errno
 import fcntl
+import fnmatch
 import functools
 import grp
 import hashlib
@@ -44,13 +45,25 @@ import time
 import traceback
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import bento_client as client
-from bento_client import BentoError, Current, Part, Phase, Recipe, Report, Result, UsageError, format_time, one_line
+from bento_client import (
+    BentoError,
+    Current,
+    Last,
+    Part,
+    Phase,
+    Recipe,
+    Report,
+    Result,
+    UsageError,
+    format_time,
+    one_line,
+)
 
 T = TypeVar("T")
 
@@ -59,6 +72,16 @@ GCROOTS = Path("/nix/var/nix/gcroots/bento")
 KEEP_RELEASES = 3
 KEEP_LOGS, MAX_PRUNED = 200, 20_000
 OFFLINE_AFTER_S = 2 * 3600
+# So many polls may be missed, and a host may ask for so much patience.
+MISSED_POLLS, LONGEST_SILENCE_S = 3, 31 * 86400
+# A build that takes longer does not end.
+STUCK_AFTER_S = 12 * 3600
+SHOWN_ATTEMPTS = 20
+# Of a page: so many hosts are named at its top; with more than that in all, marks that are alike are one.
+SHOWN_PERSONS, MANY_HOSTS = 30, 1000
+# So many logs are opened for a page, to say why an attempt failed.
+MAX_REASONS = 2000
+FULL_DISK_BYTES = 1 << 20
 WATCH_PAUSE_S = 2.0
 BUILD_LIMIT_S = 12 * 3600.0
 # A host that keeps more than this in logs/ is named in `status`. A client keeps 20 logs there, each at most 1 MB.
@@ -77,7 +100,7 @@ SMALL_FILE = 128 << 10
 MEMORY_BYTES, MEMBER_BYTES = 8 << 20, 512
 # So many different directories that hosts share are remembered; usually there is one.
 MAX_SHARED = 16
-MAX_DEPTH = 100
+MAX_DEPTH, MAX_WAVES_BYTES = 100, 1 << 20
 # Of names that belong together, so many are shown.
 SHOWN = 5
 # So much of a revision is shown in the table.
@@ -171,9 +194,53 @@ class Fleet:
         return self.chroot_dir / name
 
 
+class Refusal(NamedTuple):
+    """Why a host's configuration is not published: since when, how often it was tried, and the last error."""
+
+    since: str
+    times: int
+    error: str
+
+
+class Beside(NamedTuple):
+    """What the server itself knows of hosts, besides their chroots: which are acknowledged as `absent`, which
+    configurations are not published, and which wait for other hosts. Each with words for a person."""
+
+    absent: dict[str, str]
+    refused: dict[str, Refusal]
+    held: dict[tuple[str, str], str]  # by the release that is published, too: it may have got another since
+
+
+NOTHING_BESIDE = Beside({}, {}, {})
+
+
+class Attempt(NamedTuple):
+    """A log's name, taken apart: how one attempt ended, and when by the host's clock. `release`: twelve letters of it."""
+
+    name: str
+    finished: str
+    release: str
+    result: str
+
+
+class Found(NamedTuple):
+    """All that there is to read of a host: what is published for it, its report, when that came, and what is wrong.
+
+    `logs`: the newest ones' names, oldest first. `unreadable`: what is wrong keeps us from knowing how it is.
+    """
+
+    current: Current | None
+    report: Report | None
+    seen_s: float | None
+    problem: str
+    logs: tuple[str, ...] = ()
+    unreadable: bool = False
+
+
 class Row(NamedTuple):
     """What is known of a host. `seen_s`: seconds since 1970 on the server's clock. `expired`: what is published for it is
-    signed, for a time that is over."""
+    signed, for a time that is over. `stuck`: it has been building for longer than any build takes. `held`: since when, and
+    whom it waits for."""
 
     host: str
     state: str
@@ -185,15 +252,56 @@ class Row(NamedTuple):
     seen_s: float | None
     problem: str
     expired: bool = False
+    paused: bool = False
+    stuck: bool = False
+    absence: str = ""
+    refusal: Refusal | None = None
+    held: str = ""
+    logs: tuple[str, ...] = ()
+
+    @property
+    def reasons(self) -> list[str]:
+        """What a person is needed for, most important first. A host that is known to be away needs nobody."""
+        if self.offline and self.absent:
+            return []
+        failed = self.state in ("failing", "rolled-back")
+        flags = (
+            "offline",
+            "problem",
+            "failed",
+            "stuck",
+            "failed_units",
+            "two_machines",
+            "drift",
+            "not_published",
+            "expired",
+        )
+        return [flag for flag in flags if (failed if flag == "failed" else getattr(self, flag))]
 
     @property
     def needs_a_person(self) -> bool:
-        flags = self.offline or self.drift or self.expired or bool(self.problem)
-        return self.state in ("failing", "rolled-back") or flags
+        return bool(self.reasons)
+
+    @property
+    def failed_units(self) -> bool:
+        return self.report is not None and bool(self.report.failed_units)
+
+    @property
+    def absent(self) -> bool:
+        return bool(self.absence)
+
+    @property
+    def not_published(self) -> bool:
+        return self.refusal is not None
 
     @property
     def other_client(self) -> bool:
         return self.report is not None and self.report.client != client.VERSION
+
+    @property
+    def two_machines(self) -> bool:
+        """Whether the machine that reported last has seen another one report under this name."""
+        return self.report is not None and self.report.twin is not None
 
     @property
     def revision(self) -> str | None:
@@ -210,17 +318,36 @@ class Row(NamedTuple):
             return None
         return client.parse_time(self.report.polled) - self.seen_s
 
-    @property
-    def since_s(self) -> float | None:
-        """When the running release was done, on our clock: as long before the report came as on the host's clock."""
-        last = self.report.last if self.report else None
-        if self.report is None or self.seen_s is None or last is None:
+    def ours_s(self, when: str) -> float | None:
+        """A time of the host's, on our clock: as long before its report came as on its own clock."""
+        if self.report is None or self.seen_s is None:
             return None
-        if last.result != Result.OK or last.release != self.report.release:
-            return None
-        age_s = client.parse_time(self.report.polled) - client.parse_time(last.finished)
+        age_s = client.parse_time(self.report.polled) - client.parse_time(when)
         # The host's clock was set back in between: nobody knows.
         return None if age_s < -CLOCK_TOLERANCE_S else max(0.0, self.seen_s - max(0.0, age_s))
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        """The newest ones that the host has uploaded, oldest first."""
+        return [found for name in self.logs if (found := parse_log_name(name)) is not None]
+
+    @property
+    def tries(self) -> int:
+        """How often the release was tried that the host fails to run."""
+        last = self.report.last if self.report else None
+        return last.attempt if last is not None and self.state in ("failing", "rolled-back") else 0
+
+    @property
+    def since_s(self) -> float | None:
+        """Since when the host is in its state, on our clock, as far as anybody knows."""
+        report, last = self.report, self.report.last if self.report else None
+        if self.state in ("new", "pending", "held"):
+            return client.parse_time(self.current.published) if self.current else None
+        if report is None or last is None or self.state in ("building", "left", "unknown"):
+            return self.ours_s(report.since) if report is not None and report.since is not None else None
+        if self.state in ("failing", "rolled-back"):
+            return self.ours_s(first_failure(last, self.attempts))
+        return self.ours_s(last.finished)
 
 
 class Owner(NamedTuple):
@@ -238,17 +365,19 @@ class Failure(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is to be done with each host. `action`: nixos-rebuild's, that it has to pass; `limit_s`: in so long."""
+    """What is to be done with each host. `action`: nixos-rebuild's, that it has to pass; `limit_s`: in so long. `after`: a
+    command that gets each system that was built."""
 
     action: str | None
     publish: bool = True
     dry_run: bool = False
-    verbose: bool = False
     jobs: int = 1
     limit_s: float = BUILD_LIMIT_S
     wait: bool = False
     as_json: bool = False
     revision: str | None = None
+    after: tuple[str, ...] = ()
+    now: bool = False
 
 
 class Job(NamedTuple):
@@ -281,6 +410,8 @@ def find_hosts(fleet: Fleet, wanted: Sequence[str]) -> tuple[list[str], list[str
     hosts, errors = [], []
     for entry in scan_hosts(fleet):
         if entry.name.endswith((".pub", ".sig")) or entry.is_file(follow_symlinks=False):
+            continue
+        if entry.name == "waves" and not entry.is_dir():  # a link
             continue
         if client.HOST_NAME.fullmatch(entry.name):
             hosts.append(entry.name)
@@ -1010,44 +1141,79 @@ def arrival_s(found: os.stat_result) -> float:
     return max(0.0, min(found.st_mtime, found.st_ctime))
 
 
-def read_report(chroot: Path | str, name: str) -> tuple[Report | None, float | None, str]:
-    """The host's report, when it came, and what is wrong with it or with logs/."""
+def why_not(error: OSError) -> str:
+    """What a file that cannot be opened is. Ours to read is all of it, for root."""
+    denied = isinstance(error, PermissionError)
+    return f"{error.strerror}: run this as root" if denied else f"not a regular file ({error.strerror})"
+
+
+def read_report(chroot: Path | str, name: str) -> Found:
+    """The host's report, when it came, its logs' names, and what is wrong with any of these."""
     try:
         logs = open_logs(chroot)
     except FileNotFoundError:
-        return None, None, ""
+        return Found(None, None, None, "")
     except OSError as error:
-        return None, None, f"logs/status.json: not a regular file ({error.strerror})"
+        return Found(None, None, None, f"logs/status.json: {why_not(error)}", unreadable=True)
     seen_s = None
     try:
+        problem, names = weigh_logs(logs)
         raw, found = read_untrusted(logs, "status.json", client.MAX_JSON_BYTES)
         seen_s = arrival_s(found)
         report = client.parse_report(raw, "logs/status.json")
         if report.host != name:
             raise BentoError(f"logs/status.json: it speaks for host {report.host!r}")
-        return report, seen_s, weigh_logs(logs)
+        return Found(None, report, seen_s, problem, names)
     except FileNotFoundError:
-        return None, None, weigh_logs(logs)
+        return Found(None, None, None, problem, names)
+    except OSError as error:
+        return Found(None, None, seen_s, f"logs: {why_not(error)}", unreadable=True)
     except BentoError as error:
-        return None, seen_s, one_line(str(error))
+        return Found(None, None, seen_s, one_line(str(error)), names, unreadable=True)
     finally:
         os.close(logs)
 
 
-def weigh_logs(logs: int) -> str:
-    """What to say of a host that fills its logs/. Looks at no more files than it takes to know."""
-    size = 0
+def weigh_logs(logs: int) -> tuple[str, tuple[str, ...]]:
+    """What to say of a host that fills its logs/, and the newest logs in it. Looks at no more files than it takes."""
+    size, names, problem = 0, [], ""
     with os.scandir(logs) as entries:
         for count, entry in enumerate(entries, 1):
             if count > MAX_LOG_FILES:
-                return f"logs/ has more than {MAX_LOG_FILES} files: the host fills it"
+                problem = f"logs/ has more than {MAX_LOG_FILES} files: the host fills it"
+                break
+            if entry.name.endswith(".log"):
+                names.append(entry.name)
             try:
                 size += entry.stat(follow_symlinks=False).st_size  # a sparse file counts whole: so it does in a backup
             except FileNotFoundError:
                 continue
             if size > MAX_LOGS_BYTES:
-                return f"logs/ holds more than {MAX_LOGS_BYTES >> 20} MB: the host fills it"
-    return ""
+                problem = f"logs/ holds more than {MAX_LOGS_BYTES >> 20} MB: the host fills it"
+                break
+    return problem, tuple(sorted(names)[-SHOWN_ATTEMPTS:])
+
+
+def parse_log_name(name: str) -> Attempt | None:
+    if not client.LOG_NAME.fullmatch(name):
+        return None
+    when, release, result = name.removesuffix(".log").split("_")
+    time_ = f"{when[:4]}-{when[4:6]}-{when[6:11]}:{when[11:13]}:{when[13:]}"
+    try:
+        client.parse_time(time_)
+    except ValueError:
+        return None
+    return Attempt(name, time_, release, result)
+
+
+def first_failure(last: Last, attempts: Sequence[Attempt]) -> str:
+    """When the failures began, the last of which is `last`: those of the same release, without a success in between."""
+    first = last.finished
+    for attempt in reversed(attempts):
+        if attempt.release != (last.release or client.NO_RELEASE)[:12] or attempt.result == Result.OK:
+            break
+        first = min(first, attempt.finished)
+    return first
 
 
 def read_published(chroot: Path | str, name: str) -> Current | None:
@@ -1058,18 +1224,20 @@ def read_published(chroot: Path | str, name: str) -> Current | None:
         return None
 
 
-# What is published for a host, its report, when that came, and what is wrong: all that there is to read of a host.
-Found = tuple[Current | None, Report | None, float | None, str]
-
-
 def read_host(chroot: str, name: str) -> Found:
     current, problem = None, ""
     try:
         current = read_published(chroot, name)
-    except (BentoError, OSError) as error:
+        if current is None and os.path.exists(f"{chroot}/history"):
+            problem = f"current.json is missing: 'bento.py populate {name}' publishes it again"
+    except BentoError as error:
         problem = one_line(str(error))
-    report, seen_s, trouble = read_report(chroot, name)
-    return current, report, seen_s, problem or trouble
+    except OSError as error:
+        problem = f"{chroot}/current.json: {why_not(error)}"
+    found = read_report(chroot, name)
+    if problem:
+        return found._replace(problem=problem, unreadable=True)
+    return found._replace(current=current)
 
 
 Memory = dict[str, tuple[list[tuple[int, int, int, int]], Found]]
@@ -1087,9 +1255,42 @@ def recall_host(chroot: str, name: str, memory: Memory) -> Found:
     return memory[name][1]
 
 
-def make_row(name: str, found: Found, now_s: float, offline_after_s: float) -> Row:
-    current, report, seen_s, _ = found
-    return Row(name, *judge(current, report, seen_s, now_s, offline_after_s), *found, is_expired(current, now_s))
+def make_row(
+    name: str, given: Sequence[Any], now_s: float, offline_after_s: float, beside: Beside = NOTHING_BESIDE
+) -> Row:
+    found = Found(*given)
+    current, report, seen_s = found.current, found.report, found.seen_s
+    state, offline, reboot, drift = judge(current, report, seen_s, now_s, patience_s(report, offline_after_s))
+    held = "" if current is None else beside.held.get((name, current.release), "")
+    if found.unreadable:
+        state = "unknown"
+    elif held and state in ("new", "up-to-date", "waiting", "pending"):
+        state = "held"
+    row = Row(name, state, offline, reboot, drift, current, report, seen_s, found.problem, is_expired(current, now_s))
+    left_s, began_s = pause_left_s(report), row.since_s
+    return row._replace(
+        paused=seen_s is not None and left_s > now_s - seen_s,
+        stuck=state == "building" and began_s is not None and now_s - began_s >= STUCK_AFTER_S,
+        absence=beside.absent.get(name, ""),
+        refusal=beside.refused.get(name),
+        held=held,
+        logs=found.logs,
+    )
+
+
+def patience_s(report: Report | None, offline_after_s: float) -> float:
+    """How long a host may be silent: what its owner says; else three of its polls, if that is more than we were told."""
+    if report is None:
+        return offline_after_s
+    own_s = min(report.offline_after or MISSED_POLLS * (report.interval or 0), LONGEST_SILENCE_S)
+    return own_s if report.offline_after else max(offline_after_s, own_s)
+
+
+def pause_left_s(report: Report | None) -> float:
+    """For how long a host was to deploy nothing, by its own clock, when it reported."""
+    if report is None or report.paused_until is None:
+        return 0.0
+    return client.parse_time(report.paused_until) - client.parse_time(report.polled)
 
 
 def is_expired(current: Current | None, now_s: float) -> bool:
@@ -1101,35 +1302,42 @@ def is_expired(current: Current | None, now_s: float) -> bool:
 
 
 URGENCY = {
-    "failing": 0,
-    "rolled-back": 1,
-    "pending": 3,
-    "building": 4,
-    "waiting": 5,
-    "new": 6,
-    "left": 7,
-    "up-to-date": 8,
-}
+    "failing": 0, "rolled-back": 1, "unknown": 2, "pending": 4, "held": 5, "building": 6, "waiting": 7, "new": 8, "left": 9,
+    "up-to-date": 10,
+}  # fmt: skip
 
 
 def sort_rows(rows: Iterable[Row]) -> list[Row]:
-    """What needs a person first."""
-    return sorted(rows, key=lambda row: (not row.needs_a_person, URGENCY.get(row.state, 2), row.host))
+    """What needs a person first, and of that who is silent: it may be all that there is to know of a host."""
+    return sorted(
+        rows,
+        key=lambda row: (not row.needs_a_person, row.reasons[:1] != ["offline"], URGENCY.get(row.state, 3), row.host),
+    )
 
 
-MARKS = ("offline", "drift", "needs_reboot", "other_client")
+MARKS = (
+    "offline", "drift", "needs_reboot", "other_client", "failed_units", "paused", "expired", "absent", "not_published", "stuck",
+    "two_machines",
+)  # fmt: skip
 SYMBOLS = {
-    "failing": "✗", "rolled-back": "↶", "pending": "…", "building": "⚙", "waiting": "↻", "new": "·", "left": "-",
-    "up-to-date": "✓",
+    "failing": "✗", "rolled-back": "↶", "unknown": "?", "pending": "…", "held": "‖", "building": "⚙", "waiting": "↻",
+    "new": "·", "left": "-", "up-to-date": "✓", "alarm": "!",
 }  # fmt: skip
 COLOURS = {
-    "failing": "31", "rolled-back": "31", "pending": "33", "building": "36", "waiting": "33", "new": "2", "left": "2",
-    "up-to-date": "32",
+    "failing": "31", "rolled-back": "31", "unknown": "31", "pending": "33", "held": "33", "building": "36", "waiting": "33",
+    "new": "2", "left": "2", "up-to-date": "32",
 }  # fmt: skip
+RESULT_MARKS: dict[str, str] = {
+    Result.OK: "✓", Result.BUILD_FAILED: "✗", Result.FETCH_FAILED: "↓", Result.ROLLED_BACK: "↶", Result.ROLLBACK_FAILED: "‼",
+    Result.POSTPONED: "…", Result.INTERRUPTED: "~",
+}  # fmt: skip
+# Of the parts of a bar, the last for all that are older than the others, and for what nobody knows.
+SHADES, NOT_KNOWN, UNKNOWN_RELEASE = "█▓▒░", "·", "not known"
 
 
 # Where the encoding of stdout has none of our symbols.
-PLAIN = str.maketrans("✗↶…⚙↻·✓", "x<~*@.+")
+COMMIT = re.compile(r"[0-9a-f]{7,40}\b\+?")
+PLAIN = str.maketrans("✗↶…⚙↻·✓‖↓‼█▓▒░", "x<~*@.+|v%#=:-")
 
 
 def format_table(
@@ -1145,7 +1353,8 @@ def format_table(
         columns.insert(3, ("SYSTEM", 8))
     if wide := width >= name_width + 120 and any(row.revision for row in rows):
         columns[2] = ("RUNS", 8 + REVISION_WIDTH)
-    summary = textwrap.wrap(format_summary(rows), width)
+    bar = format_bar(rows, width)
+    summary = [*([bar] if bar else []), *textwrap.wrap(format_summary(rows), width)]
     shown = rows
     if height is not None and len(rows) > height - 1 - len(summary):
         shown = rows[: max(0, height - 2 - len(summary))]
@@ -1160,9 +1369,15 @@ def format_table(
         line = clip(f"{text}  {'; '.join(notes(row, now_s))}".rstrip(), width - len(gutter))
         if decorated:
             colour = "31" if row.needs_a_person else COLOURS.get(row.state, "0")
-            line = f"\x1b[{colour}m{SYMBOLS.get(row.state, '?')}\x1b[0m {line}"
+            line = f"\x1b[{colour}m{symbol_of(row)}\x1b[0m {line}"
         lines.append(line)
     return "\n".join([*lines, *summary])
+
+
+def symbol_of(row: Row) -> str:
+    """What a state looks like, unless something else is the matter with a host."""
+    alarm = row.offline or (row.needs_a_person and row.reasons[0] not in ("failed", "stuck", "problem"))
+    return SYMBOLS["alarm" if alarm else row.state]
 
 
 def clip(line: str, width: int) -> str:
@@ -1187,7 +1402,7 @@ def age(seconds: float) -> str:
 
 
 def row_cells(row: Row, now_s: float) -> dict[str, str]:
-    """The short texts of a row. SINCE is how long the running release has been there."""
+    """The short texts of a row. SINCE is how long it has been in its state."""
     report = row.report
     return {
         "HOST": row.host,
@@ -1205,6 +1420,62 @@ def format_summary(rows: Sequence[Row]) -> str:
     return f"{count_hosts(len(rows))}: {', '.join(words)}" if rows else "no hosts"
 
 
+def format_host(row: Row, now_s: float) -> str:
+    """All that is known of one host, with nothing cut."""
+    report, current = row.report, row.current
+    since_s = row.since_s
+    lines: list[tuple[str, str | None]] = [
+        ("state", row.state + (f" since {moment(since_s, now_s)}" if since_s is not None else "")),
+        *(("needs you", words) for reason in row.reasons if (words := note(row, reason, now_s))),
+        ("seen", "never" if row.seen_s is None else moment(row.seen_s, now_s)),
+        ("published", f"{current.release} {current.published}" if current else None),
+        ("", current.revision if current else None),
+        ("held", row.held or None),
+        ("absent", row.absence or None),
+    ]
+    if report is not None:
+        lines += report_lines(row, report, now_s)
+    if attempts := row.attempts:
+        marks = "".join(RESULT_MARKS.get(attempt.result, "?") for attempt in attempts)
+        lines.append(("attempts", f"{marks}  (the newest is the last; 'bento.py log {row.host} --list')"))
+    return "\n".join(f"{name:<10} {one_line(text, 4000)}" for name, text in lines if text is not None)
+
+
+def moment(when_s: float, now_s: float) -> str:
+    return f"{format_time(when_s)} ({age(now_s - when_s)} ago)"
+
+
+def report_lines(row: Row, report: Report, now_s: float) -> list[tuple[str, str | None]]:
+    """What a host says of itself."""
+    last = report.last
+    finished_s = row.ours_s(last.finished) if last else None
+    ended = "at a time that its clock does not tell" if finished_s is None else moment(finished_s, now_s)
+    ahead_s = row.ahead_s or 0.0
+    off = f", its clock is {age(abs(ahead_s))} {'ahead' if ahead_s > 0 else 'behind'}"
+    patient = report.offline_after or report.interval
+    return [
+        ("runs", report.release or "none of Bento's releases"),
+        ("", row.revision),
+        ("system", report.system),
+        (
+            "last",
+            f"{last.result}, {last.release or 'no release'}, {count_tries(last.attempt)}, {ended}" if last else None,
+        ),
+        ("reason", last.reason or None if last else None),
+        ("waiting", f"{report.waiting_for_boot} runs from the next boot on" if report.waiting_for_boot else None),
+        ("reboot", "needed" if report.needs_reboot else None),
+        ("failed", ", ".join(report.failed_units) or None),
+        ("paused", f"until {report.paused_until}" if row.paused else None),
+        ("phase", report.phase),
+        ("client", report.client + (off if abs(ahead_s) > CLOCK_TOLERANCE_S else "")),
+        ("offline", f"after {age(patience_s(report, OFFLINE_AFTER_S))}, as it says" if patient else None),
+        ("boot trial", report.boot_trial),
+        ("boots", report.known_to_boot),
+        ("signed", f"by {report.signer}, until {report.expires}" if report.signer else None),
+        ("trust", f"it took a server's key on trust at {report.first_contact}" if report.first_contact else None),
+    ]
+
+
 def count_words(rows: Sequence[Row]) -> dict[str, int]:
     """How many hosts are in each state, and have each mark."""
     counts = dict.fromkeys((*URGENCY, *MARKS), 0)
@@ -1216,13 +1487,10 @@ def count_words(rows: Sequence[Row]) -> dict[str, int]:
 
 def notes(row: Row, now_s: float) -> list[str]:
     """What a person should know of a host, most important first."""
-    found = [row.problem] if row.problem else []
-    # Of another client, the version is told, further down.
-    found += [mark.replace("_", " ") for mark in MARKS if mark != "other_client" and getattr(row, mark)]
-    found += [f"signature expired: 'bento.py sign {row.host}'"] if row.expired else []
+    found = [words for flag in (*row.reasons, *MARKS) if (words := note(row, flag, now_s))]
     last = row.report.last if row.report else None
-    if row.state in ("failing", "rolled-back") and last is not None:
-        found.append(one_line(last.reason if last.result == row.state else f"{last.result}: {last.reason}"))
+    if row.held:
+        found.append(row.held)
     if row.state in ("pending", "building", "new") and row.current is not None:
         found.append(f"{row.current.release[:7]} published {age(now_s - client.parse_time(row.current.published))} ago")
     elif row.current is None and not row.problem:
@@ -1234,7 +1502,119 @@ def notes(row: Row, now_s: float) -> list[str]:
     ahead_s = row.ahead_s
     if ahead_s is not None and abs(ahead_s) > CLOCK_TOLERANCE_S:
         found.append(f"clock {age(abs(ahead_s))} {'ahead' if ahead_s > 0 else 'behind'}")
-    return found
+    return list(dict.fromkeys(found))
+
+
+def note(row: Row, flag: str, now_s: float) -> str:
+    """One thing that is the matter with a host, in words. Nothing for what is not, or is told elsewhere."""
+    report, refusal = row.report, row.refusal
+    if flag == "problem":
+        return row.problem
+    if flag == "failed":
+        return failure_words(row)
+    if not getattr(row, flag):
+        return ""
+    if flag == "offline" and row.seen_s is not None:
+        return f"offline for {age(now_s - row.seen_s)}"
+    if flag == "failed_units" and report is not None:
+        return f"failed units: {one_line(', '.join(report.failed_units), 1000)}"
+    if flag == "not_published" and refusal is not None:
+        since_s = client.parse_time(refusal.since)
+        return f"not published for {age(now_s - since_s)}, {count_tries(refusal.times)}: {refusal.error}"
+    if flag == "paused" and report is not None and report.paused_until is not None:
+        return f"paused until {report.paused_until}"
+    if flag == "absent":
+        return f"absent: {row.absence}" if row.offline else f"back again: remove hosts/{row.host}.absent"
+    known = {
+        "expired": f"signature expired: 'bento.py sign {row.host}'",
+        "stuck": "no end of its build",
+        "two_machines": f"two machines report as {row.host}",
+        "other_client": "",
+    }
+    return known.get(flag, flag.replace("_", " "))
+
+
+def failure_words(row: Row) -> str:
+    """Which release fails, how often, and why."""
+    last = row.report.last if row.report else None
+    if last is None:
+        return ""
+    what = (last.release or "")[:7] or "what is published"
+    tried = f", {count_tries(last.attempt)}" if last.attempt > 1 else ""
+    reason = last.reason if last.result == row.state else f"{last.result}: {last.reason}"
+    return one_line(f"{what}{tried}: {reason}", 1000)
+
+
+def count_tries(number: int) -> str:
+    return f"tried {number} time{'' if number == 1 else 's'}"
+
+
+def complaint(row: Row, now_s: float) -> Failure:
+    """What a person is told of a host that needs one, who does not see the table. What is wrong comes first."""
+    since_s, found = row.since_s, notes(row, now_s)
+    state = row.state + (f" since {format_time(since_s)} ({age(now_s - since_s)})" if since_s is not None else "")
+    if row.offline and row.seen_s is not None:
+        found = [words for words in found if not words.startswith("offline for ")]
+        return Failure(
+            row.host,
+            "; ".join(
+                [f"offline since {format_time(row.seen_s)} ({age(now_s - row.seen_s)}), it was {row.state}", *found]
+            ),
+        )
+    if row.reasons[:1] in (["failed"], ["stuck"], ["problem"]):
+        return Failure(row.host, f"{state}: {'; '.join(found)}")
+    return Failure(row.host, "; ".join([*found, state]))
+
+
+class Shade(NamedTuple):
+    """How many hosts run one revision, and when it was published; 0 if nobody knows that any more."""
+
+    label: str
+    hosts: int
+    published_s: float = 0.0
+
+
+def count_shades(rows: Sequence[Row]) -> list[Shade]:
+    """How many hosts run which revision, the newest first, at last what nobody knows. Older ones are taken together."""
+    counts: Counter[str] = Counter()
+    newest, published = dict[str, float](), dict[str, float]()
+    for row in rows:
+        report, current = row.report, row.current
+        if report is None or report.release is None:
+            counts[""] += 1
+            continue
+        same = current is not None and current.release == report.release
+        label = one_line(row.revision or "") or ("current" if same else "earlier")
+        counts[label] += 1
+        when_s = client.parse_time(current.published) if current is not None else 0.0
+        if same:
+            published[label] = max(published.get(label, 0.0), when_s)
+        else:  # then before that, whenever a host came to it
+            last = report.last if report.last is not None and report.last.release == report.release else None
+            when_s = min(when_s - 1, (row.ours_s(last.finished) if last else None) or 0.0)
+        newest[label] = max(newest.get(label, 0.0), when_s)
+    order = sorted(newest, key=lambda label: (-newest[label], label))
+    shades = [Shade(label, counts[label], published.get(label, 0.0)) for label in order]
+    if len(order) > len(SHADES):
+        older = shades[len(SHADES) - 1 :]
+        shades[len(SHADES) - 1 :] = [Shade(f"{len(older)} older ones", sum(shade.hosts for shade in older))]
+    return [*shades, *([Shade(UNKNOWN_RELEASE, counts[""])] if counts[""] else [])]
+
+
+def format_bar(rows: Sequence[Row], width: int) -> str:
+    """The roll-out in one line, if it is under way."""
+    shades = count_shades(rows)
+    marks = [NOT_KNOWN if shade.label == UNKNOWN_RELEASE else SHADES[number] for number, shade in enumerate(shades)]
+    if sum(mark != NOT_KNOWN for mark in marks) < 2:
+        return ""
+    room = max(10, min(40, width // 3))
+    bar = "".join(
+        mark * max(1, round(room * shade.hosts / len(rows))) for mark, shade in zip(marks, shades, strict=True)
+    )
+    each = max(7, (width - room) // len(shades) - 6)
+    labels = [clip(found[0] if (found := COMMIT.match(shade.label)) else shade.label, each) for shade in shades]
+    words = [f"{mark} {label} {shade.hosts}" for mark, label, shade in zip(marks, labels, shades, strict=True)]
+    return clip(f"{bar}  {'  '.join(words)}", width)
 
 
 def format_prometheus(rows: Sequence[Row]) -> str:
@@ -1246,8 +1626,18 @@ def format_prometheus(rows: Sequence[Row]) -> str:
         ("bento_host_drift", "Whether a host runs another system than its release's.", []),
         ("bento_host_needs_reboot", "Whether a host needs a reboot.", []),
         ("bento_host_other_client", "Whether a host runs another version of the client than the server has.", []),
+        ("bento_host_two_machines", "Whether another machine has reported as a host, too.", []),
+        ("bento_host_failed_units", "Whether units failed when a host's release was activated, and still do.", []),
+        ("bento_host_paused", "Whether a host deploys nothing for now.", []),
+        ("bento_host_expired", "Whether nobody vouches any more for what is published for a host.", []),
+        ("bento_host_absent", "Whether a host is known to be away.", []),
+        ("bento_host_not_published", "Whether a host's configuration failed to be published.", []),
+        ("bento_host_stuck", "Whether a host has been building for longer than any build takes.", []),
         ("bento_host_needs_attention", "Whether a host needs a person.", []),
         ("bento_host_last_seen_timestamp_seconds", "When a host reported last, on the server's clock.", []),
+        ("bento_host_state_since_timestamp_seconds", "When a host came into its state.", []),
+        ("bento_host_tries", "How often a host tried the release that it fails to run.", []),
+        ("bento_host_release_info", "The releases that a host runs, is to run, and tried last.", []),
         ("bento_host_published_timestamp_seconds", "When a host's current release was published.", []),
         ("bento_host_clock_ahead_seconds", "How far a host's clock was ahead of the server's at its last report.", []),
     ]
@@ -1260,6 +1650,10 @@ def format_prometheus(rows: Sequence[Row]) -> str:
         for mark in MARKS:
             samples[f"bento_host_{mark}"].append((host, getattr(row, mark)))
         samples["bento_host_needs_attention"].append((host, row.needs_a_person))
+        samples["bento_host_tries"].append((host, row.tries))
+        samples["bento_host_release_info"].append((f"{host},{release_labels(row)}", 1))
+        if (since_s := row.since_s) is not None:
+            samples["bento_host_state_since_timestamp_seconds"].append((host, since_s))
         if row.seen_s is not None:
             samples["bento_host_last_seen_timestamp_seconds"].append((host, row.seen_s))
         if row.current is not None:
@@ -1274,6 +1668,17 @@ def format_prometheus(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def release_labels(row: Row) -> str:
+    """Of a metric: releases are nothing but hexadecimal."""
+    last = row.report.last if row.report else None
+    releases = {
+        "running": row.report.release if row.report else None,
+        "published": row.current.release if row.current else None,
+        "tried": last.release if last else None,
+    }
+    return ",".join(f'{name}="{(release or "none")[:12]}"' for name, release in releases.items())
+
+
 PAGE = """\
 <!doctype html>
 <html lang="en">
@@ -1285,22 +1690,33 @@ PAGE = """\
 :root {{ color-scheme: light dark; --line: #8884; --bad: #c22; --wait: #a60; --good: #282; }}
 @media (prefers-color-scheme: dark) {{ :root {{ --bad: #f77; --wait: #fb5; --good: #7d7; }} }}
 body {{ font: 15px/1.4 system-ui, sans-serif; margin: 1rem auto; max-width: 75rem; padding: 0 .8rem; }}
-h1 {{ font-size: 1.2rem; }}
+h1 {{ font-size: 1.3rem; margin-bottom: 0; }} h2 {{ font-size: 1rem; margin: 1.4rem 0 .3rem; }}
+ul {{ list-style: none; margin: 0; padding: 0; }} li {{ overflow-wrap: anywhere; margin: .25rem 0; }}
+.alarm {{ border-left: .3rem solid var(--bad); padding-left: .6rem; font-weight: 600; }}
+.bar {{ display: flex; height: 1.5rem; border-radius: .3rem; overflow: hidden; }} .bar u {{ min-width: .3rem; }}
+u {{ text-decoration: none; background: var(--shade); }} li u {{ display: inline-block; width: 1rem; height: .8rem; }}
+.shade0 {{ --shade: #396; }}
+.shade1 {{ --shade: repeating-linear-gradient(45deg, #58c 0 5px, #7ae 5px 10px); }}
+.shade2 {{ --shade: repeating-linear-gradient(90deg, #b83 0 3px, #da5 3px 8px); }}
+.shade3 {{ --shade: repeating-linear-gradient(135deg, #855 0 3px, #a77 3px 6px); }}
+.shade4 {{ --shade: repeating-linear-gradient(0deg, #888 0 2px, #aaa 2px 6px); }}
+s {{ text-decoration: none; display: inline-block; min-width: .6rem; text-align: center; font-size: .95em; cursor: default; }}
+s.ok {{ color: var(--good); }} s.bad {{ color: var(--bad); font-weight: 700; }} s.odd {{ color: var(--wait); }}
 nav a {{ display: inline-block; margin: .15rem .3rem .15rem 0; padding: .1rem .6rem; border: 1px solid var(--line);
   border-radius: 1rem; color: inherit; text-decoration: none; }}
 nav a:first-child {{ background: #8883; font-weight: 600; }}
 i:target ~ nav a:first-child {{ background: none; font-weight: inherit; }}
 table {{ border-spacing: 0; width: 100%; margin-top: .8rem; }}
 th, td {{ text-align: left; vertical-align: top; padding: .25rem .6rem .25rem 0; border-top: 1px solid var(--line); }}
-td {{ white-space: nowrap; }} td.notes {{ white-space: normal; overflow-wrap: anywhere; }}
+td {{ white-space: nowrap; }} td:first-child {{ font-weight: 600; }} td.notes {{ white-space: normal; overflow-wrap: anywhere; }}
 code {{ font-size: .9em; }}
 .failing b, .rolled-back b, .mark {{ color: var(--bad); }}
-.pending b, .building b, .waiting b, .left b, .new b {{ color: var(--wait); }}
-.up-to-date b {{ color: var(--good); }}
+.pending b, .held b, .building b, .waiting b, .left b, .new b {{ color: var(--wait); }}
+.up-to-date b {{ color: var(--good); }} .unknown b, .offline b, .person b {{ color: var(--bad); }}
 @media (max-width: 40rem) {{
   thead {{ display: none; }} tr {{ display: block; border-top: 1px solid var(--line); padding: .4rem 0; }}
   td {{ display: inline-block; border: 0; padding: 0 .6rem 0 0; }} td.notes {{ display: block; }}
-  td.since {{ display: none; }} td.seen::before {{ content: "seen "; }}
+  td.since::before {{ content: "since "; }} td.seen::before {{ content: "seen "; }}
 }}
 .old {{ visibility: hidden; color: var(--bad); animation: old 0s {old_s}s forwards; }}
 @keyframes old {{ to {{ visibility: visible; }} }}
@@ -1309,9 +1725,11 @@ code {{ font-size: .9em; }}
 {targets}
 <h1>{title}</h1>
 <p>As of {time} on the server. <span class="old">That was a while ago: reload this page.</span></p>
+{persons}{rollout}
+<h2>Hosts</h2>
 <nav>{links}</nav>
 <table>
-<thead><tr><th>Host<th>State<th>Runs<th>Since<th>Seen<th>Notes<th>Logs</thead>
+<thead><tr><th>Host<th>State<th>Since<th>Runs<th>Seen<th>Notes<th>Last attempts</thead>
 <tbody>
 {rows}
 </tbody>
@@ -1320,7 +1738,13 @@ code {{ font-size: .9em; }}
 """
 
 
-def format_html(rows: Sequence[Row], now_s: float, logs_url: str) -> str:
+# The reason of an attempt, from its log: a host's name, and the log's.
+Why = Callable[[str, str], str]
+
+
+def format_html(
+    rows: Sequence[Row], now_s: float, logs_url: str, troubles: Sequence[str] = (), why: Why = lambda *_: ""
+) -> str:
     """One page without scripts. The filter is the end of its address: links open the page again, with a query, so that
     a browser that loads it anew does so with the filter. Chromium then does not, hence the word about an old page.
 
@@ -1341,27 +1765,85 @@ def format_html(rows: Sequence[Row], now_s: float, logs_url: str) -> str:
         time=format_time(now_s),
         filters="\n".join(filters),
         targets="".join(f'<i id="{word}"></i>' for word, _, _ in kinds[1:]),
+        persons=html_persons(rows, now_s, troubles),
+        rollout=html_roll_out(rows, now_s),
         links="\n".join(f'<a href="?{word}#{word}">{text} {count}</a>' for word, text, count in kinds),
-        rows="\n".join(html_row(row, now_s, logs_url) for row in rows),
+        rows="\n".join(html_row(row, now_s, logs_url, why, len(rows) > MANY_HOSTS) for row in rows),
     )
     return page.encode("ascii", "xmlcharrefreplace").decode()
 
 
-def html_row(row: Row, now_s: float, logs_url: str) -> str:
+def html_persons(rows: Sequence[Row], now_s: float, troubles: Sequence[str]) -> str:
+    """Who needs a person, and why: the first of them, and how many more there are."""
+    lines = [f'<p class="alarm">{html.escape(text)}</p>' for text in troubles]
+    wanting = [row for row in rows if row.needs_a_person]
+    if not wanting:
+        return "".join(lines)
+    lines.append("<h2>Needs a person</h2>\n<ul>")
+    for row in wanting[:SHOWN_PERSONS]:
+        failure = complaint(row, now_s)
+        lines.append(f"<li><span class=mark>{symbol_of(row)}</span> <b>{row.host}</b> {html.escape(failure.text)}")
+    if len(wanting) > SHOWN_PERSONS:
+        lines.append(f"<li>... and {len(wanting) - SHOWN_PERSONS} more, at the top of the table")
+    return "\n".join([*lines, "</ul>"])
+
+
+def html_roll_out(rows: Sequence[Row], now_s: float) -> str:
+    """How many hosts run which revision, and which are held, and by whom."""
+    parts, lines = [], []
+    for number, shade in enumerate(count_shades(rows)):
+        kind = "shade4" if shade.label == UNKNOWN_RELEASE else f"shade{min(number, 3)}"
+        label = html.escape(shade.label)
+        when = f", published {age(now_s - shade.published_s)} ago" if shade.published_s else ""
+        parts.append(f'<u class={kind} style="flex:{shade.hosts}" title="{label}: {shade.hosts}"></u>')
+        lines.append(f"<li><u class={kind}></u> {count_hosts(shade.hosts)}: {label}{when}")
+    for words, count in Counter(row.held for row in rows if row.held).most_common(SHOWN):
+        lines.append(f"<li>{SYMBOLS['held']} {count_hosts(count)} held: {html.escape(words)}")
+    bar = f'<div class="bar">{"".join(parts)}</div>'
+    return "\n".join(["\n<h2>Roll-out</h2>", bar, "<ul>", *lines, "</ul>"]) if rows else ""
+
+
+def html_row(row: Row, now_s: float, logs_url: str, why: Why, brief: bool) -> str:
     cells = {title: html.escape(text) for title, text in row_cells(row, now_s).items()}
     classes = [row.state, *(mark for mark in MARKS if getattr(row, mark)), *(["person"] if row.needs_a_person else [])]
     url = html.escape(f"{logs_url}/{row.host}/logs/")
+    state = f"<b>{symbol_of(row)} {'offline' if row.offline else cells['STATE']}</b>"
+    state += f", was {cells['STATE']}" if row.offline else ""
+    revision = html.escape(clip(one_line(row.revision or ""), REVISION_WIDTH - 4))
+    since = f"<td class=since>{cells['SINCE']}" if cells["SINCE"] != "-" else "<td>"
     return (
-        f'<tr class="{" ".join(classes)}"><td>{cells["HOST"]}<td><b>{SYMBOLS.get(row.state, "?")} {cells["STATE"]}</b>'
-        f"<td><code>{cells['RUNS']}</code><td class=since>{cells['SINCE']}<td class=seen>{cells['SEEN']}"
-        f'<td class="notes">{html.escape("; ".join(notes(row, now_s)))}<td><a href="{url}">logs</a></tr>'
+        f'<tr class="{" ".join(classes)}"><td>{row.host}<td>{state}{since}'
+        f"<td><code>{cells['RUNS']}</code> {revision}<td class=seen>{cells['SEEN']}"
+        f'<td class="notes">{html.escape("; ".join(notes(row, now_s)))}'
+        f'<td>{html_attempts(row, why, brief)} <a href="{url}">logs</a></tr>'
     )
 
 
-def format_json(rows: Sequence[Row], now_s: float) -> str:
+def html_attempts(row: Row, why: Why, brief: bool) -> str:
+    """The last attempts as marks, each with when and why; `brief`: those that ended alike, one after the other, as one."""
+    found = []
+    keys = itertools.count()
+    for _, group in itertools.groupby(row.attempts, key=lambda attempt: attempt.result if brief else next(keys)):
+        attempts = list(group)
+        last, result = attempts[-1], attempts[-1].result
+        kind = "ok" if result == Result.OK else "odd" if result in (Result.POSTPONED, Result.INTERRUPTED) else "bad"
+        since = f"{attempts[0].finished} to " if len(attempts) > 1 else ""
+        title = f"{since}{last.finished} {last.release[:7]} {result}"
+        if result != Result.OK:
+            report = row.report.last if row.report else None
+            words = report.reason if report and report.log == last.name else why(row.host, last.name)
+            title += f": {one_line(words, 200)}" if words else ""
+        found.append(
+            f'<s class={kind} title="{html.escape(title)}">{RESULT_MARKS.get(result, "?") * len(attempts)}</s>'
+        )
+    return "".join(found)
+
+
+def format_json(rows: Sequence[Row], now_s: float, troubles: Sequence[str] = ()) -> str:
     """A line a host. Without `indent`, which would make json.dumps ten times as slow."""
     lines = ",\n".join(json.dumps(row_json(row)) for row in rows)
-    return f'{{"format": 1, "time": "{format_time(now_s)}", "hosts": [\n{lines}\n]}}\n'
+    head = f'"format": 1, "time": "{format_time(now_s)}", "problems": {json.dumps(list(troubles))}'
+    return f'{{{head}, "hosts": [\n{lines}\n]}}\n'
 
 
 def row_json(row: Row) -> dict[str, object]:
@@ -1377,7 +1859,17 @@ def row_json(row: Row) -> dict[str, object]:
         "needs_reboot": row.needs_reboot,
         "drift": row.drift,
         "other_client": row.other_client,
+        "two_machines": row.two_machines,
         "expired": row.expired,
+        "failed_units": [one_line(unit) for unit in row.report.failed_units] if row.report else [],
+        "paused": row.paused,
+        "stuck": row.stuck,
+        "absent": row.absence or None,
+        "held": row.held or None,
+        "not_published": row.refusal._asdict() if row.refusal else None,
+        "needs_a_person": row.needs_a_person,
+        "reasons": row.reasons,
+        "tries": row.tries,
         "published": published or None,
         "release": row.report.release if row.report else None,
         "revision": row.revision,
@@ -1385,12 +1877,200 @@ def row_json(row: Row) -> dict[str, object]:
         "client": row.report.client if row.report else None,
         "phase": row.report.phase if row.report else None,
         "signer": row.report.signer if row.report else None,
+        "waiting_for_boot": row.report.waiting_for_boot if row.report else None,
+        "paused_until": row.report.paused_until if row.report else None,
         "last": None if last is None else last._asdict() | {"reason": one_line(last.reason)},
         "since": None if since_s is None else format_time(since_s),
         "seen": None if row.seen_s is None else format_time(row.seen_s),
         "clock_ahead_s": None if ahead_s is None else round(ahead_s),
         "problem": row.problem or None,
     }
+
+
+# --- waves ---
+
+UNITS_S = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+# A host that is not there is not waited for. One that failed stops the roll-out.
+ABSENT = {"new", "left", "offline"}
+FAILED = {"failing", "rolled-back", "failed units", "not published"}
+
+
+class Wave(NamedTuple):
+    """A line of hosts/waves: its hosts, and for how long each must have run its release before later ones get theirs."""
+
+    hosts: tuple[str, ...]
+    soak_s: float
+
+
+class Standing(NamedTuple):
+    """Where a host stands. `wanted`: the release that hosts/ holds for it, or "" if that cannot be published; `since_s`:
+    since when it runs the one that it reports."""
+
+    wanted: str
+    found: Found
+    since_s: float = 0.0
+
+    @property
+    def published(self) -> str:
+        return self.found[0].release if self.found[0] is not None else ""
+
+    @property
+    def changed(self) -> bool:
+        return "" != self.published != self.wanted != ""
+
+
+class Blocker(NamedTuple):
+    """A host that others wait for."""
+
+    host: str
+    why: str
+
+
+class Held(NamedTuple):
+    """A host that waits with the release `published`, while hosts/ has `wanted` for it."""
+
+    host: str
+    since_s: float
+    published: str
+    wanted: str
+
+
+class Proven(NamedTuple):
+    """Since when the server knows that a host runs a release."""
+
+    host: str
+    since_s: float
+    release: str
+
+
+class Rollout(NamedTuple):
+    """.rollout.json: how far the last `populate` of the whole fleet could go. So many waves are `done`; the next one waits
+    for `blockers`, which hold all hosts in `held`."""
+
+    waves: tuple[Wave, ...] = ()
+    done: int = 0
+    blockers: tuple[Blocker, ...] = ()
+    held: tuple[Held, ...] = ()
+    proven: tuple[Proven, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        return f"wait for {show_names([f'{host} ({why})' for host, why in self.blockers])}"
+
+    def words(self, now_s: float) -> dict[tuple[str, str], str]:
+        """What to say of each host that is held, by its name and its release: it may have got another since."""
+        reason = self.reason
+        return {(each.host, each.published): f"held {age(now_s - each.since_s)}: {reason}" for each in self.held}
+
+
+def parse_waves(text: str, hosts: Sequence[str]) -> list[Wave]:
+    """A wave a line. BentoError for a word that stands for no host: whom it was meant for would come in the last."""
+    waves, left, known = list[Wave](), list(hosts), set(hosts)
+    for number, line in enumerate(text.splitlines(), 1):
+        soak_s, meant, where = None, dict[str, None](), f"hosts/waves:{number}"
+        for word in line.partition("#")[0].split():
+            if word.startswith("@"):
+                found = re.fullmatch(r"@([0-9]{1,5})(s|m|min|h|d)", word)
+                if found is None or soak_s is not None:
+                    raise BentoError(f"{where}: {one_line(word, 40)}: a wave has one soak time, as @90min, @2h or @1d")
+                soak_s = float(found[1]) * UNITS_S[found[2]]
+            elif matching := [word] if word in known else fnmatch.filter(hosts, word):
+                meant.update(dict.fromkeys(matching))
+            else:
+                raise BentoError(f"{where}: {one_line(word, 40)}: no such host")
+        if meant:
+            waves.append(Wave(tuple(name for name in left if name in meant), soak_s or 0.0))
+            left = [name for name in left if name not in meant]
+        elif soak_s is not None:
+            raise BentoError(f"{where}: a soak time goes with the hosts of its wave, and there are none in this line")
+    return [*waves[:-1], waves[-1]._replace(hosts=(*waves[-1].hosts, *left))] if waves else []
+
+
+def read_waves(fleet: Fleet, hosts: Sequence[str]) -> list[Wave]:
+    """The waves in hosts/waves; none without it. A host may have that name, from before there were waves."""
+    path = fleet.host("waves")
+    if not os.path.lexists(path) or path.is_dir():
+        return []
+    try:
+        return parse_waves(client.read_limited(path, MAX_WAVES_BYTES).decode("utf-8"), hosts)
+    except (OSError, UnicodeDecodeError) as error:
+        raise BentoError(f"hosts/waves: cannot be read: {one_line(str(error))}") from None
+
+
+def reason_to_wait(standing: Standing, soak_s: float, now_s: float) -> str:
+    """Why others wait for this host; nothing when it runs what hosts/ holds for it, proven, for long enough.
+
+    By when its report came: of a host that has been silent since, nobody knows what it runs.
+    """
+    found, report, seen_s = standing.found, standing.found.report, standing.found.seen_s
+    if report is None or seen_s is None:
+        return "unreadable" if found.problem else "new"
+    state, offline, _, _ = judge(found.current, report, seen_s, now_s, patience_s(report, OFFLINE_AFTER_S))
+    if state == "left" or (state in FAILED and not standing.changed):
+        return state
+    if offline or not standing.wanted:
+        return "offline" if offline else "not published"
+    if standing.changed or state != "up-to-date":
+        return "pending" if standing.changed else state
+    ran_s = max(0.0, seen_s - standing.since_s)
+    soaks = f"runs it {age(ran_s)} of {age(soak_s)}" if ran_s < soak_s else ""
+    return "failed units" if report.failed_units else soaks
+
+
+def find_blockers(wave: Wave, standings: Mapping[str, Standing], now_s: float) -> tuple[Blocker, ...]:
+    """Whom a wave waits for, those that failed first: hosts that are there and not done, or all when nobody is there."""
+    reasons = [Blocker(name, reason_to_wait(standings[name], wave.soak_s, now_s)) for name in wave.hosts]
+    waiting = [blocker for blocker in reasons if blocker.why and blocker.why not in ABSENT]
+    if not waiting and all(blocker.why for blocker in reasons):
+        waiting = reasons
+    return tuple(sorted(waiting, key=lambda blocker: blocker.why not in FAILED))
+
+
+def decide(
+    waves: Sequence[Wave], standings: Mapping[str, Standing], now_s: float
+) -> tuple[int, tuple[Blocker, ...], list[str]]:
+    """How many waves are done, whom the next one waits for, and who has to wait. A host that has nothing yet never has."""
+    for number, wave in enumerate(waves):
+        if blockers := find_blockers(wave, standings, now_s):
+            later = [name for each in waves[number + 1 :] for name in each.hosts]
+            return number, blockers, [name for name in later if standings[name].changed]
+    return len(waves), (), []
+
+
+def read_rollout(chroot_dir: Path) -> Rollout:
+    """How far the last `populate` could go; an empty one without waves. What is damaged is written anew by the next."""
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+        data = json.loads((chroot_dir / ".rollout.json").read_bytes())
+        return Rollout(
+            tuple(Wave(tuple(each["hosts"]), float(each["soak_s"])) for each in data["waves"]),
+            int(data["done"]),
+            tuple(Blocker(**each) for each in data["blockers"]),
+            tuple(Held(**each) for each in data["held"]),
+            tuple(Proven(**each) for each in data["proven"]),
+        )
+    return Rollout()
+
+
+def write_rollout(chroot_dir: Path, rollout: Rollout) -> None:
+    if rollout.waves:
+        text = json.dumps({"format": client.FORMAT} | client.plain(rollout), indent=1) + "\n"
+        client.write_atomic(chroot_dir / ".rollout.json", text.encode(), 0o644)
+    else:
+        client.remove(chroot_dir / ".rollout.json")
+
+
+def runs_since_s(chroot: Path, found: Found, known: Proven | None) -> float:
+    """Since when a host runs what it reports, on this server's clock: when its log came, or the first report that we saw;
+    not from before that release was published. Its own clock has no say."""
+    current, report, seen_s = found.current, found.report, found.seen_s
+    if current is None or report is None or report.last is None or seen_s is None:
+        return 0.0
+    times = [seen_s, *([known.since_s] if known is not None and known.release == report.release else [])]
+    with suppress(OSError), ExitStack() as stack:
+        logs = open_logs(chroot)
+        stack.callback(os.close, logs)
+        times.append(arrival_s(os.stat(report.last.log, dir_fd=logs, follow_symlinks=False)))
+    return max(min(times), client.parse_time(current.published))
 
 
 # --- publication ---
@@ -1946,25 +2626,26 @@ def log_directory() -> Path:
 
 
 def rebuild(action: str, tree: Path, name: str, limit_s: float) -> str | None:
-    """Builds (or evaluates) a release as the host will, in a tree that nobody else needs. The system after a build.
-
-    BentoError with the end of the log when that fails or takes longer than `limit_s` seconds.
-    """
+    """Builds (or evaluates) a release as the host will, in a tree that nobody else needs. The system after a build."""
     # What a build says may be nobody else's business.
     log_directory().mkdir(mode=0o750, parents=True, exist_ok=True)
     os.chmod(log_directory(), 0o750)
-    log = client.Log(log_directory() / f"{name}.log")
-    client.remove(log.path)
+    client.remove(log_directory() / f"{name}.log")
     argv = client.rebuild_argv(action, tree, client.read_recipe(tree, name))
+    run_logged(f"nixos-rebuild {action}", argv, name, limit_s, tree.parent)
+    return os.path.realpath(tree.parent / "result") if action == "build" else None
+
+
+def run_logged(what: str, argv: Sequence[str], name: str, limit_s: float, directory: Path | None = None) -> None:
+    """Runs a program, with what it says in the host's log. BentoError with the end of that when it fails or takes longer
+    than `limit_s` seconds."""
+    log = client.Log(log_directory() / f"{name}.log")
     with log.output() as out:
-        done = client.run(argv, check=False, output=out, cwd=tree.parent, timeout=limit_s)
+        done = client.run(argv, check=False, output=out, cwd=directory, timeout=limit_s)
     if done.code != 0:
         said = [one_line(line, 400) for line in log.tail(16 << 10).splitlines()[-15:]] or [done.output]
         how = f"did not end within {limit_s:.0f} s" if done.code is None else f"exit {done.code}"
-        raise BentoError(
-            "\n  ".join([f"nixos-rebuild {action}: {how}; all of it is in {log.path}, which ends:", *said])
-        )
-    return os.path.realpath(tree.parent / "result") if action == "build" else None
+        raise BentoError("\n  ".join([f"{what}: {how}; all of it is in {log.path}, which ends:", *said]))
 
 
 def keep_from_collection(name: str, system: str) -> None:
@@ -2021,20 +2702,28 @@ class Work:
     """A check, a build, or a publication under way: what it is to do, and what has become of it.
 
     `lock`: for what is read, and for the store, when several builds go on. `users`: how many hosts still need a
-    directory, where each release is only needed for their builds.
+    directory, where each release is only needed for their builds. `decided`: each host's release, when the waves were
+    asked.
     """
 
     def __init__(self, fleet: Fleet, plan: Plan, store: Store) -> None:
         self.fleet, self.plan, self.store = fleet, plan, store
         self.failures: list[Failure] = []
-        self.counts = {"published": 0, "unchanged": 0}
+        self.counts = {"published": 0, "unchanged": 0, "held": 0}
         self.progress = Progress(quiet=plan.publish)
         self.lock = threading.RLock()
         self.users: Counter[str] = Counter()
+        self.decided: dict[str, str] = {}
+
+    def check(self, name: str, release: Release) -> None:
+        """Whether it is what the waves were asked about: a newer one has to begin with the first."""
+        if self.decided.get(name, release.id) != release.id:
+            raise BentoError(f"hosts/{name}: changed while this was at work: run this again")
 
     def add(self, job: Job) -> Job:
         """The job with its release in the store: for all that share it the one that is there now."""
         release, known = self.store.add(job.release), self.fleet.source.releases
+        self.check(job.name, release)
         if release.id != job.release.id:
             known.update({top: release for top, shared in known.items() if shared is job.release})
         return job._replace(release=release)
@@ -2079,6 +2768,7 @@ def examine(work: Work, name: str) -> Job:
                 f" 'bento.py add {name} --key FILE' makes one"
             ) from None
     release, recipe = read_release(fleet, name)
+    work.check(name, release)
     signature = check_signature(fleet, name, release) if plan.publish else None
     chroot, before = fleet.chroot(name), None
     try:
@@ -2101,7 +2791,7 @@ def examine(work: Work, name: str) -> Job:
 
 def check_client(chroot: Path, name: str) -> None:
     """Whether the host would heed a bento.json. One that has never reported gets its client with its first release."""
-    report, _, _ = read_report(chroot, name)
+    report = read_report(chroot, name).report
     found = re.match(r"(\d+)\.(\d+)", report.client) if report else None
     if report is not None and (found is None or (int(found[1]), int(found[2])) < RECIPE_SINCE):
         raise BentoError(
@@ -2135,6 +2825,8 @@ def build_one(work: Work, name: str) -> tuple[Job, str | None] | Exception:
         system = rebuild(work.plan.action, directory / "config", name, work.plan.limit_s)
         if system is not None:
             keep_from_collection(name, system)
+            if work.plan.after:  # its last word is the system: no shell reads either
+                run_logged(shlex.join(work.plan.after), [*work.plan.after, system], name, work.plan.limit_s)
         return job, system
     except Exception as error:
         return error
@@ -2226,6 +2918,8 @@ def command_add(fleet: Fleet, name: str, key: str | None, *, flake: bool, link_t
         raise UsageError(
             f"{one_line(name)}: no host name: letters, digits, _ and -, at most 25, a letter or digit first"
         )
+    if name == "waves":
+        raise UsageError("waves: no host name: hosts/waves is the order of a roll-out")
     lines = read_key_file(key) if key is not None else []
     host, public = fleet.host(name), fleet.directory / "hosts" / f"{name}.pub"
     made: list[Path] = []
@@ -2474,7 +3168,7 @@ def command_diff(fleet: Fleet, wanted: Sequence[str]) -> int:
 
 def diff_host(fleet: Fleet, name: str) -> str:
     current = read_published(fleet.chroot(name), name)
-    report, _, problem = read_report(fleet.chroot(name), name)
+    _, report, _, problem, *_ = read_report(fleet.chroot(name), name)
     if current is None or current.system is None:
         raise BentoError("its release was not built here: run 'bento.py build', or 'populate --build'")
     if report is None:
@@ -2609,7 +3303,7 @@ def attempt(work: Work, name: str, job: Job | None = None, system: str | None = 
                 tidy(chroot, job.before)
                 prune_logs(chroot)
             work.counts["unchanged"] += 1
-            work.tell(job, "unchanged", f"unchanged, {release.id[:12]}" if work.plan.verbose else "", system)
+            work.tell(job, "unchanged", f"unchanged, {release.id[:12]}" if client.verbose else "", system)
         elif work.plan.dry_run:
             work.counts["published"] += 1
             work.tell(job, "would-publish", f"would publish {release.id[:12]} ({release.size} bytes)")
@@ -2647,6 +3341,119 @@ def announce(work: Work, placed: Sequence[tuple[Job, Current]]) -> None:
         work.tell(job, "published", words, current.system)
 
 
+def survey(work: Work, waves: Sequence[Wave], good: set[str], known: Sequence[Proven]) -> dict[str, Standing]:
+    """Where each host stands. What cannot be published is a failure, told once."""
+    standings, proven = dict[str, Standing](), {each.host: each for each in known}
+    for wave in waves:
+        for name in wave.hosts:
+            wanted, chroot = "", work.fleet.chroot(name)
+            work.progress.tell(name, "comparing", at_once=False)
+            if name in good:
+                try:
+                    wanted = examine(work, name).release.id
+                except Exception as error:
+                    work.fail(name, error)
+            found = read_host(str(chroot), name)
+            standings[name] = Standing(wanted, found, runs_since_s(chroot, found, proven.get(name)))
+    return standings
+
+
+def plan_rollout(work: Work, hosts: Sequence[str], good: Sequence[str]) -> Rollout:
+    """How far hosts/waves lets this run go."""
+    waves, now_s = [] if work.plan.now else read_waves(work.fleet, hosts), time.time()
+    before = read_rollout(work.fleet.chroot_dir)
+    standings = survey(work, waves, set(good), before.proven)
+    work.decided = {name: standing.wanted for name, standing in standings.items()}
+    done, blockers, names = decide(waves, standings, now_s)
+    since_s = {each.host: each.since_s for each in before.held}
+    held = [Held(name, since_s.get(name, now_s), standings[name].published, standings[name].wanted) for name in names]
+    proven = [
+        Proven(name, since_s, report.release)
+        for name, (_, found, since_s) in standings.items()
+        if (report := found.report) is not None and report.release is not None
+    ]
+    return Rollout(tuple(waves), done, blockers, tuple(held), tuple(proven))
+
+
+def roll_out(work: Work, hosts: Sequence[str], good: Sequence[str]) -> list[Failure]:
+    """Publishes as far as hosts/waves lets us, and tells whom it holds. `good`: the hosts whose keys are in order. Returns
+    the hosts that failed with others behind them."""
+    place, dry_run = work.fleet.chroot_dir, work.plan.dry_run
+    rollout = plan_rollout(work, hosts, good)
+    if not dry_run:  # now, for what follows may take hours
+        write_rollout(place, rollout)
+    out = {each.host for each in rollout.held} | {failure.host for failure in work.failures}
+    populate_hosts(work, [name for name in good if name not in out])
+    failed = {failure.host for failure in work.failures}
+    blockers = [each._replace(why="not published") if each.host in failed else each for each in rollout.blockers]
+    rollout = rollout._replace(blockers=tuple(blockers))
+    if not dry_run:
+        write_rollout(place, rollout)
+    tell_rollout(work, rollout)
+    # What could not be published is told already.
+    stops = [each for each in rollout.blockers if rollout.held and each.why in FAILED and each.why != "not published"]
+    words = "this stops the roll-out, until a release mends it: see 'bento.py log'"
+    return [Failure(each.host, f"{each.why}: {words}") for each in stops]
+
+
+def tell_rollout(work: Work, rollout: Rollout) -> None:
+    """Whom it holds, once."""
+    work.progress.clear()
+    work.counts["held"] = len(rollout.held)
+    if not rollout.held:
+        return
+    waits_for = [blocker._asdict() for blocker in rollout.blockers]
+    if not work.plan.as_json:
+        print(f"{count_hosts(len(rollout.held))}: held: {rollout.reason}")
+    for each in rollout.held if work.plan.as_json else ():
+        told = {"host": each.host, "result": "held", "release": each.wanted, "since": format_time(each.since_s)}
+        print(json.dumps(told | {"waits_for": waits_for}))
+
+
+def read_refusals(fleet: Fleet) -> dict[str, Refusal]:
+    """The hosts whose configuration failed to be published when it was tried last: the lock's holder writes them there."""
+    found: dict[str, Refusal] = {}
+    for name, data in read_json(fleet.chroot_dir / ".lock").items():
+        with suppress(BentoError, AttributeError, TypeError):
+            take = functools.partial(client.take, data, what=".lock")
+            found[name] = Refusal(take("since", client.TIME), take("times", int), one_line(take("error", str), 1000))
+    return found
+
+
+def remember_failures(work: Work, hosts: Sequence[str], failures: Iterable[Failure], *, everyone: bool) -> None:
+    """Keeps what failed until it passes, for `status`: what is published meanwhile looks as good as ever."""
+    before, now = read_refusals(work.fleet), format_time(time.time())
+    kept = {} if everyone else {name: refusal for name, refusal in before.items() if name not in hosts}
+    for failure in failures:
+        since, times, _ = before.get(failure.host, Refusal(now, 0, ""))
+        kept[failure.host] = Refusal(since, times + 1, one_line(failure.text, 1000))
+    text = json.dumps({name: refusal._asdict() for name, refusal in kept.items()}) if kept else ""
+    with suppress(OSError):  # a full disk
+        (work.fleet.chroot_dir / ".lock").write_text(text)
+
+
+def publish(work: Work, hosts: Sequence[str], bad_keys: Mapping[str, str], *, everyone: bool) -> None:
+    """Publishes hosts, as far as hosts/waves lets us where it is all of them; keeps for `status` what failed."""
+    place, plan = work.fleet.chroot_dir, work.plan
+    if not plan.dry_run:
+        for left in (place / ".copies", *place.glob(".tmp-*")):  # of version 1.0; of a kill
+            client.remove(left)
+        work.store.prune()
+    unfit = [Failure(name, bad_keys[name]) for name in hosts if name in bad_keys]
+    for name, error in sorted(unfit) if plan.as_json else ():
+        print(json.dumps({"host": name, "result": "failed", "error": error}))
+    good = [name for name in hosts if name not in bad_keys]
+    stops = []
+    if everyone:
+        stops = roll_out(work, hosts, good)
+    else:
+        populate_hosts(work, good)
+    if not plan.dry_run:
+        work.store.prune()
+        remember_failures(work, hosts, [*work.failures, *unfit], everyone=everyone)
+    work.failures += stops
+
+
 def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: bool) -> int:
     if prune and wanted:
         raise UsageError("--prune goes with the whole fleet, not with single hosts")
@@ -2663,20 +3470,13 @@ def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: boo
         work = Work(fleet, plan, Store(fleet.chroot_dir / ".store"))
         if prune:
             prune_chroots(find_gone(fleet, hosts), plan, work.failures)
-        if not plan.dry_run:
-            client.remove(fleet.chroot_dir / ".copies")  # of version 1.0
-            work.store.prune()
-        for name in sorted(bad_keys.keys() & set(hosts)) if plan.as_json else ():
-            print(json.dumps({"host": name, "result": "failed", "error": bad_keys[name]}))
-        populate_hosts(work, [name for name in hosts if name not in bad_keys])
-        if not plan.dry_run:
-            work.store.prune()
+        publish(work, hosts, bad_keys, everyone=not wanted)
     work.progress.clear()
     if not plan.as_json:
-        would = "would be " if plan.dry_run else ""
+        would, held = "would be " if plan.dry_run else "", work.counts["held"]
         print(
             f"{count_hosts(len(hosts))}: {work.counts['published']} {would}published, {work.counts['unchanged']}"
-            f" unchanged, {len(hosts) - sum(work.counts.values())} failed"
+            f" unchanged, {f'{held} held, ' if held else ''}{len(hosts) - sum(work.counts.values())} failed"
         )
     warn([*fleet.source.warnings(), *unknown_keys(fleet, hosts)])
     return complain([*errors, *group_failures(work.failures)])
@@ -2684,15 +3484,58 @@ def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: boo
 
 def gather(
     fleet: Fleet, wanted: Sequence[str], offline_after_s: float, now_s: float, memory: Memory | None = None
-) -> tuple[list[Row], list[str]]:
-    """The table of rows that every form of `status` shows. `memory`: of the time before; only what changed is read."""
+) -> tuple[list[Row], list[str], list[str]]:
+    """The rows that every form of `status` shows, what is wrong with hosts/, and what is the matter with the server.
+
+    `memory`: of the time before; only what changed is read.
+    """
     hosts, errors = find_hosts(fleet, wanted)
-    rows = []
+    beside, rows = read_beside(fleet, now_s), []
     for name in hosts:
         chroot = f"{fleet.chroot_dir}/{name}"  # a Path takes its time, ten thousand times
         found = read_host(chroot, name) if memory is None else recall_host(chroot, name, memory)
-        rows.append(make_row(name, found, now_s, offline_after_s))
-    return sort_rows(rows), errors
+        rows.append(make_row(name, found, now_s, offline_after_s, beside))
+    troubles = [*look_at_disk(fleet.chroot_dir), *([] if wanted else look_at_silence(rows, now_s))]
+    return sort_rows(rows), errors, troubles
+
+
+def read_beside(fleet: Fleet, now_s: float) -> Beside:
+    """What lies beside the chroots and the hosts. What cannot be read there keeps nobody from the table."""
+    absent = {}
+    for path in (fleet.directory / "hosts").glob("*.absent"):
+        with suppress(OSError):
+            absent[path.stem] = one_line(path.read_text("utf-8", "replace")) or "nobody said why"
+    return Beside(absent, read_refusals(fleet), read_rollout(fleet.chroot_dir).words(now_s))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of the server's own, beside the chroots: nothing is lost with it."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def look_at_disk(directory: Path) -> list[str]:
+    """Whether the server's disk has room for what hosts have to say."""
+    try:
+        disk = os.statvfs(directory)
+    except OSError:
+        return []
+    if disk.f_bavail * disk.f_frsize >= FULL_DISK_BYTES and (disk.f_favail or not disk.f_files):
+        return []
+    what = "has no room" if disk.f_bavail * disk.f_frsize < FULL_DISK_BYTES else "has no inodes"
+    return [f"this server's own disk {what} at {directory}: no host can report, and nothing can be published"]
+
+
+def look_at_silence(rows: Sequence[Row], now_s: float) -> list[str]:
+    """Whether all hosts fell silent: that is hardly all of theirs."""
+    seen = [row.seen_s for row in rows if row.seen_s is not None and not row.absent]
+    if len(seen) < 2 or not all(row.offline for row in rows if row.seen_s is not None and not row.absent):
+        return []
+    since = f"since {format_time(max(seen))} ({age(now_s - max(seen))})"
+    return [f"all {len(seen)} hosts are silent {since}: was this server down, or its disk full?"]
 
 
 def for_stdout(text: str) -> str:
@@ -2704,30 +3547,87 @@ def for_stdout(text: str) -> str:
     return text
 
 
-def command_status(
-    fleet: Fleet, wanted: Sequence[str], offline_after_s: float, form: str, output: str | None, logs_url: str | None
-) -> int:
+class View(NamedTuple):
+    """How `status` shows the fleet: `form`, into the file `output`, and what has changed since the file `changes`."""
+
+    form: str
+    offline_after_s: float = OFFLINE_AFTER_S
+    output: str | None = None
+    logs_url: str | None = None
+    changes: str | None = None
+
+
+def command_status(fleet: Fleet, wanted: Sequence[str], view: View) -> int:
     now_s = time.time()
-    rows, errors = gather(fleet, wanted, offline_after_s, now_s)
-    width = shutil.get_terminal_size(fallback=(200, 24)).columns
-    terminal = sys.stdout.isatty() and output is None
-    if form == "json":
-        text = format_json(rows, now_s)
-    elif form == "prometheus":
+    rows, errors, troubles = gather(fleet, wanted, view.offline_after_s, now_s)
+    terminal = sys.stdout.isatty() and view.output is None
+    if view.form == "json":
+        text = format_json(rows, now_s, troubles)
+    elif view.form == "prometheus":
         text = format_prometheus(rows)
-    elif form == "html":
-        text = format_html(rows, now_s, logs_url or fleet.chroot_dir.as_uri())
+    elif view.form == "html":
+        url = view.logs_url or fleet.chroot_dir.as_uri()
+        text = format_html(rows, now_s, url, troubles, functools.partial(find_reason, fleet, itertools.count()))
     else:
+        width = shutil.get_terminal_size(fallback=(200, 24)).columns
         text = format_table(rows, now_s, width, decorated=terminal and "NO_COLOR" not in os.environ) + "\n"
-    if output is None:
+        if len(wanted) == 1:
+            top, _, summary = text[:-1].rpartition("\n")
+            text = f"{top}\n\n{format_host(rows[0], now_s)}\n\n{summary}\n"
+    if view.output is None:
         sys.stdout.write(for_stdout(text))
         sys.stdout.flush()
     else:
-        client.write_atomic(Path(output), text.encode(), 0o644)
-    if not terminal:  # cron mails what is on stderr
-        errors += [f"{row.host}: {row.state}: {'; '.join(notes(row, now_s))}" for row in rows if row.needs_a_person]
+        client.write_atomic(Path(view.output), text.encode(), 0o644)
+    if view.changes is not None:
+        tell_changes(Path(view.changes), rows, troubles, now_s)
+    elif view.output is None:  # cron mails what is on stderr
+        silent = any(trouble.startswith("all ") for trouble in troubles)
+        wanting = [row for row in rows if row.needs_a_person and not terminal and not (silent and row.offline)]
+        errors = [*troubles, *errors, *group_failures(complaint(row, now_s) for row in wanting)]
     warn(unknown_keys(fleet, [row.host for row in rows]))
-    return max(complain(errors), int(any(row.needs_a_person for row in rows)))
+    return max(complain(errors), int(bool(troubles) or any(row.needs_a_person for row in rows)))
+
+
+def find_reason(fleet: Fleet, asked: Iterator[int], host: str, log: str) -> str:
+    """Why an attempt ended as it did, from the end of its log: of so many logs, no more."""
+    if next(asked) >= MAX_REASONS:
+        return ""
+    try:
+        logs = open_logs(fleet.chroot(host))
+    except OSError:
+        return ""
+    try:
+        return last_words(logs, log)
+    except (BentoError, OSError):
+        return ""
+    finally:
+        os.close(logs)
+
+
+def tell_changes(path: Path, rows: Sequence[Row], troubles: Sequence[str], now_s: float) -> None:
+    """A line on stderr for each problem that has begun since the last call, and one for each that is over. What was
+    told lies in a file."""
+    before = read_json(path).get("problems", {})
+    before = before if isinstance(before, dict) else {}
+    now: dict[str, str] = {}
+    words: dict[str, str] = {}
+    for what, text in [("the server", trouble) for trouble in troubles]:
+        now[what], words[what] = format_time(now_s), text
+    for row in rows:
+        for reason in row.reasons:
+            what = f"{row.host}: {reason.replace('_', ' ')}"
+            release = row.report.last.release if reason == "failed" and row.report and row.report.last else None
+            what += f" {release[:7]}" if release else ""
+            now[what], words[what] = format_time(now_s), f"{row.host}: {complaint(row, now_s).text}"
+    for what in [what for what in now if what not in before]:
+        print(f"bento: begins: {words[what]}", file=sys.stderr)
+    for what, since in before.items():
+        if what in now:
+            now[what] = str(since)
+        else:
+            print(f"bento: over: {one_line(str(what))} (since {one_line(str(since))})", file=sys.stderr)
+    client.write_atomic(path, json.dumps({"problems": now}).encode(), 0o644)
 
 
 def command_watch(fleet: Fleet, wanted: Sequence[str], offline_after_s: float) -> int:
@@ -2738,11 +3638,14 @@ def command_watch(fleet: Fleet, wanted: Sequence[str], offline_after_s: float) -
     try:
         while True:
             now_s = time.time()
-            rows, _ = gather(fleet, wanted, offline_after_s, now_s, memory)
+            rows, _, troubles = gather(fleet, wanted, offline_after_s, now_s, memory)
             width, height = size = shutil.get_terminal_size()
+            top = [clip(f"! {trouble}", width) for trouble in troubles]
             # The hosts that need a person are on top, the summary stays in sight.
             decorated = "NO_COLOR" not in os.environ
-            table = format_table(rows, now_s, width, height=height - 1, decorated=decorated)
+            table = "\n".join(
+                [*top, format_table(rows, now_s, width, height=height - 1 - len(top), decorated=decorated)]
+            )
             if (table, size) != (shown, drawn_for):
                 lines = for_stdout(table).splitlines()[-max(1, height - 1) :]
                 sys.stdout.write("\x1b[H" if size == drawn_for else "\x1b[2J\x1b[H")
@@ -2776,22 +3679,27 @@ def find_logs(logs: int, release: str | None) -> tuple[list[tuple[float, str]], 
         ) is not None
 
 
+def last_words(logs: int, name: str) -> str:
+    """How an attempt ended, as its log says at the end."""
+    end, _ = read_untrusted(logs, name, LOG_END_BYTES, end=True)
+    last = end.decode(errors="replace").rstrip().rpartition("\n")[2]
+    words = re.search(r"bento: (?:error: )?[a-z-]+: (.*)", last)
+    return one_line(words[1]) if words else ""
+
+
 def list_log(logs: int, name: str, came_s: float) -> str:
     """A log's line in the list: when by the host's clock, release, result and reason."""
     when, short, result = name.removesuffix(".log").split("_")
     line = f"{when}  {short}  {result}"
     try:
-        end, _ = read_untrusted(logs, name, LOG_END_BYTES, end=True)
-        last = end.decode(errors="replace").rstrip().rpartition("\n")[2]
-        words = re.search(r"bento: (?:error: )?[a-z-]+: (.*)", last)
-        line += f"  {one_line(words[1])}" if words else ""
+        words = last_words(logs, name)
+        line += f"  {words}" if words else ""
     except (BentoError, OSError) as error:
         line += f"  {one_line(str(error))}"
     came = format_time(came_s)
-    with suppress(ValueError):
-        finished_s = client.parse_time(f"{when[:4]}-{when[4:6]}-{when[6:11]}:{when[11:13]}:{when[13:]}")
-        if abs(finished_s - came_s) > CLOCK_TOLERANCE_S:
-            line += f"  (came {came})"
+    parsed = parse_log_name(name)
+    if parsed is not None and abs(client.parse_time(parsed.finished) - came_s) > CLOCK_TOLERANCE_S:
+        line += f"  (came {came})"
     return line
 
 
@@ -2818,7 +3726,7 @@ def command_log(fleet: Fleet, name: str, show_list: bool, release: str | None) -
         try:
             logs = open_logs(fleet.chroot(name))
         except NotADirectoryError:
-            raise none from None
+            raise BentoError(f"{name}: {where} is no directory: 'bento.py populate {name}' makes one") from None
         stack.callback(os.close, logs)
         found, more = find_logs(logs, release)
         if show_list:
@@ -2846,6 +3754,24 @@ def add_hosts(parser: argparse.ArgumentParser) -> None:
 def add_builds(parser: argparse.ArgumentParser, jobs: int) -> None:
     parser.add_argument("-j", "--jobs", type=int, default=jobs, metavar="N", help=f"so many at once (default {jobs})")
     parser.add_argument("--json", action="store_true", help="a line of JSON a host, for programs")
+
+
+def add_after_build(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--after-build",
+        type=split_command,
+        default=(),
+        metavar="COMMAND",
+        help="run for each system, its store path added",
+    )
+
+
+def split_command(text: str) -> tuple[str, ...]:
+    """A command's words, as a shell has them, without one."""
+    try:
+        return tuple(shlex.split(not_empty(text.strip())))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def not_empty(text: str) -> str:
@@ -2890,6 +3816,8 @@ def make_parser() -> argparse.ArgumentParser:
     for name, text in (("check", "evaluate each host's configuration"), ("build", "build each host's configuration")):
         parser_ = command(name, text)
         add_builds(parser_, 2)
+        if name == "build":
+            add_after_build(parser_)
         parser_.add_argument("--timeout", type=float, default=BUILD_LIMIT_S, metavar="SECONDS", help="for each host")
         add_hosts(parser_)
     populate = command("populate", "publish what has changed")
@@ -2897,8 +3825,10 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--check", action="store_true", help="only hosts whose configuration evaluates")
     group.add_argument("--build", action="store_true", help="only hosts whose configuration builds")
     add_builds(populate, 1)
+    add_after_build(populate)
     populate.add_argument("--dry-run", action="store_true", help="only say what would be done")
     populate.add_argument("--wait", action="store_true", help="for another populate, instead of giving up")
+    populate.add_argument("--now", action="store_true", help="whatever hosts/waves says")
     populate.add_argument(
         "--revision", type=not_empty, metavar="TEXT", help="what this is, for a person (default: the commit)"
     )
@@ -2913,6 +3843,12 @@ def make_parser() -> argparse.ArgumentParser:
     forms.add_argument("--html", dest="form", action="store_const", const="html", help="one page, without scripts")
     forms.add_argument("--watch", dest="form", action="store_const", const="watch", help="stay, and show what changes")
     status.add_argument("--output", type=not_empty, metavar="FILE", help="replace FILE instead of printing")
+    status.add_argument(
+        "--changes",
+        type=not_empty,
+        metavar="FILE",
+        help="on stderr only what has begun or is over since the last call, which FILE remembers",
+    )
     status.add_argument("--logs-url", metavar="URL", help="where the page's links find the chroots (default: as files)")
     status.add_argument(
         "--offline-after", type=float, default=OFFLINE_AFTER_S / 3600, metavar="HOURS", help="default: 2"
@@ -2944,7 +3880,7 @@ def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:
     if command in ("check", "build"):
         action = "dry-build" if command == "check" else "build"
         plan = Plan(action, publish=False, jobs=max(1, options.jobs), limit_s=options.timeout, as_json=options.json)
-        return command_rebuild(fleet, options.hosts, plan)
+        return command_rebuild(fleet, options.hosts, plan._replace(after=getattr(options, "after_build", ())))
     if command == "diff":
         return command_diff(fleet, options.hosts)
     if command == "sign":
@@ -2953,14 +3889,17 @@ def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:
     if command == "update":
         return command_update(fleet, options.input)
     if command == "populate":
+        if options.after_build and not options.build:
+            raise UsageError("--after-build goes with --build: nothing else builds")
         plan = Plan(
             action="dry-build" if options.check else "build" if options.build else None,
             dry_run=options.dry_run,
-            verbose=options.verbose,
             jobs=max(1, options.jobs),
             wait=options.wait,
             as_json=options.json,
             revision=one_line(options.revision, 200) if options.revision else None,
+            after=options.after_build,
+            now=options.now,
         )
         return command_populate(fleet, options.hosts, plan, options.prune)
     if command == "status":
@@ -2971,7 +3910,8 @@ def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:
             if options.output is not None:
                 raise UsageError("--output goes with a status that ends, not with --watch")
             return command_watch(fleet, options.hosts, after_s)
-        return command_status(fleet, options.hosts, after_s, options.form or "table", options.output, options.logs_url)
+        view = View(options.form or "table", after_s, options.output, options.logs_url, options.changes)
+        return command_status(fleet, options.hosts, view)
     return command_log(fleet, options.name, options.list, options.release)
 
 

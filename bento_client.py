@@ -13,6 +13,7 @@ Files, all below the state directory (/var/lib/bento, mode 0700):
   deploy.log      log of the deployment under way            outbox/        logs not yet delivered
   partial/        a download under way, to be resumed        lock           held while a run is at work
   id_ed25519      the machine's SSH identity                 known_hosts    the server's keys
+  pause.json      until when a person wants nothing deployed
 
 Exit codes: 0 done or nothing to do, 1 the deployment failed, 2 usage, 75 the server could not be reached.
 
@@ -81,7 +82,16 @@ POLL_LIMIT_S = 12 * 3600
 # After a boot, this many proofs may fail for want of a server before the release is suspected: a site's power cut ends for
 # hosts before it ends for a server.
 PATIENT_PROOFS = 3
+# A pause without a number of hours, and the longest one: a machine that is to be left alone for good has no timer.
+PAUSE_H, LONGEST_PAUSE_H = 8.0, 24.0 * 31
+# Each command of `after_deployment`.
+HOOK_LIMIT_S = 60
+# A long build says so often that it is under way.
+HEARTBEAT_S = 30 * 60
 NO_RELEASE = "0" * 64
+# How long it is told that another machine reported under this name, and how often it is looked for: that is a fifth of
+# a poll on a slow line.
+TWIN_S, TWIN_LOOK_S = 24 * 3600, 6 * 3600
 
 
 # --- errors ---
@@ -227,7 +237,9 @@ class Report(NamedTuple):
 
     `waiting_for_boot`: the release that the next boot is to start. `boot_trial`: how this machine's boot loader tries a
     system that has never booted. `known_to_boot`: the system that it falls back to. `first_contact`: when a server's key
-    was last taken on trust.
+    was last taken on trust. `machine` tells this machine from others; `twin`: when another one last reported as this host.
+    `since`: when the phase began. `interval`, of polls, and `offline_after`, both in seconds: when to worry about this
+    machine's silence.
     """
 
     host: str
@@ -247,19 +259,26 @@ class Report(NamedTuple):
     signer: str | None = None
     expires: str | None = None
     first_contact: str | None = None
+    machine: str | None = None
+    twin: str | None = None
+    since: str | None = None
+    interval: int | None = None
+    offline_after: int | None = None
 
 
 class State(NamedTuple):
     """`state.json`. `system`: the boot default that Bento made, `release` and `revision` are its; `previous`: what ran
     before. `good`: the last system that a boot has proven.
 
-    While `system` is not `good`, it waits for its first boot, since the boot with the id `boot`. `armed`: the boot loader has variables of ours;
-    `set_before` is what a person had in them; `forgets`: they were gone after the last boot that they were there for.
+    While `system` is not `good`, it waits for its first boot, since the boot with the id `boot`. `armed`: the boot loader
+    has variables of ours; `set_before` is what a person had in them; `forgets`: they were gone after the last boot that
+    they were there for.
     `unpacked` is the release in config/, `tried` the last attempt at a release (`last` may be a later failure to
     read `current.json`), `interruptions` how often that release was cut short, `doubts` how often it was blamed for a
     server that was out of reach, `costly`: its failure costs more than a poll; `published` its publication, `rebooted` the
     system that a reboot was last asked for. `serials`: see Trust; `signed` is the text that was last accepted, and
-    `signer` whose it was.
+    `signer` whose it was. `machine`: which one wrote this file; `twin`: see Report; `looked`: when it
+    was looked for.
     """
 
     release: str | None = None
@@ -287,6 +306,9 @@ class State(NamedTuple):
     serials: tuple[str, ...] = ()
     signer: str | None = None
     signed: str | None = None
+    machine: str | None = None
+    twin: str | None = None
+    looked: str | None = None
 
 
 class Pending(NamedTuple):
@@ -295,7 +317,7 @@ class Pending(NamedTuple):
     `switched`: the running system may be the new one, or something in between. `committed`: so may be the boot default.
     `between`: what an earlier way back that failed has left running. `verdict`, `reason` and `doubt`: how it ends, once
     it goes back; `rebooting`: the boot in which a reboot back was asked for. `trial`: it is about what was deployed
-    before, not about the release that is published now.
+    before, not about the release that is published now. `job`: the newest one in systemd's queue before the switch.
     """
 
     release: str
@@ -320,6 +342,16 @@ class Pending(NamedTuple):
     doubt: bool = False
     rebooting: str = ""
     between: str = ""
+    job: int | None = None
+
+
+class Pause(NamedTuple):
+    """`pause.json`. In the boot with the id `boot`, it ends when CLOCK_BOOTTIME says `end_s`."""
+
+    since: str
+    until: str
+    boot: str
+    end_s: float
 
 
 class Settings(NamedTuple):
@@ -341,7 +373,13 @@ class Settings(NamedTuple):
     confirm_timeout: int = 120
     health_checks: tuple[str, ...] = ()
     upgrade_channels: bool = False
+    activation: str = "live"
+    rebuild_every: int = 0
+    after_deployment: tuple[str, ...] = ()
     reboot: str = "never"
+    build: str = "host"
+    interval: int = 0
+    offline_after: int = 0
     boot_loader: tuple[str, ...] = ()
 
     @property
@@ -403,9 +441,10 @@ FIELDS: dict[str, type | re.Pattern[str]] = {
     "client": re.compile(r"[!-~]{1,40}"), "step": re.compile("|".join(Step)), "last": dict, "tried": dict,
     "verdict": re.compile("|".join(("", *Result))), "Last.reason": TEXT, "Report.system": re.compile(r"[ -~]{0,400}"),
     "boot_trial": LINE, "known_to_boot": LINE, "signer": FINGERPRINT, "expires": TIME, "first_contact": TIME,
+    "since": TIME, "until": TIME, "machine": re.compile(r"[0-9a-f]{16}"), "twin": TIME, "looked": TIME,
 }  # fmt: skip
 SIMPLE: dict[str, type] = {"str": str, "int": int, "bool": bool, "float": float}
-Record = TypeVar("Record", "Current", "Part", "Last", "Report", "State", "Pending")
+Record = TypeVar("Record", "Current", "Part", "Last", "Report", "State", "Pending", "Pause")
 
 
 def refuse_constant(name: str) -> float:
@@ -523,6 +562,10 @@ def parse_pending(raw: bytes, what: str) -> Pending:
     return read_record(Pending, data if "switched" in data else in_new_words(data), what)
 
 
+def parse_pause(raw: bytes, what: str) -> Pause:
+    return read_record(Pause, parse_object(raw, what), what)
+
+
 def parse_recipe(raw: bytes, what: str, host: str) -> Recipe:
     """What `bento.json` says for one host: its own part in `hosts` comes before what is for all."""
     data = parse_object(raw, what)
@@ -545,9 +588,16 @@ def plain(value: Any) -> Any:
     return [plain(each) for each in value] if isinstance(value, tuple) else value
 
 
-def encode(record: Current | Report | State | Pending) -> bytes:
+# Not written while there is nothing in them: a file stays as it was before there were such fields.
+OPTIONAL = (
+    "parts", "signed", "signature", "signer", "expires", "serials", "first_contact", "machine", "twin", "looked", "since", "interval",
+    "offline_after",
+)  # fmt: skip
+
+
+def encode(record: Current | Report | State | Pending | Pause) -> bytes:
     data = {"format": FORMAT} | plain(record)
-    for name in ("parts", "signed", "signature", "signer", "expires", "serials", "first_contact"):
+    for name in OPTIONAL:
         if not data.get(name, True):
             del data[name]
     return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
@@ -557,6 +607,12 @@ def encode(record: Current | Report | State | Pending) -> bytes:
 
 DEFAULT_CONFIG = "/etc/bento/client.json"
 REBOOT_WINDOW = re.compile(r"([01][0-9]|2[0-3]):([0-5][0-9])-([01][0-9]|2[0-3]):([0-5][0-9])")
+# The settings that are one of a few words.
+FORMS = {
+    "reboot": (re.compile(f"never|when-needed|{REBOOT_WINDOW.pattern}"), "'never', 'when-needed' or 'HH:MM-HH:MM'"),
+    "activation": (re.compile("live|boot"), "'live' or 'boot'"),
+    "build": (re.compile("host|server"), "'host' or 'server'"),
+}
 SERVER_NAME = re.compile(r"[A-Za-z0-9:\[][A-Za-z0-9._:%\[\]-]*")
 
 
@@ -587,10 +643,9 @@ def make_settings(values: Mapping[str, Any], what: str) -> Settings:
     for server in settings.server:
         if not SERVER_NAME.fullmatch(server) or server.count(":") == 1:
             raise UsageError(f"{what}: setting 'server' cannot be {server!r}: a name or an address, the port in 'port'")
-    if settings.reboot not in ("never", "when-needed") and not REBOOT_WINDOW.fullmatch(settings.reboot):
-        raise UsageError(
-            f"{what}: setting 'reboot' is 'never', 'when-needed' or 'HH:MM-HH:MM', not {settings.reboot!r}"
-        )
+    for name, (form, words) in FORMS.items():
+        if not form.fullmatch(getattr(settings, name)):
+            raise UsageError(f"{what}: setting {name!r} is {words}, not {getattr(settings, name)!r}")
     if not settings.user:
         settings = settings._replace(user=f"bento-{settings.host}")
     elif not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", settings.user):
@@ -613,7 +668,7 @@ def settings_argv(settings: Settings) -> list[str]:
             argv += [flag] if value else []
         elif isinstance(value, tuple):
             argv += [f"{flag}={item}" for item in value]
-        elif value != "":
+        elif value:
             argv += [f"{flag}={value}"]
     return argv
 
@@ -633,8 +688,19 @@ def retry_pause_s(result: str, attempt: int, *, costly: bool = False) -> float:
     return 0.0 if doublings < 0 else float(min(FIRST_PAUSE_S * 2 ** min(doublings, 20), LONGEST_PAUSE_S))
 
 
+def is_due_again(state: State, now_s: float, rebuild_s: int) -> bool:
+    """Whether what was last tried is deployed, and to be built anew, with what the channels have by now: `rebuild_s` seconds
+    after the last time, or never. That such a build failed, or what it gave, is no reason to give the release up."""
+    tried = state.tried
+    if not rebuild_s or tried is None or tried.release != state.release:
+        return False
+    pause_s = 0.0 if tried.result == Result.OK else retry_pause_s(tried.result, tried.attempt, costly=True)
+    # Far in the future: the clock was set back.
+    return not -LONGEST_PAUSE_S < now_s - parse_time(tried.finished) < max(rebuild_s, pause_s)
+
+
 def decide(
-    current: Current, state: State, now_s: float, *, force: bool = False, replica: bool = False
+    current: Current, state: State, now_s: float, *, force: bool = False, replica: bool = False, rebuild_s: int = 0
 ) -> tuple[Action, str]:
     """What to do about `current`, and why, in words for a person.
 
@@ -648,6 +714,8 @@ def decide(
         return fetched, f"new release {current.release[:12]}"
     if force:
         return fetched, f"release {current.release[:12]}, by force"
+    if is_due_again(state, now_s, rebuild_s):
+        return fetched, f"release {current.release[:12]}: built again, every {duration(rebuild_s)}"
     if tried.result == Result.OK:
         return Action.NOTHING, f"up to date with release {current.release[:12]}"
     # Nobody can tell an outage that ended in time for the old system from a release that cut the line.
@@ -721,16 +789,14 @@ def explain_ssh(output: str) -> tuple[str, bool]:
     return (said[-1] if said else "sftp ended without a word"), True
 
 
-BY_BENTO = re.compile(r"[0-9TZ:-]{20} bento: ")
+# Not compiled: only a failure needs them.
+BY_BENTO = r"[0-9TZ:-]{20} bento: "
 # What only says that something above it failed.
-CONSEQUENCES = re.compile(
-    r"error: (\d+ dependenc|some (substitutes|outputs)|build of|cannot build .*nixos-system-|Command '\[)"
-    r"|.*returned non-zero exit status|.*Pre-switch checks? .*failed|warning: |.*dependency failed|.*For full logs",
-    re.IGNORECASE,
+CONSEQUENCES = (
+    r"(?i:error: (\d+ dependenc|some (substitutes|outputs)|build of|cannot build .*nixos-system-|Command '\[)"
+    r"|.*returned non-zero exit status|.*Pre-switch checks? .*failed|warning: |.*dependency failed|.*For full logs)"
 )
-PRIVATE = re.compile(
-    r"(ssh: |fatal: .*(not found|unable|Authentication)|.*Permission denied \(|.*Host key verification)"
-)
+PRIVATE = r"(ssh: |fatal: .*(not found|unable|Authentication)|.*Permission denied \(|.*Host key verification)"
 
 
 def find_cause(output: str) -> str:
@@ -739,14 +805,27 @@ def find_cause(output: str) -> str:
     for number, line in enumerate(lines):
         text = line.strip()
         if text.endswith("Failed assertions:"):
-            more = [each.strip() for each in lines[number + 1 :] if not CONSEQUENCES.match(each.strip())]
+            more = [each.strip() for each in lines[number + 1 :] if not re.match(CONSEQUENCES, each.strip())]
             return one_line(" ".join(more))
-        if PRIVATE.match(text):
+        if re.match(PRIVATE, text):
             return one_line(text)
-        if text.startswith("error:") and len(text) > len("error:") and not CONSEQUENCES.match(text):
+        if text.startswith("error:") and len(text) > len("error:") and not re.match(CONSEQUENCES, text):
             return one_line(" ".join(filter(None, (text, builder_words(lines[number + 1 :])))))
-    plain = [line.strip() for line in lines if not CONSEQUENCES.match(line.strip())]
+    plain = [line.strip() for line in lines if not re.match(CONSEQUENCES, line.strip())]
     return one_line((plain or [line.strip() for line in lines] or ["no output"])[-1])
+
+
+NOT_FETCHED = re.compile(
+    r"(?:warning: |error: )*(.*(?:not signed by any|lacks a .*signature|unable to download|ssh: |Permission denied"
+    r"|Host key verification).*)"
+)
+
+
+def why_not_fetched(output: str) -> str:
+    """Why Nix could not fetch a path: what it says of a substituter last. Its errors do not tell, its warnings do."""
+    said = [match[1] for line in output.splitlines() if (match := NOT_FETCHED.match(line.strip()))]
+    missing = "no substituter has it, or what it needs" if "don't know how to build" in output else find_cause(output)
+    return one_line(said[-1]) if said else missing
 
 
 def builder_words(lines: Sequence[str]) -> str:
@@ -899,10 +978,13 @@ def scratch(settings: Settings) -> Iterator[str]:
             (settings.state / name).rmdir()
 
 
-def name_holder(settings: Settings, text: str) -> None:
-    """Writes into the lock file who holds it: over what is there, for which there is room on a full disk, too."""
+def name_holder(settings: Settings, text: str, contact: str = "") -> None:
+    """Writes into the lock file who holds it, and below that the last contact with a server: over what is there, for which
+    there is room on a full disk, too."""
     with suppress(OSError), open(settings.state / "lock", "r+") as file:
-        file.write(f"{text}\n")
+        contact = contact or file.read().partition("\n")[2].strip()
+        file.seek(0)
+        file.write(f"{text}\n{contact}\n" if contact else f"{text}\n")
         file.truncate()
 
 
@@ -945,7 +1027,7 @@ def run(
 ) -> Done:
     """Runs a program to its end, with its output kept, or in the file `output`; never through a shell.
 
-    It gets a process group of its own, which ends with it at the time limit (seconds) or when we are interrupted.
+    It gets a process group of its own, which ends with it, at the time limit (seconds), or when we are interrupted.
     """
     if verbose:
         print(f"+ {shlex.join(argv)}", file=sys.stderr)
@@ -969,12 +1051,9 @@ def run(
         raw, _ = process.communicate(timeout=timeout)
         code = process.returncode
     except subprocess.TimeoutExpired:
-        end_group(process)
         raw, code = b"", None
-    except BaseException:
-        end_group(process)
-        raise
     finally:
+        end_group(process)
         children.discard(process)
     text = (raw or b"").decode(errors="replace")
     if check and code != 0:
@@ -1036,11 +1115,11 @@ class Log:
     def size(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0
 
-    def cause(self) -> str:
+    def cause(self, find: Callable[[str], str] = find_cause) -> str:
         """Why what was last run failed, from what programs, not Bento, wrote here."""
         said = self.tail(1 << 18).splitlines()
-        start = max((number for number, line in enumerate(said) if BY_BENTO.match(line)), default=-1)
-        return find_cause("\n".join(said[start + 1 :]))
+        start = max((number for number, line in enumerate(said) if re.match(BY_BENTO, line)), default=-1)
+        return find("\n".join(said[start + 1 :]))
 
     def hand_over(self, path: Path) -> None:
         """Moves the log to `path`, with the middle of a huge one left out, so that it is always worth uploading."""
@@ -1064,7 +1143,7 @@ class Log:
 
 NAMESPACE, PRINCIPAL = "bento-release", "bento"
 SIGNED_1 = "bento-release 1"
-PUBLIC_KEY = re.compile(r"(?:^|\s)((?:ssh|ecdsa|sk)-[!-~]+) +(AAAA[A-Za-z0-9+/]+=*)(?:\s+(.*))?$")
+PUBLIC_KEY = r"(?:^|\s)((?:ssh|ecdsa|sk)-[!-~]+) +(AAAA[A-Za-z0-9+/]+=*)(?:\s+(.*))?$"
 
 
 def format_signed(signed: Signed) -> str:
@@ -1122,7 +1201,7 @@ def read_signers(path: Path) -> dict[str, tuple[str, str]]:
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        key = PUBLIC_KEY.search(line.strip())
+        key = re.search(PUBLIC_KEY, line.strip())
         try:
             found[fingerprint(key[2] if key else "?")] = (f"{key[1]} {key[2]}", key[3] or "") if key else ("", "")
         except ValueError:
@@ -1387,8 +1466,11 @@ class Sftp:
         # It gives no sign of life before its end.
         limit_s = STALL_S + (self.directory / local).stat().st_size / LEAST_RATE
         sign = "-" if optional else ""
-        self.do(f"{sign}put {local} logs/.{name}", limit_s)
-        self.do(f"{sign}rename logs/.{name} logs/{name}")
+        try:
+            self.do(f"{sign}put {local} logs/.{name}", limit_s)
+            self.do(f"{sign}rename logs/.{name} logs/{name}")
+        except Refused as error:
+            raise Unreachable(f"{error}: it cannot take the report: is its disk full?", passing=False) from None
 
     def close(self) -> None:
         """Ends the connection, at once: nothing is left unanswered, and a farewell would take a round trip."""
@@ -1526,7 +1608,7 @@ GRUB_MARK = "# bento: the first boot is a trial (1)"
 GRUB_GOOD, GRUB_TRY = "bento_good", "bento_try"
 GRUB_WRITES = ("ext2", "ext3", "ext4", "vfat")
 GRUBENV_HEAD, GRUBENV_BYTES = b"# GRUB Environment Block\n", 1024
-GRUB_BLOCK = re.compile(r"""\s*(menuentry|submenu)\s+(["'])(.*?)\2""")
+GRUB_BLOCK = r"""\s*(menuentry|submenu)\s+(["'])(.*?)\2"""
 BOOTCTL_LIMIT_S = 60
 
 
@@ -1774,7 +1856,7 @@ def parse_grub(text: str) -> list[BootEntry]:
     path: list[str] = []
     for line in text.splitlines():
         words = line.split()
-        if found := GRUB_BLOCK.match(line):
+        if found := re.match(GRUB_BLOCK, line):
             path.append(found[3].replace(">", ">>"))
             entries.append(BootEntry(">".join(path), top=len(path) == 1))
         if not path or not words:
@@ -1895,8 +1977,11 @@ class Machine:
         self.log = Log(settings.state / log)
         self.state = self.written = read_journal(settings.state / "state.json", parse_state, self.log) or State()
         self.loader = find_loader(settings)
+        self.profile = settings.system_path("/nix/var/nix/profiles/system")
         self.session: Sftp | None = None
         self.watchdog: str | None = None
+        self.twin = self.state.twin
+        self.phase_since: str | None = None
 
     def remember(self, **changes: Any) -> None:
         """Changes state.json, where it says something else."""
@@ -1916,10 +2001,6 @@ class Machine:
         return booted if os.path.exists(booted) else self.running
 
     @property
-    def profile(self) -> Path:
-        return self.settings.system_path("/nix/var/nix/profiles/system")
-
-    @property
     def default(self) -> str:
         return os.path.realpath(self.profile) if self.profile.exists() else self.running
 
@@ -1928,6 +2009,18 @@ class Machine:
         """The kernel's name for this boot."""
         path = self.settings.system_path("/proc/sys/kernel/random/boot_id")
         return (path if path.exists() else Path("/proc/sys/kernel/random/boot_id")).read_text().strip()
+
+    @property
+    def mark(self) -> str | None:
+        """A hash of what no other machine has: of the system's id, and of the board's, for a disk may be a copy."""
+        import hashlib
+
+        places = ("/etc/machine-id", "/sys/class/dmi/id/product_uuid", "/proc/device-tree/serial-number")
+        ids = []
+        for place in places:
+            with suppress(OSError):
+                ids.append(self.settings.system_path(place).read_bytes().strip())
+        return hashlib.sha256(b"\n".join((b"bento", *ids))).hexdigest()[:16] if any(ids) else None
 
     @property
     def has_systemd(self) -> bool:
@@ -1989,11 +2082,30 @@ class Machine:
             s.system: (s.release, s.revision),
         }
 
+    def asked(self, setting: str, system: str) -> Sequence[str]:
+        """The commands that a system has in a setting; where it does not say, those that we run with."""
+        asked = settings_of(system).get(setting)
+        return [str(each) for each in asked] if isinstance(asked, list) else getattr(self.settings, setting)
+
     @property
     def needs_reboot(self) -> bool:
         """Whether a boot would give another kernel (or initrd, modules, parameters), or a system that could not go live."""
         waits = self.on_trial is not None and self.facts().running != self.on_trial
         return waits or not self.has_kernel_of(self.default)
+
+    def still_failed(self) -> tuple[str, ...]:
+        """The units that failed at the last activation, but for those that systemd knows to be well by now."""
+        units = self.state.failed_units
+        if not units or not self.has_systemd:
+            return units
+        argv = ["systemctl", "show", "--property=LoadState,ActiveState", "--", *units]
+        said = run(argv, check=False, timeout=60).output.strip().split("\n\n")
+        well = {
+            unit
+            for unit, words in zip(units, said, strict=False)
+            if len(said) == len(units) and "=loaded" in words and not re.search("=failed|=activating", words)
+        }
+        return tuple(unit for unit in units if unit not in well)
 
     def is_switching(self) -> bool:
         """Whether somebody's switch is at work. That of 2024 would wait for it, today's would refuse."""
@@ -2027,15 +2139,25 @@ class Machine:
         said = self.log.tail().rpartition("bento: switch-to-configuration test: ")[2]
         return not said or "the following units:" in said or "activating the configuration" in said
 
-    def end_switches(self, token: str) -> None:
-        """Ends what an attempt started and left, with the jobs that it queued: a unit that waits for one that hangs would
-        start after the way back. Not during a boot or a shutdown, when the jobs are others'.
+    def jobs(self) -> list[int]:
+        """The numbers of the jobs in systemd's queue. They grow; the first one of a boot is 1."""
+        if not self.has_systemd:
+            return []
+        listed = run(["systemctl", "list-jobs", "--no-legend"], check=False, timeout=30).output
+        return [int(number) for number in re.findall(r"(?m)^ *([0-9]+) ", listed)]
+
+    def end_switches(self, pending: Pending) -> None:
+        """Ends what an attempt started and left, with the jobs that were queued since: a unit that waits for one that hangs
+        would start after the way back. Not during a boot or a shutdown, when the jobs are others'.
         """
         if not self.has_systemd:
             return
-        run(["systemctl", "stop", f"bento-switch-{token}-*.service"], check=False, timeout=60)
-        if run(["systemctl", "is-system-running"], check=False, timeout=30).output.strip() in ("running", "degraded"):
-            run(["systemctl", "cancel"], check=False, timeout=60)
+        run(["systemctl", "stop", f"bento-switch-{pending.token}-*.service"], check=False, timeout=60)
+        state = run(["systemctl", "is-system-running"], check=False, timeout=30).output.strip()
+        if pending.job is None or pending.boot_id != self.boot_id or state not in ("running", "degraded"):
+            return
+        if queued := [str(job) for job in self.jobs() if job > pending.job]:
+            run(["systemctl", "cancel", *queued], check=False, timeout=60)
 
     def nix_env(self, *words: str) -> None:
         argv = ["nix-env", "-p", str(self.profile), *words]
@@ -2161,10 +2283,23 @@ def best_effort(log: Log) -> Iterator[None]:
 # --- reports ---
 
 
+def paused_until(machine: Machine) -> str | None:
+    """Until when a person wants nothing deployed. In the same boot nobody's clock makes it longer; after that, one which
+    was set back to before the pause ends it."""
+    pause = read_journal(machine.settings.state / "pause.json", parse_pause, machine.log)
+    if pause is None:
+        return None
+    if pause.boot == machine.boot_id:
+        holds = time.clock_gettime(time.CLOCK_BOOTTIME) < pause.end_s
+    else:
+        holds = parse_time(pause.since) <= time.time() < parse_time(pause.until)
+    return pause.until if holds else None
+
+
 def make_report(machine: Machine, phase: Phase = Phase.IDLE) -> Report:
     state, running, trial = machine.state, machine.facts().running, machine.on_trial
     release, revision = machine.releases().get(running, (None, None))
-    if phase == Phase.IDLE and has_left(running):
+    if phase == Phase.IDLE and has_left(machine.default):
         phase = Phase.LEFT
     return Report(
         host=machine.settings.host,
@@ -2176,13 +2311,19 @@ def make_report(machine: Machine, phase: Phase = Phase.IDLE) -> Report:
         needs_reboot=machine.needs_reboot,
         last=state.last,
         revision=revision,
-        failed_units=state.failed_units,
+        failed_units=machine.still_failed(),
         waiting_for_boot=state.release if trial is not None and trial != running else None,
+        paused_until=paused_until(machine),
         boot_trial=machine.trial_way,
         known_to_boot=machine.good,
         signer=state.signer,
         expires=vouched_until(state),
         first_contact=first_contact(machine.settings),
+        machine=machine.mark,
+        twin=machine.twin,
+        since=machine.phase_since if phase == Phase.BUILDING else None,
+        interval=machine.settings.interval or None,
+        offline_after=machine.settings.offline_after or None,
     )
 
 
@@ -2195,11 +2336,63 @@ def write_report(machine: Machine, phase: Phase) -> str:
     return name
 
 
-def announce(machine: Machine, phase: Phase) -> None:
+def announce(machine: Machine, phase: Phase, session: Sftp | None = None) -> None:
     """Tells the server what comes next. That it has no room for it is no reason to stop."""
-    assert machine.session is not None
+    session = session or machine.session
+    assert session is not None
+    machine.phase_since = machine.phase_since or format_time(time.time())
     with suppress(OSError):  # on a full disk there is no report to send
-        machine.session.put(write_report(machine, phase), "status.json", optional=True)
+        session.put(write_report(machine, phase), "status.json", optional=True)
+
+
+@contextmanager
+def heartbeat(machine: Machine) -> Iterator[None]:
+    """Says that we are still building, over connections of its own: a long silence would look like a dead machine."""
+    import threading  # not for a poll
+
+    ended, server = threading.Event(), machine.session.server if machine.session else ""
+
+    def beat() -> None:
+        while not ended.wait(HEARTBEAT_S):
+            with suppress(BentoError, OSError):
+                session = knock(machine.settings, machine.log, server)
+                try:
+                    announce(machine, Phase.BUILDING, session)
+                finally:
+                    session.close()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def look_for_twin(machine: Machine) -> None:
+    """Whether the last report there is another machine's: a clone's. That is told, and nobody fights it.
+
+    It is remembered if it came after one of this machine's own: else the other may have made way for this one.
+    """
+    session, state, own = machine.session, machine.state, machine.mark
+    assert session is not None
+    name, now_s = f"{machine.directory}/reported.json", time.time()
+    looked_s = 0.0 if state.looked is None else parse_time(state.looked)
+    if state.machine == own and state.twin is None and abs(now_s - looked_s) < TWIN_LOOK_S:
+        return
+    path, seen = machine.settings.state / name, None
+    session.do(f"-get logs/status.json {name}", grows=path, ceiling=MAX_JSON_BYTES)
+    with suppress(OSError, BentoError):
+        seen = parse_report(path.read_bytes(), "the last report").machine
+    if None not in (seen, own) and seen != own:
+        machine.twin = format_time(now_s)
+        machine.log.say(f"warning: another machine reports as {machine.settings.host}: each needs a name of its own")
+    elif state.twin is not None and abs(now_s - parse_time(state.twin)) > TWIN_S:
+        machine.twin = None
+    with suppress(OSError):
+        twin = machine.twin if state.machine == own else None
+        machine.remember(machine=own, twin=twin, looked=format_time(now_s))
 
 
 def deliver(machine: Machine, phase: Phase = Phase.IDLE) -> None:
@@ -2210,7 +2403,9 @@ def deliver(machine: Machine, phase: Phase = Phase.IDLE) -> None:
     for name in waiting:
         session.put(f"outbox/{name}", name)
         (outbox / name).unlink()
+    look_for_twin(machine)
     session.put(write_report(machine, phase), "status.json")
+    name_holder(machine.settings, str(os.getpid()), f"{format_time(time.time())} {session.server}")
     if waiting:
         there = re.findall(rf"(?m)^(?:logs/)?({LOG_NAME.pattern})\s*$", session.do("-ls -1 logs"))
         old = sorted(set(there) - set(waiting))
@@ -2257,6 +2452,19 @@ def tell_bug(log: Log, error: Exception) -> str:
 
     log.say(traceback.format_exc())
     return f"a bug in Bento: {type(error).__name__}: {error}; the traceback is in the log"
+
+
+def run_hooks(machine: Machine, pending: Pending, outcome: Outcome) -> None:
+    """Tells the commands of `after_deployment` how it ended. It is written down and reported by then: nothing that they do
+    counts, and they have a limit."""
+    told = {"RESULT": outcome.result, "REASON": one_line(outcome.reason), "REVISION": pending.revision or ""}
+    told["RELEASE"] = pending.release if pending.release != NO_RELEASE else ""
+    env = os.environ | {f"BENTO_{name}": str(value) for name, value in told.items()}
+    for command in machine.asked("after_deployment", machine.running):
+        with open(2, "wb", buffering=0, closefd=False) as journal:
+            code = run(["sh", "-c", command], check=False, output=journal, env=env, timeout=HOOK_LIMIT_S).code
+        if code != 0:
+            machine.log.say(f"after_deployment failed ({how_ended(code)}): {one_line(command, 100)}")
 
 
 def keep_log(machine: Machine, name: str) -> None:
@@ -2323,7 +2531,7 @@ def what_is_where(machine: Machine, pending: Pending, outcome: Outcome) -> dict[
                 release, revision = releases.get(old, (None, None))
                 changes |= {"previous": old, "previous_release": release, "previous_revision": revision}
         releases[new] = (pending.release, pending.revision)
-        good = new if facts.booted == new else good
+        good = new if facts.booted == facts.running == new else good
     elif (state.system == new or pending.by_hand) and new != facts.default == pending.profile:
         changes = {"boot": facts.boot_id}
         if state.previous == facts.default:
@@ -2635,7 +2843,7 @@ def rebuild_argv(action: str, tree: Path, recipe: Recipe) -> list[str]:
 
 def build_argv(settings: Settings, config: Path) -> list[str]:
     recipe = read_recipe(config, settings.host)
-    upgrade = settings.upgrade_channels and not is_flake(config, recipe)
+    upgrade = (settings.upgrade_channels or settings.rebuild_every) and not is_flake(config, recipe)
     return [*rebuild_argv("build", config, recipe), *(["--upgrade"] if upgrade else [])]
 
 
@@ -2656,22 +2864,43 @@ def unchanged_lock(tree: Path) -> Iterator[None]:
             os.utime(tree, (1, 1))
 
 
-def build(settings: Settings, log: Log) -> str:
-    """Builds config/ and returns the new system's store path. The running system is not touched."""
-    link = settings.state / "result"
+def make_result(settings: Settings, log: Log, argv: Sequence[str], find: Callable[[str], str] = find_cause) -> str:
+    """Runs what is to leave a system in `result`, where nothing collects it, and returns its store path."""
+    link, what = settings.state / "result", shlex.join(argv[:2])
     remove(link)
-    argv = build_argv(settings, settings.state / "config")
     log.say(shlex.join(argv))
-    directory = settings.state / "config" / read_recipe(settings.state / "config", settings.host).directory
-    with log.output() as out, unchanged_lock(directory):
+    with log.output() as out:
         code = run(argv, check=False, output=out, cwd=settings.state, timeout=settings.build_timeout).code
     if code is None:
-        raise BentoError(f"nixos-rebuild build did not end within {settings.build_timeout} s")
+        raise BentoError(f"{what} did not end within {settings.build_timeout} s")
     if code != 0:
-        raise BentoError(f"nixos-rebuild build: exit {code}: {log.cause()}")
+        raise BentoError(f"{what}: exit {code}: {log.cause(find)}")
     new = os.path.realpath(link)
     if not Path(new, "bin/switch-to-configuration").exists():
-        raise BentoError(f"nixos-rebuild build left no system in {link}")
+        raise BentoError(f"{what} left no system in {link}")
+    return new
+
+
+def build(settings: Settings, log: Log) -> str:
+    """Builds config/ and returns the new system's store path. The running system is not touched."""
+    config = settings.state / "config"
+    argv = build_argv(settings, config)
+    with unchanged_lock(config / read_recipe(config, settings.host).directory):
+        return make_result(settings, log, argv)
+
+
+def realise(settings: Settings, log: Log, current: Current) -> str:
+    """Fetches the system that the server built from this machine's substituters, and returns its store path. Nothing is
+    evaluated or built here, and Nix checks what comes, by the keys that it trusts."""
+    if current.system is None:
+        missing = "its signed text names no system: 'bento.py sign --build'"
+        missing = missing if current.signer else "the server has not built it: 'bento.py populate --build'"
+        raise BentoError(f"release {current.release[:12]} is not to be built here, and {missing}")
+    # That a cache did not have it a while ago says nothing.
+    argv = ["nix-store", "--realise", current.system, "--add-root", str(settings.state / "result")]
+    new = make_result(settings, log, [*argv, "--option", "narinfo-cache-negative-ttl", "0"], why_not_fetched)
+    if new != current.system:
+        raise BentoError(f"{current.system} is not a store path: it leads to {new}")
     return new
 
 
@@ -2782,10 +3011,11 @@ def advance(machine: Machine, pending: Pending, limit_s: float) -> Pending:
 
 
 class Failure(NamedTuple):
-    """Why a system proved nothing. `unreachable`: which may be the line's or the server's fault."""
+    """Why a system proved nothing. `unreachable`: it may be the line's or the server's fault. `slept`: or of a closed lid."""
 
     reason: str
     unreachable: bool = False
+    slept: bool = False
 
 
 def probe_system(machine: Machine, system: str, limit_s: float) -> str | None:
@@ -2821,11 +3051,9 @@ NO_TIME = Failure("no time was left for the health checks")
 def check_health(machine: Machine, system: str, give_up: float) -> Failure | None:
     """`give_up`: when time is up for all checks together, on the monotonic clock."""
     timer = ["systemctl", "is-active", "--quiet", "bento.timer"]
-    if machine.has_systemd and runs_bento(system) and run(timer, check=False, timeout=30).code != 0:
+    if machine.has_systemd and runs_bento(system) and run(timer, check=False, timeout=10).code != 0:
         return Failure("bento.timer is not active in the new system")
-    # What the new system asks for; where it does not say, what the settings do that we run with.
-    asked = settings_of(system).get("health_checks")
-    for command in map(str, asked) if isinstance(asked, list) else machine.settings.health_checks:
+    for command in machine.asked("health_checks", system):
         left_s = give_up - time.monotonic()
         if left_s <= 0:
             return NO_TIME
@@ -2839,7 +3067,7 @@ def check_health(machine: Machine, system: str, give_up: float) -> Failure | Non
 def prove(machine: Machine) -> Failure | None:
     """None when the system that runs does its job: its client reaches the server anew, its timer and checks are well."""
     system, limit_s = machine.running, machine.settings.confirm_timeout
-    give_up = time.monotonic() + limit_s
+    give_up, began_s = time.monotonic() + limit_s, time.clock_gettime(time.CLOCK_BOOTTIME)  # it counts sleep, too
     machine.log.say(f"proof: {system}/sw/bin/bento-client probe, for at most {limit_s} s")
     told: Failure | None = None
 
@@ -2850,7 +3078,8 @@ def prove(machine: Machine) -> Failure | None:
         told = told if told is not None and failure == NO_TIME else failure  # what failed before says more
         return told
 
-    return until(limit_s, check)
+    failure = until(limit_s, check)
+    return failure and failure._replace(slept=time.clock_gettime(time.CLOCK_BOOTTIME) - began_s > limit_s + 10)
 
 
 # --- commit ---
@@ -2938,7 +3167,7 @@ def go_back(machine: Machine, pending: Pending, outcome: Outcome) -> Outcome | N
     )
     with best_effort(machine.log):
         pending = advance(machine, pending, machine.settings.activation_timeout + machine.settings.confirm_timeout)
-    machine.end_switches(pending.token)
+    machine.end_switches(pending)
     facts, owner = machine.facts(pending.new, pending.profile), owner_of(pending.old, [pending.profile])[0]
     pending = pending._replace(switched=pending.switched and (facts.running == pending.new or machine.has_begun()))
     default, system = find_way_back(pending, facts, owner, machine.good)
@@ -2981,9 +3210,10 @@ def blame(machine: Machine, pending: Pending, outcome: Outcome) -> Outcome:
 def take_over(machine: Machine, pending: Pending) -> Outcome | None:
     """Activates, proves and commits the new system; goes back from what does not prove itself."""
     before, new = machine.running, machine.variant(pending.new)
-    units: tuple[str, ...] = ()
-    note = ""
+    note, units = "", tuple[str, ...]()
     if before != new:
+        if machine.settings.activation == "boot" and not pending.between:
+            return wait_for_boot(machine, pending, "")
         done = machine.switch(new, "test", pending.token)
         switched = judge_switch(done.code, done.output, is_new=machine.running == new, is_old=machine.running == before)
         words = f"switch-to-configuration test: {how_ended(done.code)}: {find_cause(done.output)}"
@@ -2992,13 +3222,14 @@ def take_over(machine: Machine, pending: Pending) -> Outcome | None:
         if switched == Switched.FAILED:
             return go_back(machine, pending, Outcome(Result.ROLLED_BACK, words))
         if switched == Switched.NEEDS_BOOT:
-            return wait_for_boot(machine, pending)
+            return wait_for_boot(machine, pending, "it cannot go live: ")
         if done.code == 4:
             units = tuple(failed_units(done.output))
             note = f"activated, but these units failed: {', '.join(units) or 'see the log'}"
     pending = advance(machine, pending, machine.settings.confirm_timeout)
     if (failure := prove(machine)) is not None:
-        return go_back(machine, pending, Outcome(Result.ROLLED_BACK, failure.reason, doubt=failure.unreachable))
+        result = Result.POSTPONED if failure.slept else Result.ROLLED_BACK
+        return go_back(machine, pending, Outcome(result, failure.reason, doubt=failure.unreachable))
     outcome = commit(machine, pending, note)
     return outcome and outcome._replace(failed_units=units)
 
@@ -3008,13 +3239,12 @@ def give_up(machine: Machine, pending: Pending, outcome: Outcome) -> Outcome | N
     return go_back(machine, pending, outcome) if pending.committed else outcome
 
 
-def wait_for_boot(machine: Machine, pending: Pending) -> Outcome | None:
-    """Makes a system that cannot go live the next boot's, which is to prove it."""
-    unfit = unfit_for_boot(machine, pending)
-    if unfit is not None:
+def wait_for_boot(machine: Machine, pending: Pending, why: str) -> Outcome | None:
+    """Makes a system that cannot, or shall not, go live the next boot's, which is to prove it."""
+    if (unfit := unfit_for_boot(machine, pending)) is not None:
         return give_up(machine, pending, Outcome(Result.BUILD_FAILED, unfit))
-    words = "it cannot go live: it takes effect at the next reboot, and is proven then"
-    return commit(machine, pending._replace(switched=False), words)
+    words = "it takes effect at the next reboot, and is proven then"
+    return commit(machine, pending._replace(switched=False), why + words)
 
 
 def activate(machine: Machine, pending: Pending) -> Outcome | None:
@@ -3024,6 +3254,7 @@ def activate(machine: Machine, pending: Pending) -> Outcome | None:
     if not machine.has_systemd:
         machine.log.say("systemd does not run here: no watchdog guards this activation")
     try:
+        pending = pending._replace(job=max(machine.jobs(), default=0))
         pending = advance(machine, pending, machine.settings.activation_timeout)
     except (OSError, BentoError) as error:
         return Outcome(Result.POSTPONED, f"not activated, the watchdog could not be armed: {error}")
@@ -3052,6 +3283,7 @@ def conclude(machine: Machine, pending: Pending, outcome: Outcome) -> None:
         machine.hang_up()
     if ended:
         disarm(machine)
+    run_hooks(machine, pending, outcome)
 
 
 # --- boots ---
@@ -3086,9 +3318,8 @@ def lead_back_to(machine: Machine, good: str) -> bool:
     """Makes the system that is known to boot the standing default, before another becomes it. False: no trial here."""
     try:
         before, ours = machine.loader.armed().default, machine.loader.entry_of(good)
-        if (
-            not machine.state.armed
-        ):  # before it is changed: what a person had set is put back. Ours, of a lost state, not
+        # Before it is changed: what a person had set is put back. Ours, of a lost state, not.
+        if not machine.state.armed:
             machine.remember(armed=True, set_before=before if before != ours else "")
         machine.loader.prefer(good)
         return True
@@ -3126,9 +3357,8 @@ def judge_boot(machine: Machine, pending: Pending) -> Outcome | None:
     if failure.unreachable and machine.count_proof() < PATIENT_PROOFS:
         raise Unreachable(f"after the boot, {failure.reason}: tried again at the next run")
     result = verdict_of_boot(machine, pending) if failure.unreachable else Result.ROLLED_BACK
-    return go_back(
-        machine, pending._replace(boot_id=machine.boot_id), Outcome(result, f"after the boot, {failure.reason}")
-    )
+    outcome = Outcome(result, f"after the boot, {failure.reason}")
+    return go_back(machine, pending._replace(boot_id=machine.boot_id, job=None), outcome)
 
 
 def verdict_of_boot(machine: Machine, pending: Pending) -> Result:
@@ -3155,7 +3385,7 @@ def settle_earlier(machine: Machine) -> bool:
     outcome = carry_out(machine, pending, move)
     if outcome is None:
         return False
-    conclude(machine, pending, outcome)
+    conclude(machine, pending, outcome._replace(system=outcome.system or pending.new))
     if outcome.result != Result.ROLLBACK_FAILED:
         align_trial(machine)
     return True
@@ -3184,7 +3414,7 @@ def begin(machine: Machine, current: Current) -> Pending:
     be the only one that ever runs. An older journal, of a way back that failed, stays in its place until then.
     """
     tried, left = machine.state.tried, load_pending(machine)
-    again = tried is not None and tried.release == current.release
+    again = tried is not None and tried.release == current.release and tried.result != Result.OK
     pending = Pending(
         release=current.release, published=current.published, revision=current.revision,
         # After a way back that failed the machine runs something in between: this one leads further back.
@@ -3220,6 +3450,11 @@ def refuse_to_activate(machine: Machine, pending: Pending, *, force: bool) -> Ou
     unsigned = drops_signers(machine.settings, settings_of(new), new, machine.state.signed)
     if unsigned is not None:
         return Outcome(Result.BUILD_FAILED, unsigned, new)
+    match machine.state.tried:  # what was built anew may be what was given up
+        case Last(pending.release, Result.ROLLED_BACK, reason, pending.new) if machine.state.doubts != 1 and not force:
+            return Outcome(Result.ROLLED_BACK, reason, new)
+    if not force and (until := paused_until(machine)) is not None:
+        return Outcome(Result.POSTPONED, f"built, but not activated: paused until {until}", new)
     if free_bytes(machine.settings.state) < MIN_FREE_BYTES:
         return Outcome(Result.POSTPONED, f"built, but not activated: the disk of {machine.settings.state} is full", new)
     return None
@@ -3241,12 +3476,15 @@ def unfit_for_boot(machine: Machine, pending: Pending) -> str | None:
 
 
 def obtain(machine: Machine, pending: Pending, current: Current, action: Action) -> Outcome | Pending:
-    """Fetches a release and builds it. Raises Unreachable where the line broke in the middle."""
+    """Fetches a release and builds it, or fetches what was built of it. Raises Unreachable where the line broke in the middle."""
     settings, session = machine.settings, machine.session
     assert session is not None
     result = Result.FETCH_FAILED
     try:
         announce(machine, Phase.BUILDING)
+        if settings.build == "server":
+            machine.hang_up()
+            return pending._replace(new=realise(settings, machine.log, current))
         if action == Action.FETCH or not is_untouched(settings.state / "config"):
             # What failed once is fetched whole: the fault may lie in the parts.
             fetch(session, settings, current, thrifty=pending.attempt == 1)
@@ -3259,7 +3497,7 @@ def obtain(machine: Machine, pending: Pending, current: Current, action: Action)
     except Unreachable:
         raise
     except (BentoError, OSError) as error:
-        return Outcome(result, str(error))
+        return Outcome(result, str(error), current.system if settings.build == "server" else None)
     except Exception as error:  # a bug of ours must not be met anew at each poll, and nobody told
         return Outcome(result, tell_bug(machine.log, error))
 
@@ -3283,11 +3521,11 @@ def reboot_if_due(machine: Machine) -> None:
     """Reboots into the boot default, when that is needed, allowed now, and was not tried for it before: to prove it, or
     to be rid of the kernel of what was rolled back. What else was booted is a person's choice."""
     new, before, now, tried = machine.default, machine.state.rebooted, time.localtime(), machine.state.tried
-    if not machine.needs_reboot and before is not None:
+    if before is not None and not machine.needs_reboot:
         machine.remember(rebooted=None)
     due = machine.on_trial is not None or (tried is not None and tried.system == machine.facts().booted != new)
     allowed = may_reboot(machine.settings.reboot, now.tm_hour, now.tm_min)
-    if not (machine.needs_reboot and due and allowed) or before == new:
+    if before == new or not (allowed and due and machine.needs_reboot):
         return
     if not machine.has_systemd:
         machine.log.say("a reboot is due, but systemd does not run here")
@@ -3338,16 +3576,39 @@ def what_stands(machine: Machine, current: Current) -> str | None:
     return None
 
 
+def choose(machine: Machine, current: Current, *, force: bool) -> tuple[Action, str]:
+    """What to do about `current` on this machine, and why."""
+    action, why = decide(
+        current, machine.state, time.time(), force=force, replica=len(machine.settings.server) > 1,
+        rebuild_s=machine.settings.rebuild_every,
+    )  # fmt: skip
+    if action == Action.NOTHING:
+        why = what_stands(machine, current) or why
+    if not force and (until := paused_until(machine)) is not None:
+        return Action.NOTHING, f"paused until {until}: {why}"
+    return action, why
+
+
+def forget_other_system(machine: Machine, current: Current) -> None:
+    """To a machine whose server builds, another system is another release: what became of the one before says nothing."""
+    tried = machine.state.tried
+    if machine.settings.build == "server" and tried is not None and tried.release == current.release:
+        known = tried.system is not None or tried.result == Result.FETCH_FAILED
+        if known and current.system not in (None, tried.system):
+            machine.remember(tried=None)
+
+
 def update(machine: Machine, *, force: bool) -> int:
     """Polls, decides, and does what is to be done. Raises Unreachable when the poll fails: nothing has changed then."""
-    current, state = poll_once(machine), machine.state
-    action, why = decide(current, state, time.time(), force=force, replica=len(machine.settings.server) > 1)
-    facts = machine.facts()
+    current = poll_once(machine)
+    forget_other_system(machine, current)
+    action, why = choose(machine, current, force=force)
+    state, facts = machine.state, machine.facts()
     if facts.running == facts.booted == facts.default not in (state.system, state.good):
         machine.remember(good=facts.default, good_release=None, good_revision=None)  # a person's, and known to boot
     assert machine.session is not None
     if action == Action.NOTHING:
-        print(what_stands(machine, current) or why)
+        print(why)
         if state.last is not None and state.last.release is None:  # the server's files are in order again
             machine.remember(last=state.tried)
         deliver(machine)
@@ -3356,7 +3617,8 @@ def update(machine: Machine, *, force: bool) -> int:
     machine.log.say(why)
     pending, server = begin(machine, current), machine.session.server
     try:
-        obtained = obtain(machine, pending, current, action)
+        with heartbeat(machine):
+            obtained = obtain(machine, pending, current, action)
     except Unreachable:
         report(machine)
         disarm(machine)
@@ -3399,7 +3661,7 @@ def command_run(settings: Settings, *, force: bool) -> int:
             if not settle_earlier(machine):
                 return 1
             code = update(machine, force=force)
-            if code == 0:
+            if code == 0 and (force or paused_until(machine) is None):
                 reboot_if_due(machine)
             if (expired := nobody_vouches(machine.state, time.time())) is not None:
                 machine.log.say(f"error: {expired}")
@@ -3467,7 +3729,7 @@ def command_rollback(settings: Settings, *, token: str | None) -> int:
         pending = load_pending(machine)
         ended = token is not None and (pending is None or pending.token != token)
         with lock(settings) as held:
-            if ended and (held or (settings.state / "lock").read_text().split()[1:] != [token]):
+            if ended and (held or (settings.state / "lock").read_text().partition("\n")[0].split()[1:] != [token]):
                 print("this deployment has ended already: nothing to do")
                 return 0
             if held:
@@ -3610,19 +3872,53 @@ def command_key(settings: Settings) -> int:
     return 0
 
 
+def command_pause(settings: Settings, hours: float) -> int:
+    """Holds nothing: a run that is at work must not keep a person waiting. It looks before it activates."""
+    if not 0 < hours <= LONGEST_PAUSE_H:
+        raise UsageError(f"a pause has more than 0 and at most {LONGEST_PAUSE_H:.0f} hours")
+    settings.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    now_s, length_s = time.time(), 3600 * hours
+    end_s = time.clock_gettime(time.CLOCK_BOOTTIME) + length_s
+    boot_id = Machine(settings, log="no-log").boot_id
+    pause = Pause(format_time(now_s), format_time(now_s + length_s), boot_id, end_s)
+    write_atomic(settings.state / "pause.json", encode(pause))
+    print(f"paused until {pause.until}: this machine polls, and deploys nothing; what it is activating now goes on")
+    return 0
+
+
+def command_resume(settings: Settings) -> int:
+    remove(settings.state / "pause.json")
+    print("no pause: the next run deploys again")
+    return 0
+
+
 def command_status(settings: Settings) -> int:
     if not os.access(settings.state, os.R_OK | os.X_OK) and settings.state.exists():
         raise BentoError(f"{settings.state} cannot be read: run this as root")
     machine = Machine(settings, log="no-log")
     waiting = len(list((settings.state / "outbox").glob("*.log")))
     print(format_status(make_report(machine), load_pending(machine), waiting))
+    print(f"{'contact':<10} {last_contact(settings, time.time())}")
     return 0
+
+
+def last_contact(settings: Settings, now_s: float) -> str:
+    """When a server last took a report, for a person who wonders why nothing happens."""
+    why = "'bento-client probe' says why, 'journalctl -u bento' what was tried"
+    try:
+        when, server = (settings.state / "lock").read_text().partition("\n")[2].split()
+        ago_s = now_s - parse_time(when)
+    except (OSError, ValueError):
+        return f"none yet: {why}"
+    lost = ago_s > max(2 * 3600, 3 * settings.interval)
+    return f"{when}, {duration(ago_s)} ago, {server}" + (f": lost since then: {why}" if lost else "")
 
 
 def format_status(report: Report, pending: Pending | None, waiting: int) -> str:
     last = report.last
     rows = [
         ("host", report.host),
+        ("client", report.client),
         ("release", report.release or "none of Bento's"),
         ("system", report.system),
     ]
@@ -3631,6 +3927,7 @@ def format_status(report: Report, pending: Pending | None, waiting: int) -> str:
             ("last", f"{last.result}, release {(last.release or '?')[:12]}, attempt {last.attempt}, {last.finished}")
         )
         rows += [("reason", last.reason)] if last.reason else []
+    rows += [("paused", f"until {report.paused_until}")] if report.paused_until else []
     if pending is not None:
         rows.append(("under way", f"release {pending.release[:12]}, {pending.step}"))
     rows += [("failed", ", ".join(report.failed_units))] if report.failed_units else []
@@ -3644,6 +3941,11 @@ def format_status(report: Report, pending: Pending | None, waiting: int) -> str:
         over = parse_time(report.expires) <= parse_time(report.polled)
         rows.append(("signed", f"by {report.signer}, until {report.expires}"))
         rows += [("expired", "nobody vouches for this machine's state: sign its release anew")] if over else []
+    if report.twin is not None:
+        words = (
+            f"another machine reported as {report.host}, last seen {report.twin}: give it a name and a key of its own"
+        )
+        rows.append(("twin", words))
     if report.first_contact is not None:
         rows.append(("trust", f"the server's key was taken at first contact, {report.first_contact}"))
     if waiting:
@@ -3659,6 +3961,8 @@ COMMANDS = {
     "probe": "can this machine reach its server? exit 0, or 75 if not",
     "status": "what this machine runs and last did",
     "rollback": "back from an activation under way, else from the last update",
+    "pause": f"[HOURS] deploy nothing for so long ({PAUSE_H:.0f} by default), but poll",
+    "resume": "end a pause",
 }
 
 
@@ -3697,6 +4001,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "command", metavar="COMMAND", choices=[*COMMANDS, "align", "emergency"], help="one of those below"
     )
+    parser.add_argument("hours", nargs="?", type=float, help=argparse.SUPPRESS)
     add_settings(parser)
     return parser
 
@@ -3731,9 +4036,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # whatever the locale, a message is no reason to fail
     command: str = options["command"]
-    for flag, goes_with in (("force", "run"), ("token", "rollback")):
-        if options[flag] and command != goes_with:
-            parser.error(f"--{flag} goes with {goes_with}, not with {command}")
+    for flag, goes_with in (("force", "run"), ("token", "rollback"), ("hours", "pause")):
+        if options[flag] not in (None, False) and command != goes_with:
+            parser.error(f"{flag if flag == 'hours' else '--' + flag} goes with {goes_with}, not with {command}")
     try:
         settings = read_settings(options)
         if command in ("run", "probe") and not settings.server:
@@ -3744,11 +4049,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return command_run(settings, force=options["force"])
         if command == "rollback":
             return command_rollback(settings, token=options["token"])
-        others = {
+        if command == "pause":
+            return command_pause(settings, PAUSE_H if options["hours"] is None else options["hours"])
+        simple = {
             "align": command_align, "emergency": command_emergency, "key": command_key, "probe": command_probe,
-            "status": command_status,
+            "resume": command_resume, "status": command_status,
         }  # fmt: skip
-        return others[command](settings)
+        return simple[command](settings)
     except BentoError as error:
         print(f"bento: error: {error}", file=sys.stderr)
         return error.exit_code

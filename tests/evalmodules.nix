@@ -128,6 +128,7 @@ let
       merge = _: concatStringsSep "\n";
     };
     strMatching = pattern: mkType "string matching ${pattern}" (v: isString v && match pattern v != null);
+    path = mkType "absolute path" (v: substring 0 1 (toString v) == "/");
     port = mkType "port" (v: isInt v && v >= 0 && v <= 65535);
     ints.positive = mkType "positive integer" (v: isInt v && v > 0);
     package = mkType "package" (v: v.type or "" == "derivation");
@@ -255,12 +256,20 @@ let
       inherit text;
     };
     concatMapStrings = f: list: concatStringsSep "" (map f list);
+    escapeShellArg =
+      word:
+      if match "[[:alnum:],._+:@%/-]+" (toString word) != null then
+        toString word
+      else
+        "'${builtins.replaceStrings [ "'" ] [ "'\\''" ] (toString word)}'";
+    escapeShellArgs = words: concatStringsSep " " (map lib.escapeShellArg words);
     hasPrefix = prefix: text: substring 0 (stringLength prefix) text == prefix;
     removePrefix =
       prefix: text:
       if lib.hasPrefix prefix text then substring (stringLength prefix) (stringLength text) text else text;
     makeBinPath = packages: concatStringsSep ":" (map (p: "${p}/bin") packages);
     mapAttrs' = f: set: listToAttrs (attrValues (mapAttrs f set));
+    optional = condition: value: if condition then [ value ] else [ ];
     optionalAttrs = condition: set: if condition then set else { };
     toList = value: if isList value then value else [ value ];
     versionAtLeast = a: b: builtins.compareVersions a b >= 0;

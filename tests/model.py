@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import bento_client as client
-from bento_client import BentoError, Current, Done, Loader, Machine, Unreachable
+from bento_client import BentoError, Current, Done, Loader, Machine, Pending, Unreachable
 
 SERVER = "server.example"
 NOON_S = 1_700_000_000.0
@@ -57,11 +57,14 @@ class Lost(BaseException):
 
 @dataclass
 class World:
-    """One machine and its site. `trials`: the boot loader can be told to start a system once."""
+    """One machine and its site. `trials`: the boot loader can be told to start a system once. `rebuild_s`: a release that
+    is fine is built again after that, and may have become another system."""
 
     top: Path
     trials: bool = True
     reboot: str = "never"
+    activation: str = "live"
+    rebuild_s: int = 0
     limit: int = 100  # configurationLimit
     systems: dict[str, System] = field(default_factory=lambda: {"v0": System()})
     running: str = "v0"
@@ -222,9 +225,14 @@ class World:
         return f"{self.top}/store/{name}"
 
     def publish(self, name: str, system: System) -> None:
+        self.upgrade_channels(name, system)
+        self.release = format(int(name[1:]) + 1, "064x")
+
+    def upgrade_channels(self, name: str, system: System) -> None:
+        """What is published is built to another system from now on."""
         self.systems[name] = system
         self.make_store(name)
-        self.published, self.release = name, format(int(name[1:]) + 1, "064x")
+        self.published = name
 
     # -- the client --
 
@@ -232,7 +240,8 @@ class World:
     def settings(self) -> client.Settings:
         values = {
             "host": "toy", "server": [SERVER], "state_dir": str(self.top / "state"), "root": str(self.top / "root"),
-            "confirm_timeout": 1, "connect_timeout": 1, "reboot": self.reboot,
+            "confirm_timeout": 1, "connect_timeout": 1, "reboot": self.reboot, "activation": self.activation,
+            "rebuild_every": self.rebuild_s or None,
         }  # fmt: skip
         return client.make_settings(values, "model")
 
@@ -247,6 +256,8 @@ class World:
                 return client.command_rollback(self.settings, token=token)
             if how == "rollback":
                 return client.command_rollback(self.settings, token=None)
+            if how == "pause":
+                return client.command_pause(self.settings, 1.0)
             return client.command_run(self.settings, force=False)
         except Killed as error:
             return type(error).__name__
@@ -361,7 +372,10 @@ class ModelMachine(Machine):
     def switch(self, system: str, action: str, token: str) -> Done:
         return Done(*self.world.switch(name_of(system), action))
 
-    def end_switches(self, token: str) -> None:
+    def jobs(self) -> list[int]:
+        return []
+
+    def end_switches(self, pending: Pending) -> None:
         pass
 
     def has_begun(self) -> bool:
@@ -403,6 +417,10 @@ class ModelClock:
         return self.world.now_s
 
     monotonic = time
+    CLOCK_BOOTTIME = 7
+
+    def clock_gettime(self, clock: int) -> float:
+        return self.world.now_s
 
     def sleep(self, seconds: float) -> None:
         self.world.now_s += seconds

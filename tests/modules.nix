@@ -40,6 +40,7 @@ let
           "libreoffice"
           "nix"
           "nixos-rebuild"
+          "nvd"
           "openssh"
           "python3"
           "python3Minimal"
@@ -135,7 +136,10 @@ let
     };
     config = {
       # As the real module has it, and in its place among the rules: each has a hundred of its own.
-      security.pam.services.sshd.rules.session.systemd.order = 12600;
+      security.pam.services.sshd.rules.session.systemd = {
+        enable = lib.mkDefault true;
+        order = 12600;
+      };
       environment.sessionVariables.NIX_PATH = "nixpkgs=/channels/nixos:nixos-config=/etc/nixos/configuration.nix";
       system.build.nixos-rebuild = pkgs.nixos-rebuild;
     };
@@ -232,6 +236,22 @@ in
       inherit (config.services.openssh) enable settings extraConfig;
     };
 
-  # Every option of the host's module.
+  # What a server runs besides sshd, from its modules.
+  serverUnits =
+    modules:
+    let
+      inherit (eval modules) config;
+      commands = builtins.filter (p: p.name == "bento") config.environment.systemPackages;
+    in
+    {
+      failed = failed config;
+      commands = map (c: c.text) commands;
+      settings = config.nix.settings or { };
+      inherit (config.systemd) services timers;
+    };
+
+  # Every option of the host's module, and of the server's.
   options = module: document "services.bento" (eval [ module ]).options.services.bento;
+  serverOptions =
+    module: document "services.bento-server" (eval [ module ]).options.services.bento-server;
 }

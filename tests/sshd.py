@@ -12,7 +12,7 @@ from pathlib import Path
 
 def match_block(fleet_nix: str) -> str:
     """What the module appends to sshd_config, from the generated file: what is tested is what ships."""
-    found = re.search(r"extraConfig = [^\n]*''\n(.*?)\n *'';", fleet_nix, re.DOTALL)
+    found = re.search(r"extraConfig = [^\n]*''\n( *Match Group bento .*?)\n *'';", fleet_nix, re.DOTALL)
     if found is None or "${" in found[1]:
         raise ValueError("no extraConfig in fleet.nix that sshd could read")
     return textwrap.dedent(found[1])

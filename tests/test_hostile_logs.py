@@ -75,21 +75,21 @@ def check_problem(site: Site, problem: str) -> None:
     ran = site.run("status")
     check_harmless(ran, problem)
     assert len(ran.errors) == 1
-    assert ran.errors[0].startswith("bento: error: a: new: logs/status.json: ")
+    assert ran.errors[0].startswith("bento: error: a: unknown: logs/status.json: ")
     assert re.search("^b +up-to-date ", ran.out, re.MULTILINE)
     ran = site.run("status", "--json")
     rows = {row["host"]: row for row in json.loads(ran.out)["hosts"]}
     assert problem in rows["a"]["problem"]
-    assert (rows["a"]["state"], rows["a"]["release"], rows["b"]["state"]) == ("new", None, "up-to-date")
+    assert (rows["a"]["state"], rows["a"]["release"], rows["b"]["state"]) == ("unknown", None, "up-to-date")
     assert SECRET not in ran.out
     ran = site.run("status", "--prometheus")
     assert ran.code == 1 and SECRET not in ran.out
     check_metrics(ran.out)
-    for sample in ('state{host="a",state="new"}', 'needs_attention{host="a"}', 'state{host="b",state="up-to-date"}'):
+    for sample in ('state{host="a",state="unknown"}', 'needs_attention{host="a"}', 'state{host="b",state="up-to-date"}'):
         assert f"bento_host_{sample} 1\n" in ran.out
     ran = site.run("status", "--html")
     assert ran.code == 1 and SECRET not in ran.out
-    assert '<tr class="new person"><td>a<' in ran.out and '<tr class="up-to-date"><td>b<' in ran.out
+    assert '<tr class="unknown person"><td>a<' in ran.out and '<tr class="up-to-date"><td>b<' in ran.out
     assert problem in html.unescape(ran.out)
 
 
@@ -326,7 +326,7 @@ def test_a_file_that_is_replaced_while_it_is_read(hostile: Site) -> None:
     seen: dict[str, int] = {}
     deadline = time.monotonic() + 3
     while time.monotonic() < deadline and (len(seen) < 4 or sum(seen.values()) < 300):
-        report, _, problem = bento.read_report(hostile.chroots / "a", "a")
+        _, report, _, problem, *_ = bento.read_report(hostile.chroots / "a", "a")
         word = report.client if report is not None else problem.partition(" (")[0]
         seen[word] = seen.get(word, 0) + 1
     stop.set()

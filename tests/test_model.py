@@ -85,15 +85,16 @@ def test_every_pair_of_faults_of_an_update(enter: Enter, top: Path, new: System,
 
 
 def test_every_single_fault_of_an_update(enter: Enter, top: Path) -> None:
-    for (new, trials), reboot, full in itertools.product(CASES, ("never", "when-needed"), (False, True)):
+    ways = itertools.product(("never", "when-needed"), ("live", "boot"))
+    for (new, trials), (reboot, activation), full in itertools.product(CASES, ways, (False, True)):
         for first in ("kill", "power"):
-            explore(enter, World(top, trials, reboot), new, full, first, "")
+            explore(enter, World(top, trials, reboot, activation), new, full, first, "")
 
 
 def explore(enter: Enter, template: World, new: System, full: bool, first: str, second: str) -> None:
     for one in itertools.count():
         for two in itertools.count():
-            world = enter(World(template.top, template.trials, template.reboot))
+            world = enter(World(template.top, template.trials, template.reboot, template.activation))
             world.publish("v1", new)
             world.boot_full = full
             try:
@@ -112,7 +113,7 @@ def explore(enter: Enter, template: World, new: System, full: bool, first: str, 
 EVENTS = (
     *["run"] * 6, "kill", "kill", "power", "power", "watchdog", "publish", "publish", "publish", "down", "up", "up",
     "full", "room", "lie", "truth", "reboot", "reboot", "lock", "unlock", "refuse", "allow",
-    "rollback", "nixos-rebuild", "menu", "garbage",
+    "rollback", "nixos-rebuild", "menu", "garbage", "channels", "pause",
 )  # fmt: skip
 
 
@@ -123,32 +124,32 @@ class Walk:
         self.world, self.chance, self.count = world, chance, 0
 
     def go(self) -> None:
-        self.publish()
+        self.change()
         for _ in range(self.chance.randint(3, 16)):
             event = self.chance.choice(EVENTS)
             self.happen(event)
         settle(self.world)
 
-    def publish(self) -> None:
+    def change(self, what: str = "publish") -> None:
         self.count += 1
         chance, kernel = self.chance, self.chance.choice((0, 0, 0, 1, 2, 3))
         boots = {1: "well", 2: "without network", 3: "panics" if self.world.trials else "well"}.get(kernel, "well")
         live, inhibitor = chance.random() < 0.7, int(chance.random() < 0.2)
         new = System(kernel, boots, live, inhibitor, int(chance.random() < 0.1), chance.random() < 0.9)
-        self.world.say(f"-- publish v{self.count}: {new}")
-        self.world.publish(f"v{self.count}", new)
+        self.world.say(f"-- {what} v{self.count}: {new}")
+        (self.world.publish if what == "publish" else self.world.upgrade_channels)(f"v{self.count}", new)
 
     def happen(self, event: str) -> None:
         world, chance = self.world, self.chance
         match event:
-            case "run" | "watchdog" | "rollback":
+            case "run" | "watchdog" | "rollback" | "pause":
                 cut = chance.random() < 0.25
                 left = chance.randint(0, 14) if cut and event != "run" else None
                 world.run(event, left=left, fault=chance.choice(("kill", "power")))
             case "kill" | "power":
                 world.run(left=chance.randint(0, 30), fault=event)
-            case "publish":
-                self.publish()
+            case "publish" | "channels":
+                self.change(event)
             case "reboot":
                 world.start()
             case "menu":
@@ -180,8 +181,9 @@ def test_random_histories(enter: Enter, top: Path, part: int) -> None:
     for seed in range(SEED + part, SEED + WALKS, 20):
         chance = random.Random(seed)
         reboot, trials = chance.choice(("never", "when-needed")), chance.random() < 0.8
-        world = enter(World(top, trials, reboot))
-        world.say(f"seed {seed}, reboot {reboot}, trials {trials}")
+        activation, rebuild_s = chance.choice(("live", "boot")), chance.choice((0, 0, 3600))
+        world = enter(World(top, trials, reboot, activation, rebuild_s))
+        world.say(f"seed {seed}, reboot {reboot}, trials {trials}, activation {activation}, rebuild every {rebuild_s} s")
         try:
             Walk(world, chance).go()
         except Lost as error:

@@ -52,7 +52,11 @@ FULL = """{
     confirmTimeout = 30;
     healthChecks = [ "systemctl is-active nginx.service" "echo \\"it's $HOME\\"" ];
     upgradeChannels = true;
+    rebuildEvery = 604800;
+    activation = "boot";
+    afterDeployment = [ "wall \\"$BENTO_RESULT\\"" ];
     reboot = "23:00-05:30";
+    offlineAfter = 168;
     stateDir = "/var/lib/fleet/bento";
     trigger = { enable = true; port = 4444; };
   };
@@ -124,12 +128,14 @@ def render_section(name: str, settings: Mapping[str, Any]) -> list[str]:
 def render_unit(kind: str, unit: Mapping[str, Any]) -> str:
     """A unit's file, much as NixOS writes it."""
     known = {
-        "description", "after", "wants", "wantedBy", "unitConfig", "environment", "restartIfChanged", "script",
-        "serviceConfig", "timerConfig", "socketConfig",
+        "description", "after", "before", "wants", "wantedBy", "onFailure", "onSuccess", "unitConfig", "environment",
+        "restartIfChanged", "path", "script", "serviceConfig", "timerConfig", "socketConfig",
     }  # fmt: skip
     assert set(unit) <= known, f"render_unit does not know {set(unit) - known}"
     head = {"Description": unit["description"]}
-    head |= {key.title(): unit[key] for key in ("after", "wants") if key in unit}
+    for key in ("after", "before", "wants", "onFailure", "onSuccess"):
+        if key in unit:
+            head[key[0].upper() + key[1:]] = unit[key]
     body = dict(unit.get(f"{kind}Config", {}))
     if "script" in unit:
         body = {"ExecStart": "/nix/store/eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee-script", **body}
@@ -147,7 +153,7 @@ def render_units(host: Mapping[str, Any]) -> dict[str, str]:
     return {
         f"{name}.{kind}": render_unit(kind, unit)
         for kind in ("service", "socket", "timer")
-        for name, unit in sorted(host[f"{kind}s"].items())
+        for name, unit in sorted(host.get(f"{kind}s", {}).items())
     }
 
 
@@ -274,7 +280,8 @@ def test_python(definitions: str, python: str) -> None:
         ("}; nix.enable = false; x = {", "remove `nix.enable = false`"),
         ("}; system.switch.enable = false; x = {", "remove `system.switch.enable = false`"),
         ("}; system.autoUpgrade.enable = true; x = {", "remove `system.autoUpgrade.enable = true`"),
-        ("upgradeChannels = true; }; nix.channel.enable = false; x = {", "upgradeChannels needs channels"),
+        ("upgradeChannels = true; }; nix.channel.enable = false; x = {", "upgradeChannels and rebuildEvery need channels"),
+        ("rebuildEvery = 604800; }; nix.channel.enable = false; x = {", "upgradeChannels and rebuildEvery need channels"),
     ],
 )
 def test_assertion(definitions: str, message: str) -> None:

@@ -134,7 +134,7 @@ def test_every_state_by_the_real_client(server: Server) -> None:
     assert (row["release"], row["published"]["release"]) == (first, second)
     lab.client("run", code=1)
     row = server.check("failing", note="build-failed: nixos-rebuild build: exit 1")
-    assert (row["release"], row["last"]["release"], row["since"]) == (first, second, None)
+    assert (row["release"], row["last"]["release"], row["tries"]) == (first, second, 1)
 
     third = server.publish("v3", cut_network=True)
     server.check("pending", note=f"{third[:7]} published ")

@@ -77,7 +77,7 @@ def test_every_combination_has_exactly_one_state() -> None:
             )
             count += 1
     assert count == 4 * (1 + 5 * 3 * 3 * 2 * len(lasts)) * 6
-    assert set(expected) == set(bento.URGENCY)
+    assert set(expected) == set(bento.URGENCY) - {"held", "unknown"}  # which do not follow from a report
 
 
 ROWS: list[tuple[str, dict[str, Any], int]] = [
@@ -108,14 +108,15 @@ def test_the_table() -> None:
     now_s = client.parse_time("2026-11-23T10:25:02Z")
     assert bento.format_table(make_rows(), now_s, 79).splitlines() == [
         "HOST        STATE       RUNS    SINCE SEEN   NOTES",
-        "failing     failing     -       -     60s    build-failed: error: no builder",
-        "rolled-back rolled-back bbbbbbb -     60s    the server was out of reach",
+        "offline     up-to-date  aaaaaaa 4h    3h     offline for 3h; client 0.9",
+        "failing     failing     -       10min 60s    aaaaaaa: build-failed: error: no …",
+        "rolled-back rolled-back bbbbbbb 10min 60s    aaaaaaa: the server was out of re…",
         "drifting    up-to-date  aaaaaaa 10min 10min  drift",
-        "offline     up-to-date  aaaaaaa 4h    3h     offline; client 0.9",
         "pending     pending     bbbbbbb 10min 5min   aaaaaaa published 10min ago",
         "building    building    -       -     5s     aaaaaaa published 10min ago",
         "new         new         -       -     never  nothing published",
         "up-to-date  up-to-date  aaaaaaa 10min 10min  needs reboot",
+        "██████████▓▓▓▓▓▓··········  █ current 3  ▓ earlier 2  · not known 3",
         "8 hosts: 1 building, 1 drift, 1 failing, 1 needs reboot, 1 new, 1 offline, 1",
         "other client, 1 pending, 1 rolled-back, 3 up-to-date",
     ]
@@ -232,7 +233,7 @@ def test_status(site: Site) -> None:
     site.write_report("b", last=last_data(release, "rolled-back", "the server was out of reach"))
     ran = site.run("status")
     assert ran.code == 1
-    assert ran.err == "bento: error: b: rolled-back: the server was out of reach\n"
+    assert re.fullmatch(r"bento: error: b: rolled-back since \S+Z \([0-9]+\w+\): \w{7}: the server was out of reach\n", ran.err)
     assert ran.out.splitlines()[1].startswith("b    rolled-back ")
     assert site.run("status", "a").code == 0
     ran = site.run("status", "nobody")
@@ -248,12 +249,16 @@ def test_offline_after(site: Site) -> None:
     os.utime(report, (polled_s, polled_s))
     ran = site.run("status")
     assert (ran.code, ran.out.splitlines()[-1]) == (1, "1 host: 1 offline, 1 up-to-date")
-    assert ran.err == "bento: error: a: up-to-date: offline\n"
+    assert ran.err.startswith("bento: error: a: offline since 20") and ran.err.endswith("Z, it was up-to-date\n")
     assert site.run("status", "--offline-after", "4").code == 0
     assert site.run("status", "--offline-after", "2.9").code == 1
 
 
 LONG = ("parts", "signed", "signature", "signer")
+NOTHING_THE_MATTER = {
+    "failed_units": [], "paused": False, "stuck": False, "absent": None, "held": None, "not_published": None, "tries": 0,
+    "needs_a_person": False, "reasons": [], "waiting_for_boot": None, "paused_until": None,
+}  # fmt: skip
 
 
 def test_status_json(site: Site) -> None:
@@ -274,6 +279,7 @@ def test_status_json(site: Site) -> None:
         "host": "b", "state": "new", "offline": False, "needs_reboot": False, "drift": False, "published": None,
         "release": None, "system": None, "client": None, "phase": None, "last": None, "seen": None, "problem": None,
         "other_client": False, "since": None, "clock_ahead_s": None, "revision": None, "expired": False, "signer": None,
+        **NOTHING_THE_MATTER,
     }  # fmt: skip
     assert abs(client.parse_time(up.pop("since")) - client.parse_time(finished)) <= 1
     assert up.pop("clock_ahead_s") in (-1, 0)
@@ -283,7 +289,7 @@ def test_status_json(site: Site) -> None:
         "client": client.VERSION, "phase": "idle", "last": last | {"reason": "two parts", "revision": None},
         "revision": None,
         "seen": client.format_time(report.stat().st_mtime), "problem": None, "other_client": False, "expired": False,
-        "signer": None,
+        "signer": None, **NOTHING_THE_MATTER,
     }  # fmt: skip
 
 

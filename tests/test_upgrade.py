@@ -11,26 +11,24 @@ from toylab import Lab
 import bento_client
 from bento_client import Result
 
-NEW_FIELDS = (
-    "revision", "previous_revision", "good", "good_release", "good_revision", "boot", "armed", "set_before", "doubts", "costly",
-    "failed_units", "serials", "signer", "signed",
-)  # fmt: skip
+GOLDEN = Path(__file__).resolve().parent / "golden/1.0"
 
 
-def make_1_0(lab: Lab, step: str, new: str, *, name: str = "pending.json", boot_id: str = "", **more: Any) -> None:
-    """state.json and a journal as 1.0 wrote them: v0 ran, and was the profile."""
+def make_1_0(lab: Lab, step: str, new: str, *, name: str = "pending.json", **more: Any) -> None:
+    """state.json and a journal as 1.0 wrote them: v0 ran, and was the profile. Of the files that it wrote, with this
+    machine's systems and releases in them."""
     path = lab.state / "state.json"
     state = json.loads(path.read_text()) if path.exists() else json.loads(bento_client.encode(bento_client.State()))
-    path.write_text(json.dumps({name: value for name, value in state.items() if name not in NEW_FIELDS}))
+    fields = json.loads((GOLDEN / "state-ok.json").read_text())
+    path.write_text(json.dumps({field: state[field] for field in fields}))
     current = json.loads((lab.chroot / "current.json").read_text())
-    old = next(link for link in sorted((lab.machine.profile.parent).glob("system-1-link")))
-    here = (lab.machine.root / "proc/sys/kernel/random/boot_id").read_text().strip()
-    journal = {
-        "format": 1, "release": current["release"], "published": current["published"], "old": os.path.realpath(old), "new": new,
-        "profile": os.path.realpath(old), "step": step, "boot_id": boot_id or here, "token": "0123abcd",
-        "started": "2026-11-23T10:15:02Z", "attempt": 1, "deadline_s": 1234.5, "watchdog": None, "verdict": "", "reason": "",
+    old = os.path.realpath(lab.machine.profile.parent / "system-1-link")
+    here = {
+        "release": current["release"], "published": current["published"], "old": old, "new": new, "profile": old,
+        "boot_id": (lab.machine.root / "proc/sys/kernel/random/boot_id").read_text().strip(),
     }  # fmt: skip
-    (lab.state / name).write_text(json.dumps(journal | more))
+    golden = GOLDEN / ("waiting.json" if name == "waiting.json" else f"pending-{step}.json")
+    (lab.state / name).write_text(json.dumps(json.loads(golden.read_text()) | here | more))
 
 
 def no_journals(lab: Lab) -> bool:
@@ -79,11 +77,11 @@ def test_an_activation_that_was_cut_short(tmp_path: Path, step: str, restarted: 
     lab.machine.run("nix-env", "-p", lab.machine.profile, "--switch-generation", "1").check_returncode()
     boot = Path(os.path.realpath(lab.machine.profile), "bin/switch-to-configuration")
     lab.machine.run(boot, "boot").check_returncode()
-    verdict = "rolled-back" if step in ("rolling-back", "stepping-back", "reverting") else ""
-    make_1_0(lab, step, new, verdict=verdict, reason="it was bad" if verdict else "", boot_id="")
+    back = step in ("rolling-back", "stepping-back", "reverting")
+    make_1_0(lab, step, new)
     if restarted:
         lab.machine.power_cycle()
     for _ in range(2):
         lab.machine.run(*lab.argv("run"), env=lab.env())
     current, profile, boots = lab.labels()
-    assert current == profile == boots == ("v0" if verdict else "v1") and no_journals(lab)
+    assert current == profile == boots == ("v0" if back else "v1") and no_journals(lab)

@@ -109,11 +109,11 @@ def test_output_is_replaced_whole_and_exit_code_tells(tmp_path: Path, capsys: py
     (tmp_path / "chroot/t470/current.json").write_bytes(client.encode(CURRENT))
     target = tmp_path / "bento.prom"
     arguments = ["--fleet", str(tmp_path), "--chroot-dir", str(tmp_path / "chroot"), "status", "--prometheus"]
-    for report, code, words in ((good, 0, ""), (bad, 1, "bento: error: t470: failing: build-failed: no\n")):
+    for report, code in ((good, 0), (bad, 1)):
         (logs / "status.json").write_bytes(client.encode(report))
         assert bento.main([*arguments, "--output", str(target)]) == code
         said = capsys.readouterr()
-        assert (said.out, said.err) == ("", words)
+        assert (said.out, said.err) == ("", "")  # or cron would mail it, at each call
         assert target.read_text().startswith("# HELP") and target.stat().st_mode & 0o777 == 0o644
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 

@@ -11,6 +11,7 @@ TOY_STORE         the store, simulated (default TOY_ROOT/nix/store)
 TOY_CLIENT        the client of a system whose configuration has none, simulated (default: the repository's)
 TOY_PYTHON        the interpreter written into a system, simulated (default: the one that runs nixos-rebuild)
 TOY_NIX_ENV_FAIL  while this file exists, `nix-env` cannot set or switch a generation; if it holds "hang", it hangs
+TOY_CHANNEL       a file: behaviour that the next update of the channels brings, as toy.json has it
 TOY_CHROOT        what `sftp` serves
 TOY_SERVER        the only name that `sftp` resolves (default: any)
 TOY_SERVER_DOWN   while this file exists, `sftp` is refused

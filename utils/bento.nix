@@ -38,19 +38,28 @@ let
   # may (-X utf8).
   command = pkgs.writeShellScriptBin "bento-client" ''
     export PATH=${
-      lib.makeBinPath [
-        config.nix.package
-        config.system.build.nixos-rebuild
-        config.systemd.package
-        config.programs.ssh.package
-        pkgs.gitMinimal
-        pkgs.coreutils
-        pkgs.bash
-        # What Nix unpacks channels and archives with.
-        pkgs.gnutar
-        pkgs.gzip
-        pkgs.xz
-      ]
+      lib.makeBinPath (
+        [
+          config.nix.package
+          config.systemd.package
+          config.programs.ssh.package
+          pkgs.coreutils
+          pkgs.bash
+        ]
+        ++ (
+          if cfg.build == "server" then
+            [ ]
+          else
+            [
+              config.system.build.nixos-rebuild
+              pkgs.gitMinimal
+              # What Nix unpacks channels and archives with.
+              pkgs.gnutar
+              pkgs.gzip
+              pkgs.xz
+            ]
+        )
+      )
     }''${PATH:+:$PATH}
     exec ${cfg.python}/bin/python3 -I -S -X utf8 ${client} --config /etc/bento/client.json "$@"
   '';
@@ -129,12 +138,14 @@ let
 
   settings = {
     inherit (cfg)
+      activation
       server
       port
       host
       user
       identity
       reboot
+      build
       ;
     state_dir = cfg.stateDir;
     ssh_options = cfg.sshOptions;
@@ -144,10 +155,27 @@ let
     confirm_timeout = cfg.confirmTimeout;
     health_checks = cfg.healthChecks;
     upgrade_channels = cfg.upgradeChannels;
+    rebuild_every = cfg.rebuildEvery;
+    after_deployment = cfg.afterDeployment;
+    interval = pollSeconds;
     boot_loader = bootLoader;
   }
   // lib.optionalAttrs (cfg.knownHosts != null) { known_hosts = cfg.knownHosts; }
+  // lib.optionalAttrs (cfg.offlineAfter != null) { offline_after = cfg.offlineAfter * 3600; }
   // lib.optionalAttrs (cfg.signers != [ ]) { signers = signersFile; };
+
+  # How often it polls, as far as that can be told here: the server worries after three polls that were missed.
+  minutes = builtins.match "\\*:0*0/([1-9][0-9]?)" cfg.interval;
+  pollSeconds =
+    if minutes != null then
+      60 * builtins.fromJSON (builtins.head minutes)
+    else
+      {
+        hourly = 3600;
+        daily = 86400;
+        weekly = 7 * 86400;
+      }
+      .${cfg.interval} or 0;
 
   servers = lib.toList cfg.server;
   isServer = name: builtins.match "[A-Za-z0-9:[][]A-Za-z0-9._:%[-]*" name != null && !isHostAndPort name;
@@ -256,10 +284,10 @@ in
     sshOptions = mkOption {
       type = types.listOf types.str;
       default = [ ];
-      example = [ "ProxyCommand=nc -X 5 -x 127.0.0.1:9050 %h %p" ];
+      example = literalExpression ''[ "ProxyCommand=''${pkgs.netcat}/bin/nc -X 5 -x 127.0.0.1:9050 %h %p" ]'';
       description = ''
         More options for ssh, as one would give them with `-o`. They go before Bento's own. {manpage}`ssh_config(5)`
-        has them all.
+        has them all. What a ProxyCommand starts is not on the unit's path: name it by its store path.
       '';
     };
 
@@ -281,6 +309,30 @@ in
         The time over which the fleet spreads its polls. Each machine has an offset of its own in it, always the same,
         so that a thousand of them do not knock in the same second. One whole {option}`services.bento.interval` is
         best: change them together.
+      '';
+    };
+
+    build = mkOption {
+      type = types.enum [
+        "host"
+        "server"
+      ];
+      default = "host";
+      description = ''
+        Who builds this machine's systems. `"server"` is for machines too small for it: they evaluate and build nothing,
+        and fetch what `bento.py populate --build` has built from their substituters ({option}`nix.settings.substituters`),
+        signed by a key in {option}`nix.settings.trusted-public-keys`.
+      '';
+    };
+
+    offlineAfter = mkOption {
+      type = types.nullOr types.ints.positive;
+      default = null;
+      example = 168;
+      description = ''
+        For how many hours this machine may be silent before the server calls it offline and asks for a person: for a
+        laptop, say a week. By default two hours, or three of its polls if {option}`services.bento.interval` is
+        `hourly`, `daily`, `weekly` or `*:0/MINUTES`.
       '';
     };
 
@@ -314,6 +366,44 @@ in
       description = ''
         Whether to update root's channels before a build, as `nixos-rebuild --upgrade` does. For machines without a
         flake.
+      '';
+    };
+
+    rebuildEvery = mkOption {
+      type = types.nullOr types.ints.positive;
+      default = null;
+      example = 604800;
+      description = ''
+        After how many seconds a release that is fine is built again, with root's channels updated before it, and
+        deployed if that gives another system: with the same proof as a new release, and the same way back. For machines
+        without a flake, which would else get no security updates between two releases. `null` is never.
+      '';
+    };
+
+    activation = mkOption {
+      type = types.enum [
+        "live"
+        "boot"
+      ];
+      default = "live";
+      description = ''
+        `"live"` activates a new system at once. `"boot"` makes it what the next boot starts, and proves it then: nothing
+        changes under the person at the machine. {option}`services.bento.reboot` says whether Bento may reboot for it.
+      '';
+    };
+
+    afterDeployment = mkOption {
+      type = types.listOf types.str;
+      default = [ ];
+      example = literalExpression ''
+        [ "''${pkgs.util-linux}/bin/wall \"update: $BENTO_RESULT $BENTO_REASON\"" ]
+      '';
+      description = ''
+        Shell commands to be told how an attempt at a release ended: `BENTO_RESULT` is `ok`, `fetch-failed`,
+        `build-failed`, `postponed`, `interrupted`, `rolled-back` or `rollback-failed`, `BENTO_REASON` why,
+        `BENTO_RELEASE` and `BENTO_REVISION` which. They run as the health checks do, when all is over and reported: for
+        at most a minute each, and whatever they do changes nothing. What they print is in the journal of
+        `bento.service`.
       '';
     };
 
@@ -463,6 +553,12 @@ in
         message = "services.bento builds on the machine itself, which takes Nix: remove `nix.enable = false`.";
       }
       {
+        assertion = cfg.upgradeChannels -> cfg.build == "host";
+        message = ''
+          services.bento.upgradeChannels is for machines that build: remove it, and update the channels of the server.
+        '';
+      }
+      {
         assertion = config.system.switch.enable or true;
         message = "services.bento activates what it has built: remove `system.switch.enable = false`.";
       }
@@ -473,10 +569,10 @@ in
         '';
       }
       {
-        assertion = cfg.upgradeChannels -> config.nix.channel.enable;
+        assertion = (cfg.upgradeChannels || cfg.rebuildEvery != null) -> config.nix.channel.enable;
         message = ''
-          services.bento.upgradeChannels needs channels: remove `nix.channel.enable = false`; or, with a flake, remove
-          `services.bento.upgradeChannels = true` and update its lock file on the server.
+          services.bento.upgradeChannels and rebuildEvery need channels: remove `nix.channel.enable = false`; or, with a
+          flake, remove these two and update its lock file on the server.
         '';
       }
     ];

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from lab.lab import host_units
+from lab.lab import host_module, host_units
 from sshd import command, end_sshd
 from toynixos import write_config
 
@@ -155,7 +155,7 @@ class Bed:
     def behaviour(self, label: str, **more: Any) -> dict[str, Any]:
         settings = self.settings | more.pop("settings", {})
         params = [*more.pop("params", self.params), *more.pop("more_params", ())]
-        units = host_units(HOST, settings, slot_s=15, boot_s=1)
+        units = host_units(host_module(settings, HOST), slot_s=15, boot_s=1)
         loader = {"loader": "grub"} if self.kind.loader == "grub" else {}
         made = {"label": label, "client_json": settings, "units": units, "kernel_params": params, "compiled": True}
         return made | loader | more

@@ -46,6 +46,7 @@ from typing import Any, Self, TypeVar
 
 TESTS = Path(__file__).resolve().parents[1]
 REPO = TESTS.parent
+MODULE = REPO / "utils/bento.nix"
 sys.path.insert(0, str(TESTS))
 
 from toy import esp
@@ -754,14 +755,14 @@ def nix_string(text: str) -> str:
     return f'"{quoted}"'
 
 
-def host_module(settings: dict[str, Any], name: str) -> Any:
+def host_module(settings: dict[str, Any], name: str, source: Path = MODULE) -> Any:
     """utils/bento.nix, for a host with these options of services.bento: its client.json, units and timers."""
     options = f"builtins.fromJSON {nix_string(json.dumps(settings))}"
     loader = "boot.loader.systemd-boot.enable = true;"
     module = f"{{ services.bento = {options}; networking.hostName = {nix_string(name)}; {loader} }}"
-    result = evaluate(f"modules.host [ (/. + {nix_string(f'{REPO}/utils/bento.nix')}) {module} ]")
+    result = evaluate(f"modules.host [ (/. + {nix_string(str(source))}) {module} ]")
     if "failed" in result:
-        raise LabError(f"utils/bento.nix: {result['failed']}")
+        raise LabError(f"{source}: {result['failed']}")
     return result
 
 
@@ -776,14 +777,13 @@ def render_unit(sections: dict[str, dict[str, Any]]) -> str:
     return "\n".join("\n".join([f"[{section}]", *lines(values), ""]) for section, values in sections.items())
 
 
-def host_units(name: str, settings: dict[str, Any], *, slot_s: int, boot_s: int) -> dict[str, str]:
-    """The units of a host as utils/bento.nix defines them.
+def host_units(module: Any, *, slot_s: int, boot_s: int) -> dict[str, str]:
+    """The units of a host as utils/bento.nix defines them. That of 1.0 has no trial.
 
     Three things differ. The timers are quicker: a slot every `slot_s` (which divides 60), the one after the boot in
     `boot_s`. Nix has no daemon here. And the command is found through /run/current-system: a toy system's units cannot
     know its store path.
     """
-    module = host_module(settings, name)
     service, timer, boot = module["services"]["bento"], module["timers"]["bento"], module["timers"]["bento-boot"]
     environment = {k: v for k, v in service["environment"].items() if k not in ("NIX_REMOTE", "NIX_PATH")}
     command = service["serviceConfig"]["ExecStart"].split("/bin/", 1)[1]
@@ -804,9 +804,8 @@ def host_units(name: str, settings: dict[str, Any], *, slot_s: int, boot_s: int)
         "bento.service": render_unit({"Unit": unit, "Service": service_section}),
         "bento.timer": render_unit({"Unit": {"Description": timer["description"]}, "Timer": poll_section}),
         "bento-boot.timer": render_unit({"Unit": {"Description": boot["description"]}, "Timer": boot_section}),
-        TRIAL: trial_unit(module["services"][TRIAL.removesuffix(".service")]),
-        EMERGENCY: emergency_unit(module["services"][EMERGENCY.removesuffix(".service")]),
-    }
+    } | {name: render(module["services"][name.removesuffix(".service")]) for name, render in LATER.items()
+         if name.removesuffix(".service") in module["services"]}
 
 
 def trial_unit(service: dict[str, Any]) -> str:
@@ -822,6 +821,10 @@ def emergency_unit(service: dict[str, Any]) -> str:
     section = service["serviceConfig"] | {"ExecStart": f"/run/current-system/sw/bin/{command}"}
     unit = {"Description": service["description"]} | service["unitConfig"]
     return render_unit({"Unit": unit, "Service": section})
+
+
+# What 1.0 did not have.
+LATER = {TRIAL: trial_unit, EMERGENCY: emergency_unit}
 
 
 # --- the server ---
@@ -937,20 +940,20 @@ class Host(Machine):
 
     state = "/var/lib/bento"
 
-    def behaviour(self, *, slot_s: int = 10, boot_s: int = 2, **settings: Any) -> dict[str, Any]:
-        """toy.json of a host that follows the lab's server; `settings` are those of client.json.
+    def behaviour(self, *, slot_s: int = 10, boot_s: int = 2, source: Path = MODULE, **settings: Any) -> dict[str, Any]:
+        """toy.json of a host that follows the lab's server; `settings` are those of client.json, `source` is the module.
 
         To be changed at will, and given to toynixos.write_config(..., **behaviour).
         """
-        options = {"server": "server"}
-        module = host_module(options, self.name)
+        module = host_module({"server": "server"}, self.name, source)
+        units = host_units(module, slot_s=slot_s, boot_s=boot_s)
         quick = {"connect_timeout": 3, "confirm_timeout": 8, "activation_timeout": 20, "build_timeout": 60}
         return {
             "python": "/usr/bin/python3",
             "compiled": True,
             "client_json": module["settings"] | quick | settings,
-            "units": host_units(self.name, options, slot_s=slot_s, boot_s=boot_s),
-            "starts": [TRIAL],
+            "units": units,
+            "starts": [unit for unit in units if unit == TRIAL],
             "activation_command": 'ip link set eth0 "$TOY_NETWORK"',
         }
 

@@ -219,15 +219,22 @@ def test_the_boot_loader_leads_back(host: Host, server: Server, kernel: str) -> 
 # --- jobs and boots ---
 
 
+BACKUP = "[Service]\nType=oneshot\nTimeoutStartSec=infinity\nExecStart=sh -c 'until [ -e /root/backed-up ]; do sleep 0.2; done'\n"
 HANG = "[Service]\nType=oneshot\nExecStart=sleep 600\n"
 BAD = "[Unit]\nAfter=hang.service\n[Service]\nType=oneshot\nExecStart=sh -c 'echo ran >>/root/ran-{}'\nRemainAfterExit=yes\n"
 
 
 def test_jobs_of_a_switch_that_was_ended(host: Host, server: Server) -> None:
-    """One unit of the bad release hangs; another waits for its turn, and must not get it after the way back."""
+    """One unit of the bad release hangs; another waits for its turn, and must not get it after the way back. What a person
+    had queued before does get it."""
     good = behaviour(host)["units"] | {"bad.service": BAD.format("good")}
     publish(server, host, "old", units=good)
     settled(host, server, "old")
+    mine = {"mine.service": "[Unit]\nAfter=backup.service\n[Service]\nExecStart=touch /root/mine\n", "backup.service": BACKUP}
+    for name, text in mine.items():
+        host.write(f"/etc/systemd/system.control/{name}", text)
+    host.run("systemctl", "daemon-reload")
+    host.run("systemctl", "start", "--no-block", "backup.service", "mine.service")
     bad = good | {"hang.service": HANG, "bad.service": BAD.format("bad")}
     release = publish(server, host, "v2", units=bad, starts=[TRIAL, "hang.service", "bad.service"])
     assert wait(lambda: reports(server, release) != [], 90), told(host, server, release)
@@ -236,6 +243,9 @@ def test_jobs_of_a_switch_that_was_ended(host: Host, server: Server) -> None:
     listed = host.run("systemctl", "list-jobs", "--no-legend").stdout
     assert "bad.service" not in listed and "hang.service" not in listed
     assert not host.exists("/root/ran-bad"), told(host, server, release)
+    assert "mine.service" in listed, told(host, server, release)
+    host.write("/root/backed-up", "")
+    assert wait(lambda: host.exists("/root/mine"), 20), told(host, server, release)
 
 
 SLOW = "[Service]\nType=oneshot\nExecStart=sleep 6\n"

@@ -83,18 +83,23 @@ def server(lab: Lab) -> Server:
 
 @pytest.fixture(scope="module")
 def installed(lab: Lab, server: Server) -> Layer:
-    """A host at its first release, known to the server, with small file systems that can be filled."""
+    return install(lab, server)
+
+
+def install(lab: Lab, server: Server, **more: Any) -> Layer:
+    """A host at its first release, known to the server, with small file systems that can be filled. `more`: of what it is
+    installed with, and first published."""
     host = lab.machine("h1", Host)
     host.set_small_fs("/var/lib/bento", "64m")
     host.set_small_fs("/boot", "4m")
     host.prepare_clock()
     host.boot()
-    write_config(host.path("/etc/nixos"), flake=True, host="h1", **{"label": "v0"} | behaviour(host))
+    write_config(host.path("/etc/nixos"), flake=True, host="h1", **{"label": "v0"} | behaviour(host) | more)
     host.install("/etc/nixos")
     host.power_cut()
     host.boot()
     server.write("/srv/fleet/hosts/h1.pub", host.client("key").stdout)
-    publish(server, host, "v1")
+    publish(server, host, "v1", **more)
     server.apply_fleet()
     server.bento("populate")
     settled(host, server, "v1")
