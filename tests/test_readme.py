@@ -327,6 +327,14 @@ def test_json(block: Block) -> None:
     assert client.parse_recipe(block.text.encode(), "README.md", "web1").attribute == "web1.example.org"
 
 
+def test_waves() -> None:
+    [block] = [block for block in BLOCKS if block.section == "Roll-outs in waves"]
+    waves = bento.parse_waves(block.text, ["kiosk-01", "kiosk-10", "nas", "router", "t470"])
+    assert [(wave.hosts, wave.soak_s) for wave in waves] == [
+        (("nas", "t470"), 7200.0), (("kiosk-01",), 86400.0), (("kiosk-10", "router"), 0.0)
+    ]  # fmt: skip
+
+
 def test_every_block_has_a_language() -> None:
     """So that what is a command is one that is run."""
     assert {block.language for block in BLOCKS} <= {"sh", "nix", "json", "text", "yaml", "ini", "nginx"}
