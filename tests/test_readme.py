@@ -150,12 +150,14 @@ class Site:
             path.chmod(0o755)
 
     def make_repository(self) -> None:
-        """What is at YOU/bento: this checkout, as Git has it."""
+        """What is at YOU/bento: Bento, as it is here."""
         seed = self.top / "seed"
-        names = self.sh("git ls-files -z --cached bento.py bento_client.py fleet.nix.in utils hosts .examples .gitignore", REPO)
-        for name in names.split("\0")[:-1]:
-            (seed / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(REPO / name, seed / name, follow_symlinks=False)
+        seed.mkdir()
+        for name in ("bento.py", "bento_client.py", "fleet.nix.in", "utils", "hosts", ".examples", ".gitignore"):
+            if (REPO / name).is_dir() and not (REPO / name).is_symlink():
+                shutil.copytree(REPO / name, seed / name, symlinks=True)
+            else:
+                shutil.copy2(REPO / name, seed / name, follow_symlinks=False)
         self.sh("git init -qb main && git add . && git commit -qm Bento && git clone -q --bare . ../origin.git", seed)
 
     def env(self) -> dict[str, str]:
