@@ -3390,7 +3390,7 @@ def survey(work: Work, waves: Sequence[Wave], good: set[str], known: Sequence[Pr
     standings, proven = dict[str, Standing](), {each.host: each for each in known}
     for wave in waves:
         for name in wave.hosts:
-            chroot, standing = work.fleet.chroot(name), Standing("", (None, None, None, "unreadable"))
+            chroot, standing = work.fleet.chroot(name), Standing("", Found(None, None, None, "unreadable"))
             work.progress.tell(name, "comparing", at_once=False)
             try:
                 found = read_host(str(chroot), name)
