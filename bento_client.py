@@ -1114,6 +1114,16 @@ def run(
     return Done(code, text)
 
 
+def until(limit_s: float, check: Callable[[], T | None]) -> T | None:
+    """Repeats a check that says why it fails until it does not, or time is up."""
+    give_up = time.monotonic() + limit_s
+    while True:
+        failure = check()
+        if failure is None or time.monotonic() + 1 > give_up:
+            return failure
+        time.sleep(1)
+
+
 def end_group(process: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -3097,16 +3107,6 @@ def probe_system(machine: Machine, system: str, limit_s: float) -> str | None:
     return one_line(said[-1].removeprefix("bento: error: ")) if said else "bento-client probe said nothing"
 
 
-def until(limit_s: float, check: Callable[[], T | None]) -> T | None:
-    """Repeats a check that says why it fails until it does not, or time is up."""
-    give_up = time.monotonic() + limit_s
-    while True:
-        failure = check()
-        if failure is None or time.monotonic() + 1 > give_up:
-            return failure
-        time.sleep(1)
-
-
 NO_TIME = Failure("no time was left for the health checks")
 
 
@@ -3415,8 +3415,11 @@ def judge_boot(machine: Machine, pending: Pending) -> Outcome | None:
     """After the first boot of a system. Raises Unreachable while the server may merely be slower to boot: a site's power
     cut is not the release's fault."""
     failure = prove(machine)
+    if failure is None and pending.step == Step.COMMITTING:
+        return commit(machine, pending)
     if failure is None:
-        return commit(machine, pending) if pending.step == Step.COMMITTING else Outcome(Result.OK, "", pending.new)
+        end_trial(machine)  # before it is written down: a cut in between leads back, and is one of the tries
+        return Outcome(Result.OK, "", pending.new)
     if failure.unreachable and machine.count_proof() < PATIENT_PROOFS:
         raise Unreachable(f"after the boot, {failure.reason}: tried again at the next run")
     result = verdict_of_boot(machine, pending) if failure.unreachable else Result.ROLLED_BACK
@@ -3589,7 +3592,9 @@ def reboot_if_due(machine: Machine) -> None:
     if before is not None and not machine.needs_reboot:
         machine.remember(rebooted=None)
     due = machine.on_trial is not None or (tried is not None and tried.system == machine.facts().booted != new)
-    allowed = may_reboot(machine.settings.reboot, now.tm_hour, now.tm_min)
+    # What was just deployed may ask for less than we were started with.
+    asked = [machine.settings.reboot, str(settings_of(machine.running).get("reboot", machine.settings.reboot))]
+    allowed = all(may_reboot(each, now.tm_hour, now.tm_min) for each in asked)
     if before == new or not (allowed and due and machine.needs_reboot):
         return
     if not machine.has_systemd:

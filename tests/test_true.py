@@ -640,6 +640,14 @@ def test_a_firmware_that_forgets_is_said_and_not_blamed(tmp_path: Path) -> None:
     assert lab.report().boot_trial == "systemd-boot"
 
 
+def test_a_release_may_forbid_its_own_reboot(booting: tuple[Lab, ToySystemd]) -> None:
+    """Its settings count from its activation on, not from the next run on."""
+    lab, systemd = booting
+    lab.publish("v1", kernel="6.13", client_json=lab.settings | {"reboot": "never"})
+    assert run(lab, PATH=systemd.path)[0] == 0
+    assert lab.labels() == ("v1", "v1", "v1") and not systemd.reboots()
+
+
 def test_emergency_mode_ends_a_trial_and_nothing_else(booting: tuple[Lab, ToySystemd]) -> None:
     """No run has a chance there. A machine that would come up in it again is left alone."""
     lab, systemd = booting
