@@ -643,7 +643,9 @@ def test_a_firmware_that_forgets_is_said_and_not_blamed(tmp_path: Path) -> None:
 def test_a_release_may_forbid_its_own_reboot(booting: tuple[Lab, ToySystemd]) -> None:
     """Its settings count from its activation on, not from the next run on."""
     lab, systemd = booting
-    lab.publish("v1", kernel="6.13", client_json=lab.settings | {"reboot": "never"})
+    lab.settings["reboot"] = "never"
+    lab.publish("v1", kernel="6.13")
+    lab.settings["reboot"] = "when-needed"
     assert run(lab, PATH=systemd.path)[0] == 0
     assert lab.labels() == ("v1", "v1", "v1") and not systemd.reboots()
 
