@@ -44,7 +44,7 @@ import threading
 import time
 import traceback
 import unicodedata
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
@@ -794,16 +794,14 @@ def write_release(
             if tree is not None:
                 content = (content_of(block, member.size),)
         if tree is None:
-            for _ in content:
-                pass
+            deque(content, maxlen=0)
         elif member.is_directory:
             os.mkdir(f"{tree}/{member.name}", 0o755)
         else:
             write_member(f"{tree}/{member.name}", member, content, pool)
     put(bytes(2 * tarfile.BLOCKSIZE + -(size + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE))
-    if tree is not None:
-        for directory in [*[f"{tree}/{m.name}" for m in reversed(members) if m.is_directory], str(tree)]:
-            os.utime(directory, (1, 1))
+    for each in [*[m.name for m in reversed(members) if m.is_directory], ""] if tree is not None else ():
+        os.utime(f"{tree}/{each}", (1, 1))
     return digest.hexdigest(), size
 
 
@@ -1632,31 +1630,33 @@ def format_bar(rows: Sequence[Row], width: int) -> str:
     return clip(f"{bar}  {'  '.join(words)}", width)
 
 
+GAUGES = {
+    "bento_hosts": "Hosts in each state.",
+    "bento_host_state": "1 for the state that a host is in.",
+    "bento_host_offline": "Whether a host has not been seen for too long.",
+    "bento_host_drift": "Whether a host runs another system than its release's.",
+    "bento_host_needs_reboot": "Whether a host needs a reboot.",
+    "bento_host_other_client": "Whether a host runs another version of the client than the server has.",
+    "bento_host_two_machines": "Whether another machine has reported as a host, too.",
+    "bento_host_failed_units": "Whether units failed when a host's release was activated, and still do.",
+    "bento_host_paused": "Whether a host deploys nothing for now.",
+    "bento_host_expired": "Whether nobody vouches any more for what is published for a host.",
+    "bento_host_absent": "Whether a host is known to be away.",
+    "bento_host_not_published": "Whether a host's configuration failed to be published.",
+    "bento_host_stuck": "Whether a host has been building for longer than any build takes.",
+    "bento_host_needs_attention": "Whether a host needs a person.",
+    "bento_host_last_seen_timestamp_seconds": "When a host reported last, on the server's clock.",
+    "bento_host_state_since_timestamp_seconds": "When a host came into its state.",
+    "bento_host_tries": "How often a host tried the release that it fails to run.",
+    "bento_host_release_info": "The releases that a host runs, is to run, and tried last.",
+    "bento_host_published_timestamp_seconds": "When a host's current release was published.",
+    "bento_host_clock_ahead_seconds": "How far a host's clock was ahead of the server's at its last report.",
+}
+
+
 def format_prometheus(rows: Sequence[Row]) -> str:
     """For node_exporter's textfile collector. A host's name is the only text in it, and has no character to escape."""
-    gauges: list[tuple[str, str, list[tuple[str, float]]]] = [
-        ("bento_hosts", "Hosts in each state.", []),
-        ("bento_host_state", "1 for the state that a host is in.", []),
-        ("bento_host_offline", "Whether a host has not been seen for too long.", []),
-        ("bento_host_drift", "Whether a host runs another system than its release's.", []),
-        ("bento_host_needs_reboot", "Whether a host needs a reboot.", []),
-        ("bento_host_other_client", "Whether a host runs another version of the client than the server has.", []),
-        ("bento_host_two_machines", "Whether another machine has reported as a host, too.", []),
-        ("bento_host_failed_units", "Whether units failed when a host's release was activated, and still do.", []),
-        ("bento_host_paused", "Whether a host deploys nothing for now.", []),
-        ("bento_host_expired", "Whether nobody vouches any more for what is published for a host.", []),
-        ("bento_host_absent", "Whether a host is known to be away.", []),
-        ("bento_host_not_published", "Whether a host's configuration failed to be published.", []),
-        ("bento_host_stuck", "Whether a host has been building for longer than any build takes.", []),
-        ("bento_host_needs_attention", "Whether a host needs a person.", []),
-        ("bento_host_last_seen_timestamp_seconds", "When a host reported last, on the server's clock.", []),
-        ("bento_host_state_since_timestamp_seconds", "When a host came into its state.", []),
-        ("bento_host_tries", "How often a host tried the release that it fails to run.", []),
-        ("bento_host_release_info", "The releases that a host runs, is to run, and tried last.", []),
-        ("bento_host_published_timestamp_seconds", "When a host's current release was published.", []),
-        ("bento_host_clock_ahead_seconds", "How far a host's clock was ahead of the server's at its last report.", []),
-    ]
-    samples = {name: found for name, _, found in gauges}
+    samples: dict[str, list[tuple[str, float]]] = {name: [] for name in GAUGES}
     counts = count_words(rows)
     samples["bento_hosts"] += [(f'state="{state}"', counts[state]) for state in URGENCY]
     for row in rows:
@@ -1677,9 +1677,10 @@ def format_prometheus(rows: Sequence[Row]) -> str:
         if row.ahead_s is not None:
             samples["bento_host_clock_ahead_seconds"].append((host, round(row.ahead_s)))
     lines = []
-    for name, text, found in gauges:
+    for name, text in GAUGES.items():
         lines += [f"# HELP {name} {text}", f"# TYPE {name} gauge"]
-        lines += [f"{name}{{{labels}}} {value if isinstance(value, float) else int(value)}" for labels, value in found]
+        for labels, value in samples[name]:
+            lines.append(f"{name}{{{labels}}} {value if isinstance(value, float) else int(value)}")
     return "\n".join(lines) + "\n"
 
 
@@ -3826,6 +3827,86 @@ def not_empty(text: str) -> str:
     return text
 
 
+# Makes the parser of one command, from its name and what it is for.
+Command = Callable[[str, str], argparse.ArgumentParser]
+
+
+def add_configuring(command: Command) -> None:
+    add = command("add", "make the directory of a new host")
+    add.add_argument("name", metavar="NAME")
+    add.add_argument("--key", metavar="FILE", help="the host's public key ('-': standard input)")
+    kinds = add.add_mutually_exclusive_group()
+    kinds.add_argument("--flake", action="store_true", help="a flake instead of a channel configuration")
+    kinds.add_argument("--link", type=not_empty, metavar="DIR", help="a link to a tree that hosts share")
+    command("fleet", "write fleet.nix, the server's users and chroots, from hosts/*.pub")
+    for name, text in (("check", "evaluate each host's configuration"), ("build", "build each host's configuration")):
+        parser_ = command(name, text)
+        add_builds(parser_, 2)
+        if name == "build":
+            add_after_build(parser_)
+        parser_.add_argument("--timeout", type=float, default=BUILD_LIMIT_S, metavar="SECONDS", help="for each host")
+        add_hosts(parser_)
+
+
+def add_populate(command: Command) -> None:
+    populate = command("populate", "publish what has changed")
+    group = populate.add_mutually_exclusive_group()
+    group.add_argument("--check", action="store_true", help="only hosts whose configuration evaluates")
+    group.add_argument("--build", action="store_true", help="only hosts whose configuration builds")
+    add_builds(populate, 1)
+    add_after_build(populate)
+    populate.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    populate.add_argument("--wait", action="store_true", help="for another populate, instead of giving up")
+    populate.add_argument("--now", action="store_true", help="whatever hosts/waves says")
+    populate.add_argument(
+        "--revision", type=not_empty, metavar="TEXT", help="what this is, for a person (default: the commit)"
+    )
+    populate.add_argument(
+        "--prune", action="store_true", help="also remove the chroots of hosts that are gone from hosts/"
+    )
+    add_hosts(populate)
+
+
+def add_status(command: Command) -> None:
+    status = command("status", "the state of the fleet; exit code 1 when a host needs a person")
+    forms = status.add_mutually_exclusive_group()
+    forms.add_argument("--json", dest="form", action="store_const", const="json", help="for programs")
+    forms.add_argument("--prometheus", dest="form", action="store_const", const="prometheus", help="for node_exporter")
+    forms.add_argument("--html", dest="form", action="store_const", const="html", help="one page, without scripts")
+    forms.add_argument("--watch", dest="form", action="store_const", const="watch", help="stay, and show what changes")
+    status.add_argument("--output", type=not_empty, metavar="FILE", help="replace FILE instead of printing")
+    status.add_argument(
+        "--changes",
+        type=not_empty,
+        metavar="FILE",
+        help="on stderr only what has begun or is over since the last call, which FILE remembers",
+    )
+    status.add_argument("--logs-url", metavar="URL", help="where the page's links find the chroots (default: as files)")
+    status.add_argument(
+        "--offline-after", type=float, default=OFFLINE_AFTER_S / 3600, metavar="HOURS", help="default: 2"
+    )
+    add_hosts(status)
+
+
+def add_others(command: Command) -> None:
+    closure = command("closure", "which versions of a package each host's system has")
+    closure.add_argument("package", type=not_empty, metavar="PACKAGE", help="openssl, for example")
+    add_hosts(command("diff", "what would change between the running and the built system"))
+    sign = command("sign", "sign the releases of this checkout, for hosts that take signed ones only")
+    sign.add_argument("--key", required=True, metavar="FILE", help="an SSH key, or the public half of an agent's")
+    sign.add_argument("--days", type=int, default=VALID_DAYS, metavar="N", help="vouched for so long (default 30)")
+    sign.add_argument("--build", action="store_true", help="build each, and sign the system's store path, too")
+    sign.add_argument("--unsign", action="store_true", help="the new system may do without signatures from then on")
+    sign.add_argument("--revoke", metavar="FILE", help="public keys whose signatures count no more")
+    add_hosts(sign)
+    update = command("update", "update the flakes' lock files, and say what moved")
+    update.add_argument("input", nargs="?", metavar="INPUT", help="only this input")
+    log = command("log", "what a host uploaded last")
+    log.add_argument("name", metavar="NAME")
+    log.add_argument("--list", action="store_true", help="list its logs: when, release, result")
+    log.add_argument("--release", metavar="ID", help="the newest log of that release")
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bento.py", description="Publish the configurations of a fleet of NixOS machines."
@@ -3851,71 +3932,25 @@ def make_parser() -> argparse.ArgumentParser:
     def command(name: str, text: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text)
 
-    add = command("add", "make the directory of a new host")
-    add.add_argument("name", metavar="NAME")
-    add.add_argument("--key", metavar="FILE", help="the host's public key ('-': standard input)")
-    kinds = add.add_mutually_exclusive_group()
-    kinds.add_argument("--flake", action="store_true", help="a flake instead of a channel configuration")
-    kinds.add_argument("--link", type=not_empty, metavar="DIR", help="a link to a tree that hosts share")
-    command("fleet", "write fleet.nix, the server's users and chroots, from hosts/*.pub")
-    for name, text in (("check", "evaluate each host's configuration"), ("build", "build each host's configuration")):
-        parser_ = command(name, text)
-        add_builds(parser_, 2)
-        if name == "build":
-            add_after_build(parser_)
-        parser_.add_argument("--timeout", type=float, default=BUILD_LIMIT_S, metavar="SECONDS", help="for each host")
-        add_hosts(parser_)
-    populate = command("populate", "publish what has changed")
-    group = populate.add_mutually_exclusive_group()
-    group.add_argument("--check", action="store_true", help="only hosts whose configuration evaluates")
-    group.add_argument("--build", action="store_true", help="only hosts whose configuration builds")
-    add_builds(populate, 1)
-    add_after_build(populate)
-    populate.add_argument("--dry-run", action="store_true", help="only say what would be done")
-    populate.add_argument("--wait", action="store_true", help="for another populate, instead of giving up")
-    populate.add_argument("--now", action="store_true", help="whatever hosts/waves says")
-    populate.add_argument(
-        "--revision", type=not_empty, metavar="TEXT", help="what this is, for a person (default: the commit)"
-    )
-    populate.add_argument(
-        "--prune", action="store_true", help="also remove the chroots of hosts that are gone from hosts/"
-    )
-    add_hosts(populate)
-    status = command("status", "the state of the fleet; exit code 1 when a host needs a person")
-    forms = status.add_mutually_exclusive_group()
-    forms.add_argument("--json", dest="form", action="store_const", const="json", help="for programs")
-    forms.add_argument("--prometheus", dest="form", action="store_const", const="prometheus", help="for node_exporter")
-    forms.add_argument("--html", dest="form", action="store_const", const="html", help="one page, without scripts")
-    forms.add_argument("--watch", dest="form", action="store_const", const="watch", help="stay, and show what changes")
-    status.add_argument("--output", type=not_empty, metavar="FILE", help="replace FILE instead of printing")
-    status.add_argument(
-        "--changes",
-        type=not_empty,
-        metavar="FILE",
-        help="on stderr only what has begun or is over since the last call, which FILE remembers",
-    )
-    status.add_argument("--logs-url", metavar="URL", help="where the page's links find the chroots (default: as files)")
-    status.add_argument(
-        "--offline-after", type=float, default=OFFLINE_AFTER_S / 3600, metavar="HOURS", help="default: 2"
-    )
-    add_hosts(status)
-    closure = command("closure", "which versions of a package each host's system has")
-    closure.add_argument("package", type=not_empty, metavar="PACKAGE", help="openssl, for example")
-    add_hosts(command("diff", "what would change between the running and the built system"))
-    sign = command("sign", "sign the releases of this checkout, for hosts that take signed ones only")
-    sign.add_argument("--key", required=True, metavar="FILE", help="an SSH key, or the public half of an agent's")
-    sign.add_argument("--days", type=int, default=VALID_DAYS, metavar="N", help="vouched for so long (default 30)")
-    sign.add_argument("--build", action="store_true", help="build each, and sign the system's store path, too")
-    sign.add_argument("--unsign", action="store_true", help="the new system may do without signatures from then on")
-    sign.add_argument("--revoke", metavar="FILE", help="public keys whose signatures count no more")
-    add_hosts(sign)
-    update = command("update", "update the flakes' lock files, and say what moved")
-    update.add_argument("input", nargs="?", metavar="INPUT", help="only this input")
-    log = command("log", "what a host uploaded last")
-    log.add_argument("name", metavar="NAME")
-    log.add_argument("--list", action="store_true", help="list its logs: when, release, result")
-    log.add_argument("--release", metavar="ID", help="the newest log of that release")
+    for each in (add_configuring, add_populate, add_status, add_others):
+        each(command)
     return parser
+
+
+def plan_of(options: argparse.Namespace) -> Plan:
+    """What `populate` was asked for."""
+    if options.after_build and not options.build:
+        raise UsageError("--after-build goes with --build: nothing else builds")
+    return Plan(
+        action="dry-build" if options.check else "build" if options.build else None,
+        dry_run=options.dry_run,
+        jobs=max(1, options.jobs),
+        wait=options.wait,
+        as_json=options.json,
+        revision=one_line(options.revision, 200) if options.revision else None,
+        after=options.after_build,
+        now=options.now,
+    )
 
 
 def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:
@@ -3938,19 +3973,7 @@ def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:
     if command == "update":
         return command_update(fleet, options.input)
     if command == "populate":
-        if options.after_build and not options.build:
-            raise UsageError("--after-build goes with --build: nothing else builds")
-        plan = Plan(
-            action="dry-build" if options.check else "build" if options.build else None,
-            dry_run=options.dry_run,
-            jobs=max(1, options.jobs),
-            wait=options.wait,
-            as_json=options.json,
-            revision=one_line(options.revision, 200) if options.revision else None,
-            after=options.after_build,
-            now=options.now,
-        )
-        return command_populate(fleet, options.hosts, plan, options.prune)
+        return command_populate(fleet, options.hosts, plan_of(options), options.prune)
     if command == "status":
         after_s = options.offline_after * 3600
         if options.output is not None and Path(options.output).is_dir():

@@ -651,12 +651,8 @@ def make_settings(values: Mapping[str, Any], what: str) -> Settings:
     elif not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", settings.user):
         raise UsageError(f"{what}: setting 'user' cannot be {settings.user!r}")
     # One absolute spelling: sftp, Nix and the watchdog run in other directories than we do.
-    paths = {
-        n: os.path.abspath(v)
-        for n in ("identity", "known_hosts", "signers", "state_dir", "root")
-        if (v := getattr(settings, n))
-    }
-    return settings._replace(**paths)
+    given = {name: getattr(settings, name) for name in ("identity", "known_hosts", "signers", "state_dir", "root")}
+    return settings._replace(**{name: os.path.abspath(path) for name, path in given.items() if path})
 
 
 def settings_argv(settings: Settings) -> list[str]:
@@ -1067,6 +1063,28 @@ class Done(NamedTuple):
     output: str
 
 
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def finish(process: subprocess.Popen[bytes], limit_s: float | None) -> tuple[int | None, str]:
+    """Its exit code, and what it said. No code: it did not end in time, and was ended."""
+    children.add(process)
+    try:
+        raw, _ = process.communicate(timeout=limit_s)
+        return process.returncode, (raw or b"").decode(errors="replace")
+    except subprocess.TimeoutExpired:
+        end_group(process)
+        return None, ""
+    except BaseException:
+        end_group(process)
+        raise
+    finally:
+        children.discard(process)
+
+
 def run(
     argv: Sequence[str],
     *,
@@ -1078,15 +1096,16 @@ def run(
 ) -> Done:
     """Runs a program to its end, with its output kept, or in the file `output`; never through a shell.
 
-    It gets a process group of its own, which ends with it, at the time limit (seconds), or when we are interrupted.
+    It gets a process group of its own, which ends with it at the time limit (seconds) or when we are interrupted.
     """
     if verbose:
         print(f"+ {shlex.join(argv)}", file=sys.stderr)
+    out = output or subprocess.PIPE
     try:
         process = subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
-            stdout=output or subprocess.PIPE,
+            stdout=out,
             stderr=subprocess.STDOUT,
             cwd=cwd,
             env=env,
@@ -1096,17 +1115,7 @@ def run(
         if check:
             raise BentoError(f"cannot run {argv[0]}: {error.strerror}; is it on PATH?") from None
         return Done(127, f"{argv[0]}: {error.strerror}")
-    children.add(process)
-    code: int | None
-    try:
-        raw, _ = process.communicate(timeout=timeout)
-        code = process.returncode
-    except subprocess.TimeoutExpired:
-        raw, code = b"", None
-    finally:
-        end_group(process)
-        children.discard(process)
-    text = (raw or b"").decode(errors="replace")
+    code, text = finish(process, timeout)
     if check and code != 0:
         how = f"did not end within {timeout:.0f} s" if code is None else f"exit {code}"
         said = one_line(" ".join(text.splitlines()[-3:]))
@@ -1122,12 +1131,6 @@ def until(limit_s: float, check: Callable[[], T | None]) -> T | None:
         if failure is None or time.monotonic() + 1 > give_up:
             return failure
         time.sleep(1)
-
-
-def end_group(process: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def how_ended(code: int | None) -> str:
@@ -2530,10 +2533,14 @@ def run_hooks(machine: Machine, pending: Pending, outcome: Outcome) -> None:
     told["RELEASE"] = pending.release if pending.release != NO_RELEASE else ""
     env = os.environ | {f"BENTO_{name}": str(value) for name, value in told.items()}
     for command in machine.asked("after_deployment", machine.running):
-        with open(2, "wb", buffering=0, closefd=False) as journal:
-            code = run(["sh", "-c", command], check=False, output=journal, env=env, timeout=HOOK_LIMIT_S).code
-        if code != 0:
-            machine.log.say(f"after_deployment failed ({how_ended(code)}): {one_line(command, 100)}")
+        with open(2, "wb", buffering=0, closefd=False) as journal, best_effort(machine.log):
+            started = subprocess.Popen(
+                ["sh", "-c", command], stdin=subprocess.DEVNULL, stdout=journal, env=env, start_new_session=True
+            )
+            code, _ = finish(started, HOOK_LIMIT_S)
+            end_group(started)  # with what it has left
+            if code != 0:
+                machine.log.say(f"after_deployment failed ({how_ended(code)}): {one_line(command, 100)}")
 
 
 def keep_log(machine: Machine, name: str) -> None:
