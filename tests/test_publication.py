@@ -247,8 +247,8 @@ def test_a_dry_run_changes_nothing(site: Site) -> None:
     assert (ran.code, ran.errors) == (1, ["bento: error: a: hosts/a/x: link loop (Too many levels of symbolic links)"])
     assert snapshot(site.chroots) == before
 
-# --- owners and modes ---
 
+# --- owners and modes ---
 
 
 def test_owners_and_modes(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
