@@ -3579,6 +3579,17 @@ def command_align(settings: Settings) -> int:
     return 0
 
 
+def command_emergency(settings: Settings) -> int:
+    """For emergency mode, where nothing else of ours runs: a first boot that ends there has come to nothing, and the next
+    one leads back. Where it would not, the machine is left to whoever sits at it."""
+    machine = Machine(settings, log="no-log")
+    if machine.on_trial == machine.facts().booted and machine.state.boot != machine.boot_id:
+        told = machine.loader.armed()
+        if machine.state.armed and told.default and not told.once:
+            machine.reboot()
+    return 0
+
+
 def command_key(settings: Settings) -> int:
     """Prints the public key; makes the identity first where there is none. The private half never leaves."""
     private = settings.identity_file
@@ -3683,7 +3694,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("-v", "--verbose", action="store_true", help="show the programs that are run")
     parser.add_argument("--force", action="store_true", help="run: try again what was given up or refused")
     parser.add_argument("--token", help=argparse.SUPPRESS)
-    parser.add_argument("command", metavar="COMMAND", choices=[*COMMANDS, "align"], help="one of those below")
+    parser.add_argument(
+        "command", metavar="COMMAND", choices=[*COMMANDS, "align", "emergency"], help="one of those below"
+    )
     add_settings(parser)
     return parser
 
@@ -3731,9 +3744,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return command_run(settings, force=options["force"])
         if command == "rollback":
             return command_rollback(settings, token=options["token"])
-        return {"align": command_align, "key": command_key, "probe": command_probe, "status": command_status}[command](
-            settings
-        )
+        others = {
+            "align": command_align, "emergency": command_emergency, "key": command_key, "probe": command_probe,
+            "status": command_status,
+        }  # fmt: skip
+        return others[command](settings)
     except BentoError as error:
         print(f"bento: error: {error}", file=sys.stderr)
         return error.exit_code

@@ -640,6 +640,34 @@ def test_a_firmware_that_forgets_is_said_and_not_blamed(tmp_path: Path) -> None:
     assert lab.report().boot_trial == "systemd-boot"
 
 
+def test_emergency_mode_ends_a_trial_and_nothing_else(booting: tuple[Lab, ToySystemd]) -> None:
+    """No run has a chance there. A machine that would come up in it again is left alone."""
+    lab, systemd = booting
+
+    def emergency() -> None:
+        lab.client("emergency", PATH=systemd.path)
+
+    lab.publish("v1", kernel="6.13")
+    run(lab, PATH=systemd.path)
+    emergency()
+    assert systemd.reboots(), "the one that was due"
+    assert systemd.boot() == ["boots v1"]
+    emergency()
+    assert systemd.reboots() and systemd.boot() == ["boots v0"]
+    emergency()
+    assert not systemd.reboots()
+    settle(lab, systemd)
+    assert lab.labels() == ("v1", "v1", "v1") and lab.machine.booted_label() == "v1"
+    emergency()
+    assert not systemd.reboots()
+    lab.publish("v2", kernel="6.14")
+    run(lab, PATH=systemd.path)
+    systemd.boot()
+    esp.write_variable(lab.machine.root, "LoaderEntryDefault", None)
+    emergency()
+    assert not systemd.reboots(), "it would be the same one again"
+
+
 # --- what the words of a failed build say ---
 
 

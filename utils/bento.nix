@@ -638,6 +638,15 @@ in
       };
     };
 
+    # Only where somebody has switched emergency mode on.
+    systemd.services.bento-emergency = lib.mkIf (bootLoader != [ ]) {
+      description = "Leave the trial of a new system that ends in emergency mode";
+      wantedBy = [ "emergency.target" ];
+      unitConfig.DefaultDependencies = false;
+      serviceConfig.Type = "oneshot";
+      serviceConfig.ExecStart = "${command}/bin/bento-client emergency";
+    };
+
     systemd.services.bento-hibernate = lib.mkIf (bootLoader != [ ]) {
       description = "Leave the trial of a new system for after hibernation";
       wantedBy = [

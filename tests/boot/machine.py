@@ -94,7 +94,7 @@ class Machine:
 
     def argv(self) -> list[str]:
         return [
-            "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-machine", "q35,accel=tcg,smm=off",
+            "setpriv", "--pdeathsig=KILL", "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-machine", "q35,accel=tcg,smm=off",
             "-cpu", "max", "-smp", "1", "-m", str(self.memory_mib), "-display", "none", "-vga", "none",
             "-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={FIRMWARE}",
             "-drive", f"if=pflash,format=raw,unit=1,file={self.nvram}",

@@ -83,6 +83,19 @@ def test_stage_1_fails(bed: Bed, params: list[str]) -> None:
 
 
 @whole
+@on(SYSTEMD_BOOT, GRUB_EXT4)
+def test_emergency_mode(bed: Bed) -> None:
+    """Where somebody has switched it on. It is live at first: only the boot meets the file system that does not mount."""
+    mount = "[Unit]\nConditionKernelCommandLine=toy.emergency\n[Mount]\nWhat=nothing\nWhere=/mnt\nType=nosuchfs\n"
+    units = bed.behaviour("v1")["units"] | {"mnt.mount": mount}
+    bed.publish("v1", units=units, more_params=["toy.emergency"])
+    bed.boot()
+    bed.wait(rests(bed, "v0", "rolled-back"), "v1 given up")
+    assert bed.failures() == ["interrupted", "rolled-back"]
+    assert bed.machine.console_text().count("emergency.target") >= 2
+
+
+@whole
 def test_hang_with_a_watchdog(bed: Bed) -> None:
     """The hardware watchdog that the new initrd has armed ends it."""
     bed.publish("v1", kernel="armed-hang-6.13")

@@ -67,6 +67,7 @@ TOOLS = ("systemd-nspawn", "ip", "nsenter", "unshare", "mount", "umount", "mkfs.
 FILLER = ".lab-fill"
 CLOCK = "/var/lib/lab-clock"
 TRIAL = "bento-trial.service"
+EMERGENCY = "bento-emergency.service"
 # Names of only some units would do, but a transient one's is known by its prefix only: "bento-" is for all of those.
 CLOCK_DROP_INS = ("bento.service.d", "bento-.service.d")
 
@@ -804,6 +805,7 @@ def host_units(name: str, settings: dict[str, Any], *, slot_s: int, boot_s: int)
         "bento.timer": render_unit({"Unit": {"Description": timer["description"]}, "Timer": poll_section}),
         "bento-boot.timer": render_unit({"Unit": {"Description": boot["description"]}, "Timer": boot_section}),
         TRIAL: trial_unit(module["services"][TRIAL.removesuffix(".service")]),
+        EMERGENCY: emergency_unit(module["services"][EMERGENCY.removesuffix(".service")]),
     }
 
 
@@ -813,6 +815,13 @@ def trial_unit(service: dict[str, Any]) -> str:
     commands = {"ExecStart": "/bin/true", "ExecStop": f"/run/current-system/sw/bin/{command}"}
     unit = {"Description": service["description"], "X-RestartIfChanged": service["restartIfChanged"]}
     return render_unit({"Unit": unit, "Service": service["serviceConfig"] | commands})
+
+
+def emergency_unit(service: dict[str, Any]) -> str:
+    command = service["serviceConfig"]["ExecStart"].split("/bin/", 1)[1]
+    section = service["serviceConfig"] | {"ExecStart": f"/run/current-system/sw/bin/{command}"}
+    unit = {"Description": service["description"]} | service["unitConfig"]
+    return render_unit({"Unit": unit, "Service": section})
 
 
 # --- the server ---

@@ -41,7 +41,11 @@ PROFILES = "nix/var/nix/profiles"
 UNIT_KINDS = (".service", ".timer", ".target", ".mount", ".path")
 # What pulls a unit of this kind in. Such links lie in /run: what is left of a system that only a power cut ended is
 # not this machine's any more.
-WANTED_BY = {".timer": "timers.target.wants", ".mount": "local-fs.target.requires"}
+WANTED_BY = {
+    ".timer": "timers.target.wants",
+    ".mount": "local-fs.target.requires",
+    "bento-emergency.service": "emergency.target.wants",
+}
 
 Toy = dict[str, Any]
 
@@ -465,7 +469,7 @@ def link_units(root: Path, names: Iterable[str], gone: Iterable[str]) -> None:
             (root / "run/systemd/system" / wants / name).unlink(missing_ok=True)
     for name in names:
         replace_link(directory / name, root / "etc/static/systemd/system" / name)
-        wanted_by = WANTED_BY.get(Path(name).suffix)
+        wanted_by = WANTED_BY.get(name, WANTED_BY.get(Path(name).suffix))
         if wanted_by is not None and (root / "run/systemd/system").is_dir():
             replace_link(root / "run/systemd/system" / wanted_by / name, directory / name)
 
