@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -44,7 +44,7 @@ from fleet import Site, last_data
 from sshdlab import BULK, EVIL, FRESH, GOOD, HOSTS, PERSON, SERVER, UNRESTRICTED, WAITING, Host, Server, call, free_port
 from toybuild import FAKE_CLIENT
 from toylab import Lab
-from toynixos import TOY, ToyMachine, need, need_nix, need_root
+from toynixos import TOY, ToyMachine, need, need_nix, need_root, told
 
 # Tables and usage messages are as wide as they are; a test for a narrow terminal sets these itself.
 for name in ("COLUMNS", "LINES"):
@@ -61,6 +61,19 @@ def pytest_collection() -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
         terminalreporter.write_line(f"The failed tests' files are in {ROOM}")
+
+
+def pytest_runtest_setup() -> None:
+    told.clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failed test shows what was run last, and what came of it."""
+    report = yield
+    if report.failed and told:
+        report.sections.append(("what was run last", told[-1]))
+    return report
 
 
 @pytest.hookimpl(trylast=True)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toynixos import need, write_config
+from toynixos import need, told, write_config
 
 import bento
 import bento_client as client
@@ -75,6 +76,7 @@ class Site:
         except SystemExit as end:
             code = int(end.code or 0)
         out, err = self.capsys.readouterr()
+        told.append(f"$ bento.py {shlex.join(arguments)}\n{out}{err}exit {code}")
         return Ran(code, out, err)
 
     def publish(self, *arguments: str) -> Ran:

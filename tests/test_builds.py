@@ -57,7 +57,7 @@ def alive(word: str) -> list[str]:
 
 def test_twenty_hosts(fleet: Path) -> None:
     done = subprocess.run(
-        command(fleet, "build", "-j", "4", "--timeout", "25"),
+        command(fleet, "build", "-j", "4", "--timeout", "15"),
         env=environment(fleet), text=True, capture_output=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 1
@@ -71,7 +71,7 @@ def test_twenty_hosts(fleet: Path) -> None:
     errors = [line for line in done.stderr.splitlines() if line.startswith("bento: error: ")]
     assert len(errors) == 2
     assert any(line.startswith("bento: error: fails: nixos-rebuild build: exit ") for line in errors)
-    assert any(line.startswith("bento: error: hangs: nixos-rebuild build: did not end within 25 s") for line in errors)
+    assert any(line.startswith("bento: error: hangs: nixos-rebuild build: did not end within 15 s") for line in errors)
     assert len(done.stderr) < 20_000  # the end of a log, not all of it
     log = Path(re.findall(r"all of it is in (\S+fails\.log)", done.stderr)[0])
     assert "error" in log.read_text()

@@ -15,7 +15,6 @@ import bento_client as client
 
 # --- keys ---
 
-
 NO_KEY = "no SSH public key ('ssh-ed25519 AAAA… comment', without options): "
 BAD_KEYS = {
     "private": (
@@ -107,9 +106,8 @@ def test_two_hosts_with_one_key(site: Site) -> None:
     ran = site.run("fleet")
     assert (ran.code, ran.errors) == (1, [message, "bento: error: fleet.nix is left as it was"])
 
+
 # --- fleet.nix ---
-
-
 
 TEMPLATE = """\
 # @GENERATED@

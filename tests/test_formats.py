@@ -29,7 +29,6 @@ from bento_client import (
 
 # --- formats ---
 
-
 GOLDEN_CURRENT = """{"format": 1, "host": "toy", "release": "RELEASE", "size": 10240,
  "published": "2026-11-23T10:15:02Z", "system": "/nix/store/x-nixos", "from_next_year": [1]}""".replace("RELEASE", A)
 GOLDEN_LAST = """{"release": "RELEASE", "result": "rolled-back", "reason": "no way", "system": null, "log":
@@ -139,8 +138,8 @@ def test_current_of_another_host() -> None:
     with pytest.raises(BentoError, match="it is for host 'toy', not for 'nas'"):
         parse_current(GOLDEN_CURRENT.encode(), "current.json", "nas")
 
-# --- words ---
 
+# --- words ---
 
 
 @pytest.mark.parametrize(

@@ -90,8 +90,8 @@ def test_the_newest_log_is_the_one_that_came_last(hostile: Site) -> None:
         "99999999T999999Z  cccccccccccc  ok",
     ]
 
-# --- revisions ---
 
+# --- revisions ---
 
 
 def test_the_revision(site: Site) -> None:

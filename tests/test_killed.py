@@ -84,8 +84,8 @@ def test_killed_in_the_commit(lab: Lab, power_cut: bool) -> None:
     assert (lab.last().result, lab.last().attempt) == (Result.OK, 2 if power_cut else 1)
     assert not (lab.state / "pending.json").exists()
 
-# --- reboots ---
 
+# --- reboots ---
 
 
 def test_system_that_needs_a_reboot(tmp_path: Path) -> None:

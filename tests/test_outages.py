@@ -227,8 +227,8 @@ def test_server_that_lags_behind(lab: Lab) -> None:
     lab.client("run", "--force", PATH=path, TOY_SERVER="")
     assert lab.labels() == ("v2", "v2", "v2")
 
-# --- ways back that fail ---
 
+# --- ways back that fail ---
 
 
 def test_a_server_that_comes_up_after_the_machine_is_waited_for(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_reboot_is_asked_for_again_when_the_server_was_down(tmp_path: Path) ->
     systemd.run("run")
     systemd.boot()
     lab.down.touch()
-    be_patient(lab, PATH=systemd.path)
+    be_patient(lab)
     systemd.run("run", code=1)
     systemd.boot()
     systemd.run("run", code=75)

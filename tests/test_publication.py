@@ -247,8 +247,8 @@ def test_a_dry_run_changes_nothing(site: Site) -> None:
     assert (ran.code, ran.errors) == (1, ["bento: error: a: hosts/a/x: link loop (Too many levels of symbolic links)"])
     assert snapshot(site.chroots) == before
 
-# --- owners and modes ---
 
+# --- owners and modes ---
 
 
 def test_owners_and_modes(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,6 +278,7 @@ def test_owners_and_modes(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     release = site.current("t470").release
     expected = {
         ".": (0, 0, 0o755), "t470": (0, 51234, 0o750), "t470/current.json": (0, 0, 0o644),
+        "t470/history": (0, 0, 0o644),
         "t470/releases": (0, 0, 0o755), f"t470/releases/{release}": (0, 0, 0o755),
         f"t470/releases/{release}.tar": (0, 0, 0o644), f"t470/releases/{release}/d": (0, 0, 0o755),
         f"t470/releases/{release}/d/script": (0, 0, 0o755), f"t470/releases/{release}/configuration.nix": (0, 0, 0o644),

@@ -96,14 +96,17 @@ def test_the_store_keeps_what_is_used(site: Site) -> None:
     assert {name.partition(".")[0] for name in os.listdir(store)} == {site.current("c").release}
 
 
-def test_what_is_damaged_in_the_store_is_not_shared(site: Site) -> None:
+@pytest.mark.parametrize("damaged", [".tar", ".json"])
+def test_what_is_damaged_in_the_store_is_not_shared(damaged: str, site: Site) -> None:
     site.host("a")
     site.publish()
-    with open(site.tar(), "r+b") as file:
+    with open(site.chroots / f".store/{site.current().release}{damaged}", "r+b") as file:
         file.write(b"x")
     (site.fleet / "hosts/b").symlink_to("a")
     site.publish()
     check_chroot(site.chroots / "b")
+    shared = (site.chroots / f"b/releases/{site.current().release}.tar").stat()
+    assert shared.st_ino != site.tar().stat().st_ino
 
 
 @pytest.mark.parametrize("number", [errno.EMLINK, errno.EXDEV])

@@ -102,8 +102,8 @@ def test_a_connection_is_never_shared(server: Server, fresh: Host) -> None:
         done = fresh.client("probe", *sharing, "--port", str(free_port()))
     assert done.returncode == 75 and "connection refused" in done.stdout
 
-# --- bad lines ---
 
+# --- bad lines ---
 
 
 def test_a_download_is_resumed_after_a_dropped_line(server: Server, fresh: Host) -> None:

@@ -20,8 +20,8 @@ def wait_for(path: Path) -> None:
         assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.01)
 
-# --- building ---
 
+# --- building ---
 
 
 def test_a_new_machine_has_one_generation(machine: ToyMachine) -> None:
@@ -228,8 +228,8 @@ def test_flake_and_channels_replace_each_other(tmp_path: Path) -> None:
     assert not (tmp_path / "flake.nix").exists()
     assert (tmp_path / "configuration.nix").read_text() == CHANNELS
 
-# --- the profile ---
 
+# --- the profile ---
 
 
 def test_generations(machine: ToyMachine) -> None:
@@ -252,8 +252,8 @@ def test_a_profile_that_cannot_be_set(simulated: ToyMachine, tmp_path: Path) -> 
         argv: list[str | Path] = ["nix-env", "-p", simulated.profile, "--set", build(simulated)]
         subprocess.run(argv, env=simulated.env(TOY_NIX_ENV_FAIL=str(switch_file)), timeout=0.5)
 
-# --- activating ---
 
+# --- activating ---
 
 
 def test_test_activates_and_nothing_else(machine: ToyMachine) -> None:
@@ -366,8 +366,8 @@ def test_a_full_boot(simulated: ToyMachine, real: bool) -> None:
     assert "No space left on device" in done.stdout
     assert done.stdout.endswith("left\ndefault nixos-generation-1.conf\n"), done.stdout
 
-# --- network, kernel, Bento ---
 
+# --- network, kernel, Bento ---
 
 
 def test_a_system_without_network(machine: ToyMachine) -> None:
@@ -405,8 +405,8 @@ def test_systems_without_bento(machine: ToyMachine) -> None:
     assert not (machine.root / "etc/bento/client.json").is_symlink()
     assert machine.run(build(machine, broken_client=True) / "sw/bin/bento-client", "probe").returncode == 1
 
-# --- systemd ---
 
+# --- systemd ---
 
 
 def test_units(simulated: ToyMachine, tmp_path: Path) -> None:
@@ -440,8 +440,8 @@ def test_units(simulated: ToyMachine, tmp_path: Path) -> None:
     assert calls_of()[0] == "stop bento.service"
     assert foreign.exists()
 
-# --- sftp ---
 
+# --- sftp ---
 
 
 @pytest.fixture
@@ -482,8 +482,8 @@ def test_sftp_fails_as_ssh_does(served: ToyMachine, tmp_path: Path) -> None:
     assert (code, "Network is unreachable" in said) == (255, True)
     assert said.endswith("Connection closed\n")
 
-# --- the tools for tests ---
 
+# --- the tools for tests ---
 
 
 def test_need(monkeypatch: pytest.MonkeyPatch) -> None:

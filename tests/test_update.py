@@ -88,8 +88,8 @@ def test_two_runs_at_once(lab: Lab) -> None:
     assert lab.labels() == ("v1", "v1", "v1")
     assert len(lab.logs()) == 1
 
-# --- bad releases ---
 
+# --- bad releases ---
 
 
 def test_failed_build_leaves_the_machine_alone(lab: Lab) -> None:

@@ -36,8 +36,8 @@ def check_way_back(lab: Lab, *, patient: bool = True) -> None:
     lab.client("run")
     assert lab.labels() == ("good", "good", "good")
 
-# --- systems that no boot has proven ---
 
+# --- systems that no boot has proven ---
 
 
 def test_a_kernel_that_went_live_is_proven_by_whoever_reboots(tmp_path: Path) -> None:
@@ -180,8 +180,8 @@ def test_the_watchdog_guards_a_build_while_another_system_waits(tmp_path: Path) 
     systemd.run("run", "--build-timeout", "1", code=0)
     assert lab.labels() == ("v1", "v1", "v1")
 
-# --- ways back that fail ---
 
+# --- ways back that fail ---
 
 
 def test_a_boot_default_that_cannot_be_set_back(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_no_reboot_into_what_could_not_be_set_back(tmp_path: Path) -> None:
     failing = Path(lab.file("failing"))
     failing.touch()
     systemd.boot()
-    be_patient(lab, PATH=systemd.path)
+    be_patient(lab)
     for _ in range(2):
         assert "could not be set back" in at_any_price(lab, "run", PATH=systemd.path, TOY_NIX_ENV_FAIL=str(failing))
     assert systemd.reboots() == 1
@@ -234,7 +234,7 @@ def test_a_reboot_that_is_refused_is_asked_for_again(tmp_path: Path) -> None:
     systemd.run("run")
     assert systemd.reboots() == 1, "once is enough"
     systemd.boot()
-    be_patient(lab, PATH=systemd.path)
+    be_patient(lab)
     (systemd.top / "no-reboot").touch()
     systemd.run("run", code=1)
     (systemd.top / "no-reboot").unlink()

@@ -125,7 +125,7 @@ class Lab:
     def client(self, *words: str, code: int = 0, **env: str) -> str:
         """Runs the client to its end, and returns what it said."""
         done = self.machine.run(*self.argv(*words), env=self.env(**env))
-        assert done.returncode == code, done.stdout
+        assert done.returncode == code, f"exit {done.returncode}, not {code}"
         assert "Traceback" not in done.stdout
         return done.stdout
 
@@ -339,9 +339,7 @@ def result(lab: Lab) -> tuple[str, str | None]:
     return last.result, last.release
 
 
-def be_patient(lab: Lab, **env: str) -> None:
-    """After a boot the server is not there: but for one more proof, that is nobody's fault."""
-    before = lab.labels()
-    for _ in range(bento_client.PATIENT_PROOFS - 1):
-        assert "tried again at the next run" in lab.client("run", code=75, **env)
-        assert lab.labels() == before
+def be_patient(lab: Lab) -> None:
+    """As if all proofs but one that may fail after a boot had failed: test_true.py has those runs one by one."""
+    with open(lab.machine.root / "run/bento-proofs", "ab") as counted:
+        counted.write(b"." * (bento_client.PATIENT_PROOFS - 1))

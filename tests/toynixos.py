@@ -29,6 +29,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,9 @@ TOY = TESTS / "toy"
 CLIENT = TESTS.parent / "bento_client.py"
 # How utils/bento.nix starts it.
 PYTHON_FLAGS = ("-I", "-S", "-X", "utf8")
+
+# What a test has run, what it was given and what it said: a failed one shows the last.
+told: list[str] = []
 
 # What toy.json may hold, all optional. `hosts` (made by write_config) maps each host to what is special about it.
 BEHAVIOURS = {
@@ -257,10 +261,12 @@ class ToyMachine:
         env: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Runs a program of this machine; stdout and stderr together in `.stdout`."""
-        return subprocess.run(
+        done = subprocess.run(
             argv, cwd=cwd or self.root, env=self.env(**(env or {})), timeout=timeout_s,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
+        told.append(f"$ {shlex.join(map(str, argv))}\n{done.stdout}exit {done.returncode}")
+        return done
 
     def rebuild(
         self, action: str, config: Path, *flags: str, env: Mapping[str, str] | None = None
