@@ -814,7 +814,7 @@ BUILDER = r"(?i:error: (builder for|cannot build) ')"
 OF_NIX = r"error: (unable to download|hash mismatch)"
 # Nix at work, among the lines of builders.
 PROGRESS = r"building '|copying |downloading |these \d|this derivation|\s*/nix/store/|error:|warning:|[…|]|\d+ *\|"
-STORE_NAME = r"/nix/store/[a-z0-9]{32}-([^'\s]+?)(?:\.drv)?(?=['\s]|$)"
+STORE_NAME = r"(?<![^'\s])/nix/store/[a-z0-9]{32}-([^'\s]+?)(?:\.drv)?(?=['\s]|$)"
 # What a later poll may find better. A file that is not there (4xx) it will not.
 BAD_MOMENT = (
     r"(?i:unable to download (?!.*HTTP error 4)|could(n't| not) (connect|resolve)|connection (refused|reset|timed out)"
