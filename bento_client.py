@@ -2254,6 +2254,16 @@ class Machine:
             with best_effort(self.log):
                 self.nix_env("--delete-generations", str(numbers[failed]))
 
+    def keep_generation(self, good: str, new: str) -> None:
+        """Brings back the generation of the system to fall back to, and its boot entry with it: a garbage collection has
+        taken them. Without a unit, for it may be the shutdown: `boot` touches no other.
+        """
+        if good not in self.generations().values():
+            with best_effort(self.log):
+                for system in (good, new):
+                    self.nix_env("--set", system)
+                run([f"{new}/bin/switch-to-configuration", "boot"], timeout=self.settings.activation_timeout)
+
     def count_proof(self) -> int:
         """How often a proof has failed since the boot, this one included. In /run: it is of one boot, and a full disk must
         not keep a machine from counting."""
@@ -3367,8 +3377,10 @@ def align_trial(machine: Machine) -> None:
     new, good = machine.on_trial, machine.good
     if new is None:
         end_trial(machine)
-    elif machine.state.armed and machine.loader.entry_fault(good) is None and lead_back_to(machine, good):
-        try_once(machine, new, good)
+    elif machine.state.armed:
+        machine.keep_generation(good, new)
+        if machine.loader.entry_fault(good) is None and lead_back_to(machine, good):
+            try_once(machine, new, good)
 
 
 def can_fall_back(machine: Machine, good: str, token: str) -> bool:
@@ -3570,9 +3582,11 @@ def obtain(machine: Machine, pending: Pending, current: Current, action: Action)
     except Unreachable:
         raise
     except (BentoError, OSError) as error:
-        passing = result == Result.BUILD_FAILED and re.search(BAD_MOMENT, str(error))
-        known = current.system if settings.build == "server" else None
-        return Outcome(Result.POSTPONED if passing else result, str(error), known)
+        known, words = current.system if settings.build == "server" else None, str(error)
+        if result == Result.BUILD_FAILED and free_bytes(settings.state) < MIN_FREE_BYTES:
+            return Outcome(Result.POSTPONED, f"the disk of {settings.state} is full: {words}", known)
+        passing = result == Result.BUILD_FAILED and re.search(BAD_MOMENT, words)
+        return Outcome(Result.POSTPONED if passing else result, words, known)
     except Exception as error:  # a bug of ours must not be met anew at each poll, and nobody told
         return Outcome(result, tell_bug(machine.log, error))
 
@@ -3913,8 +3927,8 @@ def command_align(settings: Settings) -> int:
     variables once the default is another's. An attempt under way settles that itself."""
     with lock(settings) as held:
         machine = Machine(settings, log="no-log")
-        if held and load_pending(machine) is None and machine.on_trial is None:
-            end_trial(machine)
+        if held and load_pending(machine) is None:
+            align_trial(machine)
     return 0
 
 

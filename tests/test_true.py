@@ -602,13 +602,20 @@ def test_no_cut_leaves_an_unproven_default(tmp_path: Path, step: str) -> None:
     assert lab.machine.power_cycle()[-1] == "boots v0"
 
 
-def test_the_system_that_is_known_to_boot_keeps_its_entry(tmp_path: Path) -> None:
-    """nix-collect-garbage -d, and the next `boot`, between the commit and the first boot."""
+@pytest.mark.parametrize("who", ["run", "shutdown"])
+def test_the_system_that_is_known_to_boot_keeps_its_entry(tmp_path: Path, who: str) -> None:
+    """nix-collect-garbage -d, and the next `boot`, between the commit and the first boot. It is brought back by whoever
+    comes first."""
     lab = create(tmp_path)
     lab.publish("v1", kernel="panic")
     run(lab)
     lab.machine.collect_garbage()
-    run(lab)
+    if who == "run":
+        run(lab)
+    again = lab.machine.run(f"{os.path.realpath(lab.machine.profile)}/bin/switch-to-configuration", "boot")
+    assert again.returncode == 0, again.stdout
+    if who == "shutdown":
+        lab.client("align")
     assert "v0" in lab.machine.entries().values()
     assert lab.machine.power_cycle()[-1] == "boots v0"
 
