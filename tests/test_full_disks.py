@@ -8,11 +8,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
-from toylab import HOST, SERVER, Lab, Systemd, at_any_price, kill_tree, wait_until
-from toynixos import ToyMachine, _missing
+from toylab import Lab, Systemd, at_any_price, kill_tree, wait_until
+from toynixos import _missing
 
 import bento_client
 from bento_client import Result
@@ -49,22 +48,10 @@ def fill(directory: Path) -> None:
                 size //= 2
 
 
-def on_disk(directory: Path, **behaviour: Any) -> Lab:
-    root = directory / "machine"
-    settings = {
-        "server": SERVER, "host": HOST, "root": str(root), "state_dir": str(root / "var/lib/bento"),
-        "connect_timeout": 1, "confirm_timeout": 2, "activation_timeout": 20,
-    }  # fmt: skip
-    machine = ToyMachine.create(root, HOST, chroot=directory / "chroot" / HOST, **{"client_json": settings} | behaviour)
-    lab = Lab(directory, machine, settings)
-    (lab.state / "id_ed25519").write_text("the toy's ssh asks for none\n")
-    return lab
-
-
 @pytest.mark.parametrize("kind", ["ext4", "tmpfs"])
 def test_a_full_disk_does_not_bar_the_way_back(tmp_path: Path, kind: str) -> None:
     with disk(tmp_path / "machine/var/lib/bento", kind, 20):
-        lab = on_disk(tmp_path, inhibitors="dbus 1")
+        lab = Lab.create(tmp_path, inhibitors="dbus 1")
         lab.publish("v1", inhibitors="dbus 2", kernel="broken")
         lab.client("run")
         lab.machine.power_cycle()
@@ -84,7 +71,7 @@ def test_a_full_disk_does_not_bar_the_way_back(tmp_path: Path, kind: str) -> Non
 @pytest.mark.parametrize("command", ["run", "rollback"])
 def test_a_disk_that_is_always_full_does_not_bar_the_way_back(tmp_path: Path, kind: str, command: str) -> None:
     with disk(tmp_path / "machine/var/lib/bento", kind, 20):
-        lab = on_disk(tmp_path)
+        lab = Lab.create(tmp_path)
         lab.settings["confirm_timeout"] = 30
         reached = Path(lab.file("reached"))
         check = f"touch {reached}; while ! [ -e {lab.file('never')} ]; do sleep 0.05; done"
@@ -117,7 +104,7 @@ def test_a_disk_that_is_always_full_does_not_bar_the_way_back(tmp_path: Path, ki
 @pytest.mark.parametrize("left", ["partial", "config.new"])
 def test_our_own_leftovers_do_not_fill_the_disk(tmp_path: Path, left: str) -> None:
     with disk(tmp_path / "machine/var/lib/bento", "tmpfs", 22):
-        lab = on_disk(tmp_path)
+        lab = Lab.create(tmp_path)
         lab.publish("v1")
         lab.client("run")
         (lab.config / "big").write_bytes(os.urandom(6 << 20))
@@ -135,7 +122,7 @@ def test_our_own_leftovers_do_not_fill_the_disk(tmp_path: Path, left: str) -> No
 
 def test_a_full_disk_does_not_bar_the_reboot_that_leads_back(tmp_path: Path) -> None:
     with disk(tmp_path / "machine/var/lib/bento", "ext4", 20):
-        lab = on_disk(tmp_path, inhibitors="dbus 1")
+        lab = Lab.create(tmp_path, inhibitors="dbus 1")
         systemd = Systemd(lab)
         lab.settings["reboot"] = "when-needed"
         lab.publish("v1", inhibitors="dbus 2", kernel="broken")
@@ -157,7 +144,7 @@ def test_a_disk_without_inodes_does_not_bar_the_way_back(tmp_path: Path) -> None
     top.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m,nr_inodes=400", "tmpfs", top], check=True)
     try:
-        lab = on_disk(tmp_path, inhibitors="dbus 1")
+        lab = Lab.create(tmp_path, inhibitors="dbus 1")
         lab.publish("v1", inhibitors="dbus 2", kernel="broken")
         lab.client("run")
         lab.machine.power_cycle()
@@ -174,7 +161,7 @@ def test_a_disk_without_inodes_does_not_bar_the_way_back(tmp_path: Path) -> None
 
 def test_a_full_disk_is_reported(tmp_path: Path) -> None:
     with disk(tmp_path / "machine/var/lib/bento", "ext4", 20):
-        lab = on_disk(tmp_path)
+        lab = Lab.create(tmp_path)
         lab.publish("v1")
         lab.client("run")
         release = lab.publish("v2")

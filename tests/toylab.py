@@ -66,7 +66,7 @@ class Lab:
         chroot = directory / "chroot" / HOST
         machine = ToyMachine.create(root, HOST, chroot=chroot, **{"client_json": settings} | behaviour)
         lab = cls(directory, machine, settings)
-        lab.state.mkdir(mode=0o700, parents=True)
+        lab.state.mkdir(mode=0o700, parents=True, exist_ok=True)
         (lab.state / "id_ed25519").write_text("the toy's ssh asks for none\n")
         return lab
 
