@@ -282,7 +282,9 @@ def test_another_system_from_the_menu(bed: Bed) -> None:
     bed.machine.run("bootctl set-oneshot auto-reboot-to-firmware-setup; sync")
     bed.machine.power_cut()
     bed.machine.power_on()
-    time.sleep(25)  # the firmware waits for a key
+    for _ in range(40):  # the loader resets the machine, into the firmware's menu; which waits for a key
+        time.sleep(1)
+        bed.machine.tend()
     bed.power_cycle()
     bed.wait(lambda seen: bed.result()[0] in ("interrupted", "ok"), "no verdict")
 
