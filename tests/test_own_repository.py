@@ -103,7 +103,8 @@ def test_a_fleet_in_the_flakes_own_repository(site: Site) -> None:
     (site.fleet / "fleet/hosts/own").mkdir(parents=True)
     (site.fleet / "fleet/utils").mkdir()
     for name in ("flake.nix", "fleet/utils/bento.nix", "fleet/hosts/own/configuration.nix", "fleet/hosts/waves", "fleet/hosts/a.pub"):
-        (site.fleet / name).write_text(f"{key('a')}\n" if name.endswith("pub") else "{ }\n")
+        text = {".pub": f"{key('a')}\n", "": "*\n"}.get(Path(name).suffix, "{ }\n")
+        (site.fleet / name).write_text(text)
     shutil.rmtree(site.fleet / "hosts")
     for name, target in (("a", "../.."), ("b", "a"), ("c", "../..")):
         (site.fleet / "fleet/hosts" / name).symlink_to(target)
