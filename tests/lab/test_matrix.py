@@ -242,17 +242,19 @@ def strike(event: str, host: Host, server: Server, client: int) -> Callable[[], 
     return nothing
 
 
-@pytest.mark.parametrize(("event", "phase"), CELLS, ids=["-".join(cell) for cell in CELLS])
-def test_matrix(host: Host, server: Server, event: str, phase: str) -> None:
-    hold = {"build": "build", "activate": "switch", "commit": "boot"}.get(phase)
-    hooks: dict[str, Any] = {}
-    if hold:
-        hooks = {f"{hold}_touch": f"/root/at-{hold}", f"{hold}_wait": "/root/go"}
+def held_in(phase: str) -> dict[str, Any]:
+    """What makes a release wait in a phase, until there is /root/go."""
     if phase == "prove":
         check = "touch /root/at-prove; for i in $(seq 40); do [ -e /root/go ] && exit 0; sleep 0.1; done"
-        hooks = {"settings": {"health_checks": [check]}}
+        return {"settings": {"health_checks": [check]}}
+    hold = {"build": "build", "activate": "switch", "commit": "boot"}.get(phase)
+    return {f"{hold}_touch": f"/root/at-{hold}", f"{hold}_wait": "/root/go"} if hold else {}
+
+
+@pytest.mark.parametrize(("event", "phase"), CELLS, ids=["-".join(cell) for cell in CELLS])
+def test_matrix(host: Host, server: Server, event: str, phase: str) -> None:
     began = time.monotonic()
-    release = publish(server, host, "v2", os.urandom(12_000_000 if phase == "fetch" else 16), **hooks)
+    release = publish(server, host, "v2", os.urandom(12_000_000 if phase == "fetch" else 16), **held_in(phase))
     client = wait_for_phase(host, phase)
     calm = strike(event, host, server, client)
     time.sleep(2)

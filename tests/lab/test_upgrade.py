@@ -17,6 +17,7 @@ from lab.test_matrix import (
     SLOT_S,
     at_rest,
     behaviour,
+    held_in,
     install,
     labels,
     last,
@@ -92,14 +93,7 @@ def is_new_and_well(host: Host, server: Server, label: str, release: str, **more
 @pytest.mark.parametrize("event", ["kill", "power"])
 @pytest.mark.parametrize("phase", ["build", "activate", "prove", "commit"])
 def test_cut_short_on_the_way_to_this_client(host: Host, server: Server, phase: str, event: str) -> None:
-    hold = {"build": "build", "activate": "switch", "commit": "boot"}.get(phase)
-    hooks: dict[str, Any] = {}
-    if hold:
-        hooks = {f"{hold}_touch": f"/root/at-{hold}", f"{hold}_wait": "/root/go"}
-    if phase == "prove":
-        check = "touch /root/at-prove; for i in $(seq 40); do [ -e /root/go ] && exit 0; sleep 0.1; done"
-        hooks = {"settings": {"health_checks": [check]}}
-    release = publish(server, host, "v2", **hooks)
+    release = publish(server, host, "v2", **held_in(phase))
     strike(event, host, server, wait_for_phase(host, phase))
     time.sleep(2)
     host.write("/root/go", "")
