@@ -2254,15 +2254,21 @@ class Machine:
             with best_effort(self.log):
                 self.nix_env("--delete-generations", str(numbers[failed]))
 
-    def keep_generation(self, good: str, new: str) -> None:
-        """Brings back the generation of the system to fall back to, and its boot entry with it: a garbage collection has
-        taken them. Without a unit, for it may be the shutdown: `boot` touches no other.
-        """
-        if good not in self.generations().values():
-            with best_effort(self.log):
-                for system in (good, new):
-                    self.nix_env("--set", system)
-                run([f"{new}/bin/switch-to-configuration", "boot"], timeout=self.settings.activation_timeout)
+    def keep_generation(self, system: str) -> None:
+        """Brings back the generation of a system to fall back to, which a garbage collection has taken. By hand: nix-env
+        would make it the default meanwhile. Below the default's, for `nixos-rebuild --rollback` goes down."""
+        generations = self.generations()
+        if system not in generations.values():
+            ours = max((number for number, found in generations.items() if found == self.default), default=1)
+            free = [number for number in range(1, ours) if number not in generations]
+            self.link_generation(free[-1] if free else max(generations, default=0) + 1, system)
+
+    def link_generation(self, number: int, system: str) -> None:
+        self.profile.with_name(f"{self.profile.name}-{number}-link").symlink_to(system)
+
+    def write_menu(self, system: str) -> None:
+        """The boot menu once more. Without a unit, for it may be the shutdown: `boot` touches no other."""
+        run([f"{system}/bin/switch-to-configuration", "boot"], timeout=self.settings.activation_timeout)
 
     def count_proof(self) -> int:
         """How often a proof has failed since the boot, this one included. In /run: it is of one boot, and a full disk must
@@ -3378,7 +3384,10 @@ def align_trial(machine: Machine) -> None:
     if new is None:
         end_trial(machine)
     elif machine.state.armed:
-        machine.keep_generation(good, new)
+        with best_effort(machine.log):
+            machine.keep_generation(good)
+            if machine.loader.entry_fault(good) is not None:
+                machine.write_menu(new)
         if machine.loader.entry_fault(good) is None and lead_back_to(machine, good):
             try_once(machine, new, good)
 

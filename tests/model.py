@@ -387,6 +387,16 @@ class ModelMachine(Machine):
     def generations(self) -> dict[int, str]:
         return {number: self.world.path(name) for number, name in sorted(self.world.generations.items())}
 
+    def link_generation(self, number: int, system: str) -> None:
+        self.world.effect(f"generation {number}: {name_of(system)}")
+        assert number not in self.world.generations
+        self.world.generations[number] = name_of(system)
+
+    def write_menu(self, system: str) -> None:
+        code, words = self.world.switch(name_of(system), "boot")
+        if code:
+            raise BentoError(words)
+
     def keep(self, system: str) -> None:
         pass
 
