@@ -1,19 +1,54 @@
 """What happens to real machines besides kills and power cuts: a person's switch, a check that refuses, emergency mode, a
 site without power, the boot menu, a boot loader that lies, jobs that outlive their switch, a switch that waits for the
 boot. On booted machines, with the real systemd: what it does there is nobody's model.
+
+    BENTO_MATRIX=all tests/run tests/lab/test_events.py      writes tests/lab/events.md, too
 """
 
+import os
 import time
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 import pytest
 from toynixos import write_config
 
-from lab.lab import TRIAL, Host, Lab, Layer, Server
+from lab.lab import TESTS, TRIAL, Host, Lab, Layer, Server
 from lab.test_matrix import behaviour, installed, last, publish, reports, server, settled, wait
 
 __all__ = ["installed", "server"]  # fixtures
+
+TABLE = """\
+# What else happens to machines → what the host reported
+
+Written by `BENTO_MATRIX=all tests/run tests/lab/test_events.py`, when all of it has passed. Each row is a booted machine
+with the real systemd. Reports: of all attempts from its first release to its last one, in order; a slash between two
+releases. Boots: from its first one on. See [the tests](test_events.py) for what each one looks at in the end.
+
+| event | reports | boots | minutes |
+| --- | --- | --- | --- |
+"""
+rows: list[str] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if os.environ.get("BENTO_MATRIX") == "all" and not request.session.testsfailed:
+        (TESTS / "lab/events.md").write_text(TABLE + "".join(rows), encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def row(request: pytest.FixtureRequest, host: Host, server: Server) -> Iterator[None]:
+    logs = server.path("/home/chroot/h1/logs")
+    began, before = time.monotonic(), set(os.listdir(logs))
+    yield
+    attempts = [name.removesuffix(".log").split("_")[1:] for name in sorted(os.listdir(logs)) if name not in before]
+    by_release = (", ".join(result for _, result in group) for _, group in groupby(attempts, lambda each: each[0]))
+    name, _, parameter = request.node.name.removeprefix("test_").removesuffix("]").partition("[")
+    event = name.replace("_", " ") + (f": {parameter}" if parameter else "")
+    rows.append(f"| {event} | {' / '.join(by_release)} | {host.boots} | {(time.monotonic() - began) / 60:.1f} |\n")
 
 
 @pytest.fixture
