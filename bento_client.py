@@ -3176,9 +3176,8 @@ def make_default(machine: Machine, system: str, pending: Pending) -> str | None:
     order, a cut leaves no default that has never booted.
     """
     good = machine.good
-    trial = system != good and runs_bento(system) and can_fall_back(machine, good, pending.token)
     try:
-        trial = trial and lead_back_to(machine, good)
+        trial = can_try(machine, system, pending) and lead_back_to(machine, good)
         if system == pending.new:
             machine.nix_env("--set", system)
         elif machine.default != system:
@@ -3383,25 +3382,36 @@ def align_trial(machine: Machine) -> None:
     new, good = machine.on_trial, machine.good
     if new is None:
         end_trial(machine)
-    elif machine.state.armed:
-        with best_effort(machine.log):
-            machine.keep_generation(good)
-            if machine.loader.entry_fault(good) is not None:
-                machine.write_menu(new)
-        if machine.loader.entry_fault(good) is None and lead_back_to(machine, good):
-            try_once(machine, new, good)
+    elif machine.state.armed and can_fall_back(machine, good) and lead_back_to(machine, good):
+        try_once(machine, new, good)
 
 
-def can_fall_back(machine: Machine, good: str, token: str) -> bool:
-    """Whether a trial is possible: there is a boot entry to fall back to, and will be. A garbage collection takes it."""
-    if machine.loader.trial_way().startswith("none"):
+def can_try(machine: Machine, system: str, pending: Pending) -> bool:
+    """Whether the next boot of a system is to be a trial. Raises BentoError where it would have to be one, and cannot: what
+    boots now is kept, then."""
+    good = machine.good
+    if system == good or not runs_bento(system) or machine.loader.trial_way().startswith("none"):
         return False
+    if can_fall_back(machine, good):
+        return True
+    try:
+        machine.loader.entry_of(good)
+    except BentoError:  # older than the menu shows: as the newest one it is there
+        with best_effort(machine.log):
+            machine.nix_env("--set", good)
+            machine.write_menu(good)
+        return machine.loader.entry_fault(good) is None
+    if system == pending.new or pending.by_hand:
+        raise BentoError(f"its first boot could not lead back: {machine.loader.entry_fault(good)}")
+    return False
+
+
+def can_fall_back(machine: Machine, good: str) -> bool:
+    """Whether there is a boot entry to fall back to, and will be. A garbage collection, and the next `boot`, take it."""
     with best_effort(machine.log):
-        if good not in machine.generations().values():
-            machine.nix_env("--set", good)
+        machine.keep_generation(good)
         if machine.loader.entry_fault(good) is not None:
-            machine.nix_env("--set", good)
-            machine.switch(good, "boot", token)
+            machine.write_menu(machine.default)
     return machine.loader.entry_fault(good) is None
 
 
@@ -3704,8 +3714,10 @@ def update(machine: Machine, *, force: bool) -> int:
     forget_other_system(machine, current)
     action, why = choose(machine, current, force=force)
     state, facts = machine.state, machine.facts()
-    if facts.running == facts.booted == facts.default not in (state.system, state.good):
-        machine.remember(good=facts.default, good_release=None, good_revision=None)  # a person's, and known to boot
+    # A person's, and known to boot; or what a first trial is to lead back to.
+    sure = facts.running == facts.booted == facts.default or state.good is state.system is None
+    if sure and facts.booted not in (state.system, state.good):
+        machine.remember(good=facts.booted, good_release=None, good_revision=None)
     assert machine.session is not None
     if action == Action.NOTHING:
         print(why)

@@ -37,7 +37,8 @@ class Rebooted(Killed):
 @dataclass(frozen=True)
 class System:
     """`kernel`: its number; `boots`: "well", "panics", or "without network"; `live`: whether it has network when it is
-    activated; `inhibitor`: a switch from or to a system with another one is refused; `init`: exit 100 for others."""
+    activated; `inhibitor`: a switch from or to a system with another one is refused; `init`: exit 100 for others;
+    `bento`: it has a client of its own, as all have but the one that a machine may have been installed with."""
 
     kernel: int = 0
     boots: str = "well"
@@ -493,6 +494,10 @@ def make_doors(world: Callable[[], World]) -> dict[str, Any]:
     def lock(settings: client.Settings) -> Iterator[bool]:
         yield True
 
+    @contextmanager
+    def heartbeat(machine: Machine) -> Iterator[None]:
+        yield
+
     def nothing(*words: Any, **more: Any) -> None:
         return None
 
@@ -508,8 +513,9 @@ def make_doors(world: Callable[[], World]) -> dict[str, Any]:
     return {
         "encode": lambda record: record, "read_journal": lambda path, parse, log: world().files.get(path.name),
         "write_atomic": write_atomic, "upgrade": nothing, "clear_pending": clear_pending, "poll": poll, "knock": knock,
+        "runs_bento": lambda system: world().systems[name_of(system)].bento, "settings_of": lambda system: {},
         "probe_system": probe_system, "probe_failure": lambda settings: probe_system(None, "", 0),  # type: ignore[arg-type]
-        "check_health": check_health, "scratch": scratch, "lock": lock, "arm": arm, "disarm": nothing,
+        "check_health": check_health, "scratch": scratch, "lock": lock, "heartbeat": heartbeat, "arm": arm, "disarm": nothing,
         "report": say_report, "tell_bug": bug, "deliver": say_report, "announce": nothing, "keep_log": nothing,
         "refuse_volatile": nothing, "name_holder": nothing, "wait_for_units": nothing, "fetch": nothing,
         "is_untouched": lambda tree: True, "adopt": nothing, "build": lambda settings, log: world().path(world().published),

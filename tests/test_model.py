@@ -91,10 +91,35 @@ def test_every_single_fault_of_an_update(enter: Enter, top: Path) -> None:
             explore(enter, World(top, trials, reboot, activation), new, full, first, "")
 
 
-def explore(enter: Enter, template: World, new: System, full: bool, first: str, second: str) -> None:
+def boot_by_hand(world: World) -> None:
+    """A person's default that has not been booted."""
+    world.nixos_rebuild("v800", "boot")
+
+
+def lose_the_way_back(world: World) -> None:
+    """... nor can what runs be booted any more: its entry is gone, and the boot loader would write half a kernel."""
+    world.nixos_rebuild("v800", "boot")
+    world.collect_garbage()
+    world.nixos_rebuild("v801", "boot")
+    world.collect_garbage()
+    world.write_loader("v801")
+    world.lies = True
+
+
+@pytest.mark.parametrize("before", [boot_by_hand, lose_the_way_back])
+def test_every_single_fault_after_a_person(enter: Enter, top: Path, before: Callable[[World], None]) -> None:
+    for (new, trials), activation, first in itertools.product(CASES, ("live", "boot"), ("kill", "power")):
+        if trials:
+            explore(enter, World(top, trials, "never", activation), new, False, first, "", before)
+
+
+def explore(
+    enter: Enter, template: World, new: System, full: bool, first: str, second: str, before: Callable[[World], None] = lambda w: None
+) -> None:
     for one in itertools.count():
         for two in itertools.count():
             world = enter(World(template.top, template.trials, template.reboot, template.activation))
+            before(world)
             world.publish("v1", new)
             world.boot_full = full
             try:
@@ -183,7 +208,8 @@ def test_random_histories(enter: Enter, top: Path, part: int) -> None:
         reboot, trials = chance.choice(("never", "when-needed")), chance.random() < 0.8
         activation, rebuild_s = chance.choice(("live", "boot")), chance.choice((0, 0, 3600))
         world = enter(World(top, trials, reboot, activation, rebuild_s))
-        world.say(f"seed {seed}, reboot {reboot}, trials {trials}, activation {activation}, rebuild every {rebuild_s} s")
+        world.systems["v0"] = System(bento=chance.random() < 0.7)
+        world.say(f"seed {seed}, {reboot=}, {trials=}, {activation=}, {rebuild_s=}, v0: {world.systems['v0']}")
         try:
             Walk(world, chance).go()
         except Lost as error:
