@@ -1337,8 +1337,9 @@ def bench_pam(bench: Bench) -> None:
         booted = Booted.create(made.machine("server", lab.Server), bench.top / "booted")
         booted.start_sshds()
         say("polls of a server with PAM")
-        count = min(ACCOUNTS, 5 * bench.scale.rounds)
-        actions = [partial(booted.poll, port, iter(booted.server.hosts), CHEAP) for port in POLLS.values()]
+        kinds, hosts = len(POLLS), booted.server.hosts
+        count = min(ACCOUNTS // kinds, 5 * bench.scale.rounds)
+        actions = [partial(booted.poll, port, iter(hosts[n::kinds]), CHEAP) for n, port in enumerate(POLLS.values())]
         took = dict(zip(POLLS, alternate(count, *actions), strict=True))
         cost = {name: booted.cost(port, count) for name, port in POLLS.items()}
         for other, most in (("pam_systemd", 1 / 2), ("no PAM", 2)):
