@@ -5,12 +5,13 @@
 
 Every row is a ratio of medians on this machine, now: there is no absolute promise in it, and nothing is asserted. Needs
 rsync, sftp and sftp-server; the sections `line` and `load` need root and sshd, for chroots, and for accounts in an /etc
-that only the bench can see. All network traffic stays on 127.0.0.1. Takes about five minutes on two cores; --quick
-less than one, with everything scaled down; --full goes to 10,000 hosts, and takes twenty minutes and 5 GB of disk. What
-else the machine does shows in the figures, and on ext4 what it has removed in the last five minutes, too.
+that only the bench can see; `pam` needs what the lab in tests/lab does, and boots a machine there. All network traffic
+stays on 127.0.0.1 and in that lab. Takes about six minutes on two cores; --quick less than two, with everything scaled
+down; --full goes to 10,000 hosts, and takes twenty minutes and 5 GB of disk. What else the machine does shows in the
+figures, and on ext4 what it has removed in the last five minutes, too.
 
-Sections of this file: the table, processes, fleets, machines, a slow line, a server, what is measured, the plot,
-command line.
+Sections of this file: the table, processes, fleets, machines, a slow line, a server, what is measured, a server with PAM
+and logind, the plot, command line.
 """
 
 import argparse
@@ -40,11 +41,12 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 import accounts
+from lab import image, lab
 from sshd import command, descendants, end_sshd, match_block, max_startups, no_penalties
 from toynixos import PYTHON_FLAGS, TOY
 
@@ -60,6 +62,7 @@ FLEET = 10_000
 PATIENCE_S = 20
 
 Argv = Sequence[str | Path]
+T = TypeVar("T")
 
 
 class BenchError(Exception):
@@ -604,6 +607,8 @@ class Server:
     hosts: list[str]
     process: subprocess.Popen[bytes] | None = None
     began_with: str = ""
+    address: str = "127.0.0.1"
+    enter: tuple[str, ...] = ()  # what runs a program where that address can be reached
 
     @classmethod
     def create(cls, directory: Path, stack: ExitStack) -> "Server":
@@ -700,11 +705,11 @@ class Server:
         with tempfile.NamedTemporaryFile("w", dir=self.top) as file:
             file.write(batch)
             file.flush()
-            argv = ["sftp", "-b", file.name, "-C", "-P", str(port or self.port), "-i", str(self.top / "keys" / host)]
+            argv = [*self.enter, "sftp", "-b", file.name, "-C", "-P", str(port or self.port), "-i", str(self.top / "keys" / host)]
             always = (f"UserKnownHostsFile={self.top / 'known_hosts'}", "IdentitiesOnly=yes", "ControlPath=none")
             for option in (*always, f"ConnectTimeout={PATIENCE_S}", *options):
                 argv += ["-o", option]
-            return measure([*argv, "-F", os.devnull, f"bento-{host}@127.0.0.1"], cwd=self.top, codes=codes, gate=gate)
+            return measure([*argv, "-F", os.devnull, f"bento-{host}@{self.address}"], cwd=self.top, codes=codes, gate=gate)
 
 
 # --- what is measured ---
@@ -1014,9 +1019,9 @@ def bench_line(bench: Bench) -> None:
     )
 
 
-def together(*actions: Callable[[], list[float]]) -> list[list[float]]:
+def together(*actions: Callable[[], T]) -> list[T]:
     """Runs the actions at the same time."""
-    found: dict[int, list[float]] = {}
+    found: dict[int, T] = {}
     failed: list[Exception] = []
 
     def work(index: int) -> None:
@@ -1219,6 +1224,139 @@ def bench_load(bench: Bench) -> None:
     bench.note(f"{scale.burst} polls at once; who is turned away knocks again after 1, 2, 4, 8 s, as the client does", *bursts)
 
 
+# --- a server with PAM and logind ---
+
+RULE = "fleet.nix's PAM rule"
+POLLS = {"pam_systemd": 22, RULE: 23, "no PAM": 24}  # a port for each
+STOCK_PORT = 25
+CLIENTS, FLOOD = f"{lab.NETWORK}.253", f"{lab.NETWORK}.254"
+FLOODER = """\
+import contextlib, socket, sys, threading, time
+
+def hold():
+    while True:
+        with contextlib.suppress(OSError), socket.create_connection((sys.argv[2], sys.argv[3]), None, (sys.argv[1], 0)) as one:
+            while one.recv(4096):
+                pass
+        time.sleep(1)
+
+for _ in range(250):
+    threading.Thread(target=hold, daemon=True).start()
+sys.stdin.read()
+"""
+
+
+@dataclass
+class Booted:
+    """A booted Debian whose fleet.nix has accounts for hosts, and what polls it, from the lab's switch."""
+
+    machine: lab.Server
+    server: Server
+
+    @classmethod
+    def create(cls, machine: lab.Server, top: Path) -> "Booted":
+        machine.path("/etc/systemd/system/systemd-logind.service").unlink()  # which the lab does without
+        machine.boot()
+        enter = ("nsenter", f"--net={lab.NETNS}/{machine.lab.netns}")
+        server = Server(top, 22, [f"h{number}" for number in range(ACCOUNTS)], address=machine.address, enter=enter)
+        (top / "keys").mkdir(parents=True)
+        make_fleet(machine.path(machine.fleet), server.hosts)
+        for host in server.hosts:
+            call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", top / "keys" / host)
+            shutil.copy(top / "keys" / f"{host}.pub", machine.path(f"{machine.fleet}/hosts"))
+        (top / "known_hosts").write_text(f"* {machine.host_key}\n")
+        (top / "report.json").write_text("{}" * 200)
+        for address in (CLIENTS, FLOOD):
+            call("ip", "-n", machine.lab.netns, "address", "add", f"{address}/24", "dev", "switch")
+        machine.apply_fleet()
+        machine.bento("populate")
+        return cls(machine, server)
+
+    def start_sshds(self) -> None:
+        """Beside the one with Debian's PAM: with fleet.nix's rule, without PAM, and with sshd's own limits."""
+        machine, fleet_nix = self.machine, str(self.machine.path(f"{self.machine.fleet}/fleet.nix"))
+        made = lab.evaluate(f"modules.server [ (/. + {lab.nix_string(fleet_nix)}) ]")
+        session = pam_session(machine.read("/etc/pam.d/common-session"), made["pam"]["sshd"]["rules"]["session"])
+        pam = machine.read("/etc/pam.d/sshd")
+        machine.write("/etc/pam.d/sshd-bento", pam.replace("@include common-session\n", session))
+        machine.write("/etc/ssh/stock_config", lab.SSHD_CONFIG + made["extraConfig"])
+        for port, config, option in (
+            (POLLS[RULE], "sshd_config", "PAMServiceName=sshd-bento"),
+            (POLLS["no PAM"], "sshd_config", "UsePAM=no"),
+            (STOCK_PORT, "stock_config", "PAMServiceName=sshd-bento"),
+        ):
+            sshd = ("/usr/sbin/sshd", "-D", "-e", "-f", f"/etc/ssh/{config}", "-p", str(port), "-o", option)
+            machine.run("systemd-run", "--quiet", "--service-type=notify", *sshd)
+
+    def poll(self, port: int, hosts: Iterator[str], *options: str) -> float:
+        """Each has an account of its own, as if it came alone: for ten seconds logind keeps what one has started."""
+        batch = "get current.json got\nput report.json logs/.report\nrename logs/.report logs/report\n"
+        return self.server.sftp(next(hosts), batch, *options, port=port).elapsed_s
+
+    def cpu_s(self) -> float:
+        """Of all in the machine, with the end of what polls have started."""
+        sessions = self.machine.cgroup / "payload/user.slice"
+        self.machine.wait_for(lambda: not list(sessions.glob("user-*")), 60, "the end of all sessions")
+        usage = (self.machine.cgroup / "cpu.stat").read_text().split()
+        return int(usage[usage.index("usage_usec") + 1]) / 1e6
+
+    def cost(self, port: int, count: int) -> tuple[float, int]:
+        """The server's CPU seconds of a poll, with ssh's own choices, and how many processes one has left there."""
+        before, hosts = self.cpu_s(), iter(self.server.hosts)
+        self.poll(port, hosts)
+        left = self.machine.cgroup.glob("payload/user.slice/user-*/user@*/**/cgroup.procs")
+        found = sum(len(group.read_text().split()) for group in left)
+        for _ in range(1, count):
+            self.poll(port, hosts)
+        return (self.cpu_s() - before) / count, found
+
+    def lost(self, port: int, polls: int) -> int:
+        """How many polls are, while another address holds all the connections that it can get, and says nothing."""
+        argv = [*self.server.enter, sys.executable, "-c", FLOODER, FLOOD, self.server.address, str(port)]
+        load = Load(replace(self.server, port=port), queue.SimpleQueue())
+        self.poll(port, iter(self.server.hosts))  # which works, while all is quiet
+        with subprocess.Popen(argv, stdin=subprocess.PIPE, process_group=0):  # it ends with its input
+            time.sleep(3)
+            together(*(partial(load.bare, number, None) for number in range(polls)))
+        return load.lost()
+
+
+def pam_session(common: str, rules: Mapping[str, Mapping[str, Any]]) -> str:
+    """Debian's session modules, with fleet.nix's before or after its pam_systemd, as their order says."""
+    own = next(text for text in common.splitlines() if "pam_systemd.so" in text)
+    lines = []
+    for name, rule in sorted(rules.items(), key=lambda item: int(item[1]["order"])):
+        lines.append(own if name == "systemd" else " ".join(["session", rule["control"], rule["modulePath"], *rule["args"]]))
+    return common.replace(own, "\n".join(lines))
+
+
+def bench_pam(bench: Bench) -> None:
+    """What PAM and logind add to a poll, on a booted Debian, and what keeps strangers from filling its sshd."""
+    with lab.Lab() as made:
+        say("booting a server")
+        booted = Booted.create(made.machine("server", lab.Server), bench.top / "booted")
+        booted.start_sshds()
+        say("polls of a server with PAM")
+        kinds, hosts = len(POLLS), booted.server.hosts
+        count = min(ACCOUNTS // kinds, 5 * bench.scale.rounds)
+        actions = [partial(booted.poll, port, iter(hosts[n::kinds]), CHEAP) for n, port in enumerate(POLLS.values())]
+        took = dict(zip(POLLS, alternate(count, *actions), strict=True))
+        cost = {name: booted.cost(port, count) for name, port in POLLS.items()}
+        for other, most in (("pam_systemd", 1 / 2), ("no PAM", 2)):
+            bench.compare(f"a poll with nothing new, {RULE}", took[RULE], other, took[other], most)
+            bench.compare("CPU of the server for it", [cost[RULE][0]], other, [cost[other][0]], most)
+        mine, theirs = cost[RULE][1], cost["pam_systemd"][1]
+        if theirs == 0:
+            raise BenchError("logind started nothing for a poll: there is nothing to compare with")
+        bench.show(Row("processes that it leaves for ten seconds", str(mine), "pam_systemd", str(theirs), target="0", good=mine == 0))
+        say("polls beside a flood")
+        mine, theirs = (booted.lost(port, 8) for port in (POLLS[RULE], STOCK_PORT))
+        what = "8 polls beside 250 idle connections of an address"
+        bench.show(Row(what, f"{mine} lost", "sshd's own limits", f"{theirs} lost", target="0 lost", good=mine == 0))
+    served = ", ".join(f"{2 / cpu_s:.0f} ({name})" for name, (cpu_s, _) in cost.items())
+    bench.note("A server with PAM and logind", f"two cores of its own would serve, of polls a second: {served}")
+
+
 # --- the plot ---
 
 
@@ -1353,7 +1491,10 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "memory": bench_memory,
     "line": bench_line,
     "load": bench_load,
+    "pam": bench_pam,
 }
+
+NEEDS: dict[str, Callable[[], str | None]] = {"line": why_no_server, "load": why_no_server, "pam": lab.why_not}
 
 
 def make_scale(options: argparse.Namespace) -> Scale:
@@ -1397,7 +1538,7 @@ def run_sections(bench: Bench, names: Sequence[str]) -> None:
     print(HEAD)
     took = []
     for name in names:
-        reason = why_no_server() if name in ("line", "load") else None
+        reason = NEEDS.get(name, lambda: None)()
         if reason is not None:
             bench.show(Row(f"{name}: skipped: {reason}", ""))
             continue
@@ -1443,7 +1584,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.svg is not None:
                 options.svg.write_text(plot_svg(bench.series))
                 print(f"The plot is in {options.svg}.")
-    except BenchError as error:
+    except (BenchError, lab.LabError, image.ImageError) as error:
         print(f"bench: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
