@@ -1752,6 +1752,13 @@ class Loader:
                 return entry.name
         raise BentoError(f"the boot loader has no entry for {system}: run 'nixos-rebuild boot'")
 
+    def shows(self, system: str) -> bool:
+        """Whether the menu has the system, be the entry good or not. True where that cannot be seen."""
+        try:
+            return not self.places or any(entry.system == system for entry in self.entries(self.places[0]))
+        except OSError:
+            return True
+
     def armed(self) -> Armed:
         return Armed()
 
@@ -3185,9 +3192,11 @@ def make_default(machine: Machine, system: str, pending: Pending) -> str | None:
     except BentoError as error:
         return f"the system profile could not be set: {error}"
     done = machine.switch(system, "boot", pending.token)
-    if done.code != 0:
-        return f"the boot loader could not be written ({how_ended(done.code)}): {machine.log.cause()}"
     fault = machine.loader.entry_fault(system)
+    # On a full /boot nothing can be written. Where the menu never had what failed, the old default stands in it.
+    untouched = system != pending.new and fault is None and not (pending.between or machine.loader.shows(pending.new))
+    if done.code != 0 and not untouched:
+        return f"the boot loader could not be written ({how_ended(done.code)}): {machine.log.cause()}"
     if fault is None and trial:
         try_once(machine, system, good)
     elif fault is None:
@@ -3394,9 +3403,7 @@ def can_try(machine: Machine, system: str, pending: Pending) -> bool:
         return False
     if can_fall_back(machine, good):
         return True
-    try:
-        machine.loader.entry_of(good)
-    except BentoError:  # older than the menu shows: as the newest one it is there
+    if not machine.loader.shows(good):  # it is older than what the menu shows: as the newest one it is there
         with best_effort(machine.log):
             machine.nix_env("--set", good)
             machine.write_menu(good)

@@ -82,7 +82,7 @@ class World:
     proofs: int = 0
     now_s: float = NOON_S
     server_down: bool = False
-    boot_full: bool = False
+    boot_full: int = 0  # 1: no room for another kernel; 2: to the last block, nothing can be written
     lies: bool = False  # the boot loader's builder says 0, and half of the kernel is there
     lock_held: bool = False
     refusal: bool = False  # a user's own pre-switch check
@@ -174,7 +174,7 @@ class World:
         wanted = [self.generations[number] for number in sorted(self.generations, reverse=True)]
         wanted = [self.default, *[each for each in wanted if each != self.default]][: self.limit]
         new = set(wanted) - self.entries
-        if self.boot_full and new:
+        if self.boot_full == 2 or (self.boot_full and new):
             return 1, "No space left on device"
         if self.lies:
             self.truncated |= new
@@ -292,6 +292,9 @@ class ModelLoader(Loader):
 
     def entry_of(self, system: str) -> str:
         return name_of(system)
+
+    def shows(self, system: str) -> bool:
+        return name_of(system) in self.world.entries
 
     def armed(self) -> client.Armed:
         return client.Armed(self.world.preferred, self.world.once)

@@ -36,7 +36,8 @@ def enter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Enter]:
 def settle(world: World) -> None:
     """Peace: no more faults, and reboots now and then. The machine must come to rest on what works, and stay there; and
     take the next good release. What that is does not depend on what the client believes."""
-    world.server_down = world.boot_full = world.lies = world.lock_held = world.refusal = False
+    world.server_down = world.lies = world.lock_held = world.refusal = False
+    world.boot_full = 0
     world.truncated.clear()
     world.say("-- peace")
     rest(world, "it came to no rest")
@@ -81,12 +82,12 @@ CASES = [(new, trials) for trials in (True, False) for new in NEW if trials or n
 def test_every_pair_of_faults_of_an_update(enter: Enter, top: Path, new: System, trials: bool) -> None:
     """A fault before each effect, then one before each effect of what comes after it: a run, or the watchdog."""
     for first, second in itertools.product(("kill", "power"), ("kill", "power", "watchdog kill", "watchdog power")):
-        explore(enter, World(top, trials, "when-needed"), new, False, first, second)
+        explore(enter, World(top, trials, "when-needed"), new, 0, first, second)
 
 
 def test_every_single_fault_of_an_update(enter: Enter, top: Path) -> None:
     ways = itertools.product(("never", "when-needed"), ("live", "boot"))
-    for (new, trials), (reboot, activation), full in itertools.product(CASES, ways, (False, True)):
+    for (new, trials), (reboot, activation), full in itertools.product(CASES, ways, (0, 1, 2)):
         for first in ("kill", "power"):
             explore(enter, World(top, trials, reboot, activation), new, full, first, "")
 
@@ -110,11 +111,11 @@ def lose_the_way_back(world: World) -> None:
 def test_every_single_fault_after_a_person(enter: Enter, top: Path, before: Callable[[World], None]) -> None:
     for (new, trials), activation, first in itertools.product(CASES, ("live", "boot"), ("kill", "power")):
         if trials:
-            explore(enter, World(top, trials, "never", activation), new, False, first, "", before)
+            explore(enter, World(top, trials, "never", activation), new, 0, first, "", before)
 
 
 def explore(
-    enter: Enter, template: World, new: System, full: bool, first: str, second: str, before: Callable[[World], None] = lambda w: None
+    enter: Enter, template: World, new: System, full: int, first: str, second: str, before: Callable[[World], None] = lambda w: None
 ) -> None:
     for one in itertools.count():
         for two in itertools.count():
@@ -137,7 +138,7 @@ def explore(
 
 EVENTS = (
     *["run"] * 6, "kill", "kill", "power", "power", "watchdog", "publish", "publish", "publish", "down", "up", "up",
-    "full", "room", "lie", "truth", "reboot", "reboot", "lock", "unlock", "refuse", "allow",
+    "full", "full to the last block", "room", "lie", "truth", "reboot", "reboot", "lock", "unlock", "refuse", "allow",
     "rollback", "nixos-rebuild", "menu", "garbage", "channels", "pause",
 )  # fmt: skip
 
@@ -194,11 +195,13 @@ class Walk:
     def weather(self, event: str) -> None:
         world = self.world
         world.say(f"-- {event}")
+        world.boot_full = 2 if event == "full to the last block" else world.boot_full
         names = {"down": "server_down", "full": "boot_full", "lie": "lies", "lock": "lock_held", "refuse": "refusal"}
         ends = {"up": "down", "room": "full", "truth": "lie", "unlock": "lock", "allow": "refuse"}
         # Without a way back, a power cut between a lie and its discovery takes a person at the boot menu.
         can_lie = world.trials and len(world.generations) > 1
-        setattr(world, names[ends.get(event, event)], event in names and (event != "lie" or can_lie))
+        if name := names.get(ends.get(event, event)):
+            setattr(world, name, event in names and (event != "lie" or can_lie))
 
 
 @pytest.mark.parametrize("part", range(20))

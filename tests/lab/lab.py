@@ -422,7 +422,7 @@ class Machine:
         chunk = 1 << 24
         with open(filler, "ab") as file:
             took = file.tell()
-            while chunk >= 4096:
+            while chunk >= 1024:  # a block: a boot entry takes no more
                 try:
                     os.posix_fallocate(file.fileno(), took, chunk)
                     took += chunk
@@ -662,11 +662,14 @@ class Machine:
             files[0].write(stdin)
             files[0].seek(0)
             process = subprocess.Popen(command, stdin=files[0], stdout=files[1], stderr=files[2])
-            late = False
+            late, give_up = False, time.monotonic() + timeout_s
             try:
-                process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                late = True
+                while process.poll() is None and not late:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(1)
+                    late = time.monotonic() > give_up
+                    if self.leader != leader:  # it may have been entered while it went down: then nothing ends this
+                        raise MachineOff(f"{self.name} was restarted during: {shlex.join(words)}")
             finally:
                 end_cgroup(group)
                 process.wait()
