@@ -15,7 +15,7 @@ import pytest
 from toynixos import write_config
 
 from lab.lab import TESTS, TRIAL, Host, Lab, Layer, Server
-from lab.test_matrix import behaviour, installed, last, publish, reports, server, settled, wait
+from lab.test_matrix import behaviour, by_force, installed, last, publish, reports, server, settled, wait
 
 __all__ = ["installed", "server"]  # fixtures
 
@@ -79,14 +79,6 @@ def is_active(host: Host, unit: str) -> bool:
 def activations(host: Host) -> list[str]:
     """The labels of the systems that were activated, by a switch or at a boot."""
     return host.read("/var/toy-activations").split()
-
-
-def by_force(host: Host) -> None:
-    """A person does not wait for the pause to end; the timer may just be at work."""
-    for _ in range(5):
-        if "another run is at work" not in host.client("run", "--force", check=False).stdout:
-            return
-        time.sleep(1)
 
 
 # --- nothing was done ---
