@@ -2273,6 +2273,14 @@ class Machine:
     def link_generation(self, number: int, system: str) -> None:
         self.profile.with_name(f"{self.profile.name}-{number}-link").symlink_to(system)
 
+    def can_fall_back(self, good: str) -> bool:
+        """Whether there is a boot entry to fall back to, and will be. A garbage collection, and the next `boot`, take it."""
+        with best_effort(self.log):
+            self.keep_generation(good)
+            if self.loader.entry_fault(good) is not None:
+                self.write_menu(self.default)
+        return self.loader.entry_fault(good) is None
+
     def write_menu(self, system: str) -> None:
         """The boot menu once more. Without a unit, for it may be the shutdown: `boot` touches no other."""
         run([f"{system}/bin/switch-to-configuration", "boot"], timeout=self.settings.activation_timeout)
@@ -3391,34 +3399,23 @@ def align_trial(machine: Machine) -> None:
     new, good = machine.on_trial, machine.good
     if new is None:
         end_trial(machine)
-    elif machine.state.armed and can_fall_back(machine, good) and lead_back_to(machine, good):
+    elif machine.state.armed and machine.can_fall_back(good) and lead_back_to(machine, good):
         try_once(machine, new, good)
 
 
 def can_try(machine: Machine, system: str, pending: Pending) -> bool:
-    """Whether the next boot of a system is to be a trial. Raises BentoError where it would have to be one, and cannot: what
-    boots now is kept, then."""
+    """Whether the next boot of a system is to be a trial. Raises BentoError where it would have to be one, and cannot."""
     good = machine.good
     if system == good or not runs_bento(system) or machine.loader.trial_way().startswith("none"):
         return False
-    if can_fall_back(machine, good):
+    if machine.can_fall_back(good):
         return True
+    if machine.loader.shows(good) and (system == pending.new or pending.by_hand):
+        raise BentoError(f"its first boot could not lead back: {machine.loader.entry_fault(good)}")
     if not machine.loader.shows(good):  # it is older than what the menu shows: as the newest one it is there
         with best_effort(machine.log):
             machine.nix_env("--set", good)
             machine.write_menu(good)
-        return machine.loader.entry_fault(good) is None
-    if system == pending.new or pending.by_hand:
-        raise BentoError(f"its first boot could not lead back: {machine.loader.entry_fault(good)}")
-    return False
-
-
-def can_fall_back(machine: Machine, good: str) -> bool:
-    """Whether there is a boot entry to fall back to, and will be. A garbage collection, and the next `boot`, take it."""
-    with best_effort(machine.log):
-        machine.keep_generation(good)
-        if machine.loader.entry_fault(good) is not None:
-            machine.write_menu(machine.default)
     return machine.loader.entry_fault(good) is None
 
 
