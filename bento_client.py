@@ -82,6 +82,8 @@ POLL_LIMIT_S = 12 * 3600
 # After a boot, this many proofs may fail for want of a server before the release is suspected: a site's power cut ends for
 # hosts before it ends for a server.
 PATIENT_PROOFS = 3
+# The same, where the old system is one without Bento: once it runs, nothing leads forward again. A day, at 15 minutes.
+FIRST_PROOFS = 96
 # A pause without a number of hours, and the longest one: a machine that is to be left alone for good has no timer.
 PAUSE_H, LONGEST_PAUSE_H = 8.0, 24.0 * 31
 # Each command of `after_deployment`.
@@ -1752,6 +1754,16 @@ class Loader:
                 return entry.name
         raise BentoError(f"the boot loader has no entry for {system}: run 'nixos-rebuild boot'")
 
+    def default_of(self, place: Path) -> str:
+        """The system that the menu starts by itself, where that can be seen."""
+        return ""
+
+    def starts(self, system: str) -> bool:
+        """Whether the menu, such as it is, starts the system by itself."""
+        with suppress(OSError):
+            return bool(self.places) and all(self.default_of(place) == system for place in self.places)
+        return False
+
     def shows(self, system: str) -> bool:
         """Whether the menu has the system, be the entry good or not. True where that cannot be seen."""
         try:
@@ -1809,6 +1821,11 @@ class SystemdBoot(Loader):
         found = sorted((place / "loader/entries").glob("*.conf"), key=lambda path: (len(path.name), path.name))
         return [parse_loader_entry(path.name, path.read_text("utf-8", "replace")) for path in reversed(found)]
 
+    def default_of(self, place: Path) -> str:
+        text = (place / "loader/loader.conf").read_text("utf-8", "replace")
+        names = re.findall(r"(?m)^(?:default|preferred)\s+(\S+)", text)
+        return next((entry.system for entry in self.entries(place) if names and entry.name == names[-1]), "")
+
     def locate(self, place: Path, written: str, original: Path) -> Path:
         return place / written.lstrip("/")
 
@@ -1849,7 +1866,11 @@ def parse_loader_entry(file: str, text: str) -> BootEntry:
     fields: dict[str, str] = {}
     for line in text.splitlines():
         key, _, value = line.strip().partition(" ")
-        fields[key] = f"{fields[key]} {value.strip()}" if key == "options" and key in fields else value.strip()
+        if key == "options":
+            value = f"{fields.get(key, '')} {value}"
+        elif key in fields:  # of several lines `initrd` the first is the system's
+            continue
+        fields[key] = value.strip()
     name = re.sub(r"\+[0-9]+(-[0-9]+)?\.conf$", ".conf", file)
     return BootEntry(name, system_of(fields.get("options", "")), fields.get("linux", ""), fields.get("initrd", ""))
 
@@ -1879,13 +1900,16 @@ class Grub(Loader):
             return f"{error.filename or place}: {error.strerror}"
         if GRUB_MARK not in text:
             return f"{place / 'grub.cfg'} was written for another version of Bento"
-        if not follows_profile(text):
+        if not grub_default(text):
             return "GRUB's default is not the newest NixOS"
         mount = mount_of(self.settings, place)
         if mount is None or mount.kind not in GRUB_WRITES or not mount.plain:
             what = mount.kind if mount is not None and mount.kind not in GRUB_WRITES else "no plain partition"
             return f"GRUB cannot write to {place} ({what})"
         return None
+
+    def default_of(self, place: Path) -> str:
+        return grub_default((place / "grub.cfg").read_text("utf-8", "replace"))
 
     def entries(self, place: Path) -> list[BootEntry]:
         return parse_grub((place / "grub.cfg").read_text("utf-8", "replace"))
@@ -1941,11 +1965,11 @@ def parse_grub(text: str) -> list[BootEntry]:
     return entries
 
 
-def follows_profile(text: str) -> bool:
-    """Whether the entry that GRUB starts by itself is the one that `switch-to-configuration boot` sets."""
+def grub_default(text: str) -> str:
+    """The system that GRUB starts by itself; empty, where that is not what `switch-to-configuration boot` sets."""
     default = re.findall(r'^\s*set default="?([0-9]+)"?\s*$', text, re.MULTILINE)
     tops = [entry for entry in parse_grub(text) if entry.top]
-    return len(default) == 1 and int(default[0]) < len(tops) and tops[int(default[0])].system != ""
+    return tops[int(default[0])].system if len(default) == 1 and int(default[0]) < len(tops) else ""
 
 
 class Mount(NamedTuple):
@@ -2219,11 +2243,12 @@ class Machine:
         return f"systemd waits for {', '.join(f'{unit} ({kind})' for _, unit, kind, _ in jobs)}" if jobs else ""
 
     def jobs(self) -> list[int]:
-        """The numbers of the jobs in systemd's queue. They grow; the first one of a boot is 1."""
+        """The numbers of the jobs in systemd's queue, those first that wait for others. They grow; a boot's first is 1."""
         if not self.has_systemd:
             return []
         listed = run(["systemctl", "list-jobs", "--no-legend"], check=False, timeout=30).output
-        return [int(number) for number in re.findall(r"(?m)^ *([0-9]+) ", listed)]
+        found = re.findall(r"(?m)^ *([0-9]+) .* (\w+) *$", listed)
+        return [int(number) for number, state in sorted(found, key=lambda job: job[1] == "running")]
 
     def end_switches(self, pending: Pending) -> None:
         """Ends what an attempt started and left, with the jobs that were queued since: a unit that waits for one that hangs
@@ -2271,7 +2296,12 @@ class Machine:
             self.link_generation(free[-1] if free else max(generations, default=0) + 1, system)
 
     def link_generation(self, number: int, system: str) -> None:
-        self.profile.with_name(f"{self.profile.name}-{number}-link").symlink_to(system)
+        """As old as the one above it: Nix aborts, for whatever is to be deleted by age, where a lower one is younger."""
+        link, above = (self.profile.with_name(f"{self.profile.name}-{each}-link") for each in (number, number + 1))
+        link.symlink_to(system)
+        if os.path.lexists(above):
+            made_ns = above.lstat().st_mtime_ns
+            os.utime(link, ns=(made_ns, made_ns), follow_symlinks=False)
 
     def can_fall_back(self, good: str) -> bool:
         """Whether there is a boot entry to fall back to, and will be. A garbage collection, and the next `boot`, take it."""
@@ -2282,8 +2312,14 @@ class Machine:
         return self.loader.entry_fault(good) is None
 
     def write_menu(self, system: str) -> None:
-        """The boot menu once more. Without a unit, for it may be the shutdown: `boot` touches no other."""
-        run([f"{system}/bin/switch-to-configuration", "boot"], timeout=self.settings.activation_timeout)
+        """The boot menu once more. No unit can be started at a shutdown: there `boot` runs as it is."""
+        if (
+            self.has_systemd
+            and run(["systemctl", "is-system-running"], check=False, timeout=30).output.strip() != "stopping"
+        ):
+            self.switch(system, "boot", os.urandom(4).hex())
+        else:
+            run([f"{system}/bin/switch-to-configuration", "boot"], timeout=self.settings.activation_timeout)
 
     def count_proof(self) -> int:
         """How often a proof has failed since the boot, this one included. In /run: it is of one boot, and a full disk must
@@ -3192,18 +3228,17 @@ def make_default(machine: Machine, system: str, pending: Pending) -> str | None:
     """
     good = machine.good
     try:
-        trial = can_try(machine, system, pending) and lead_back_to(machine, good)
+        if machine.default != system != pending.new:
+            machine.undo_default(system, pending.new)
+        trial = can_try(machine, system, must=system == pending.new) and lead_back_to(machine, good)
         if system == pending.new:
             machine.nix_env("--set", system)
-        elif machine.default != system:
-            machine.undo_default(system, pending.new)
     except BentoError as error:
         return f"the system profile could not be set: {error}"
     done = machine.switch(system, "boot", pending.token)
     fault = machine.loader.entry_fault(system)
-    # On a full /boot nothing can be written. Where the menu never had what failed, the old default stands in it.
-    untouched = system != pending.new and fault is None and not (pending.between or machine.loader.shows(pending.new))
-    if done.code != 0 and not untouched:
+    # On a full /boot nothing can be written. On the way back that does no harm, where the menu is as it was.
+    if done.code != 0 and not (system != pending.new and fault is None and machine.loader.starts(system)):
         return f"the boot loader could not be written ({how_ended(done.code)}): {machine.log.cause()}"
     if fault is None and trial:
         try_once(machine, system, good)
@@ -3275,6 +3310,8 @@ def go_back(machine: Machine, pending: Pending, outcome: Outcome) -> Outcome | N
     trouble = None if default is None else make_default(machine, default, pending)
     came = Switched.LIVE if system is None else activate_again(machine, pending, system)
     if trouble is not None:
+        with best_effort(machine.log):  # what is live again is not activated at each run
+            save_pending(machine, pending._replace(switched=pending.switched and came != Switched.LIVE))
         words = f"the boot default could not be set back to {pending.profile}: {trouble}: tried again at the next run"
         return Outcome(Result.ROLLBACK_FAILED, f"{outcome.reason}; and {words}")
     if came == Switched.LIVE:
@@ -3317,7 +3354,7 @@ def take_over(machine: Machine, pending: Pending) -> Outcome | None:
             return wait_for_boot(machine, pending, "")
         done = machine.switch(new, "test", pending.token)
         switched = judge_switch(done.code, done.output, is_new=machine.running == new, is_old=machine.running == before)
-        waits = machine.jobs() if done.code is None else ""
+        waits = machine.waits_for() if done.code is None else ""
         words = f"switch-to-configuration test: {how_ended(done.code)}: {waits or find_cause(done.output)}"
         if switched == Switched.REFUSED:
             return give_up(machine, pending, Outcome(Result.POSTPONED, f"not activated: {words}", costly=True))
@@ -3403,20 +3440,16 @@ def align_trial(machine: Machine) -> None:
         try_once(machine, new, good)
 
 
-def can_try(machine: Machine, system: str, pending: Pending) -> bool:
-    """Whether the next boot of a system is to be a trial. Raises BentoError where it would have to be one, and cannot."""
-    good = machine.good
-    if system == good or not runs_bento(system) or machine.loader.trial_way().startswith("none"):
+def can_try(machine: Machine, system: str, *, must: bool) -> bool:
+    """Whether the next boot of a system can be a trial. Where it `must` be, and what is the default boots: BentoError,
+    for a broken entry to fall back to. None at all may be older than what the menu shows."""
+    good, loader = machine.good, machine.loader
+    if system == good or not runs_bento(system) or loader.trial_way().startswith("none"):
         return False
-    if machine.can_fall_back(good):
-        return True
-    if machine.loader.shows(good) and (system == pending.new or pending.by_hand):
-        raise BentoError(f"its first boot could not lead back: {machine.loader.entry_fault(good)}")
-    if not machine.loader.shows(good):  # it is older than what the menu shows: as the newest one it is there
-        with best_effort(machine.log):
-            machine.nix_env("--set", good)
-            machine.write_menu(good)
-    return machine.loader.entry_fault(good) is None
+    possible = machine.can_fall_back(good)
+    if must and not possible and loader.shows(good) and loader.entry_fault(machine.default) is None:
+        raise BentoError(f"its first boot could not lead back: {loader.entry_fault(good)}")
+    return possible
 
 
 def lead_back_to(machine: Machine, good: str) -> bool:
@@ -3462,7 +3495,8 @@ def judge_boot(machine: Machine, pending: Pending) -> Outcome | None:
     if failure is None:
         end_trial(machine)  # before it is written down: a cut in between leads back, and is one of the tries
         return Outcome(Result.OK, "", pending.new)
-    if failure.unreachable and machine.count_proof() < PATIENT_PROOFS:
+    patience = PATIENT_PROOFS if runs_bento(machine.good) else FIRST_PROOFS
+    if failure.unreachable and machine.count_proof() < patience:
         raise Unreachable(f"after the boot, {failure.reason}: tried again at the next run")
     result = verdict_of_boot(machine, pending) if failure.unreachable else Result.ROLLED_BACK
     outcome = Outcome(result, f"after the boot, {failure.reason}")
@@ -3719,7 +3753,8 @@ def update(machine: Machine, *, force: bool) -> int:
     action, why = choose(machine, current, force=force)
     state, facts = machine.state, machine.facts()
     # A person's, and known to boot; or what a first trial is to lead back to.
-    sure = facts.running == facts.booted == facts.default or state.good is state.system is None
+    sure = facts.running == facts.booted and (facts.booted == facts.default or state.system is None)
+    sure = sure or state.good is state.system is None
     if sure and facts.booted not in (state.system, state.good):
         machine.remember(good=facts.booted, good_release=None, good_revision=None)
     assert machine.session is not None
@@ -3915,6 +3950,7 @@ def step_back(machine: Machine) -> Pending:
         raise BentoError("nothing to roll back: no earlier system is known on this machine")
     if not Path(back, "bin/switch-to-configuration").exists():
         raise BentoError(f"the earlier system {back} is gone (garbage collected): publish an older release instead")
+    can_try(machine, back, must=True)
     return trial_of(machine)._replace(
         old=back, new=facts.default if facts.default != back else facts.running, profile=back, step=Step.ROLLING_BACK,
         verdict=Result.ROLLED_BACK, reason="by hand", by_hand=True, switched=facts.running != back, attempt=1,

@@ -293,6 +293,9 @@ class ModelLoader(Loader):
     def entry_of(self, system: str) -> str:
         return name_of(system)
 
+    def starts(self, system: str) -> bool:
+        return name_of(system) == self.world.loader_conf and name_of(system) in self.world.entries
+
     def shows(self, system: str) -> bool:
         return name_of(system) in self.world.entries
 
@@ -516,7 +519,7 @@ def make_doors(world: Callable[[], World]) -> dict[str, Any]:
     return {
         "encode": lambda record: record, "read_journal": lambda path, parse, log: world().files.get(path.name),
         "write_atomic": write_atomic, "upgrade": nothing, "clear_pending": clear_pending, "poll": poll, "knock": knock,
-        "runs_bento": lambda system: world().systems[name_of(system)].bento, "settings_of": lambda system: {},
+        "FIRST_PROOFS": client.PATIENT_PROOFS, "runs_bento": lambda system: world().systems[name_of(system)].bento, "settings_of": lambda system: {},
         "probe_system": probe_system, "probe_failure": lambda settings: probe_system(None, "", 0),  # type: ignore[arg-type]
         "check_health": check_health, "scratch": scratch, "lock": lock, "heartbeat": heartbeat, "arm": arm, "disarm": nothing,
         "report": say_report, "tell_bug": bug, "deliver": say_report, "announce": nothing, "keep_log": nothing,
