@@ -510,9 +510,85 @@ def test_two_clones_sign_the_same_text(site: Site, tmp_path: Path) -> None:
     assert texts[0].text.replace(str(first.serial), "") == texts[1].text.replace(str(second.serial), "")
 
 
-# --- serials ---
+# --- what the host makes of it ---
 
-S1, S2 = f"SHA256:{'1' * 43}", f"SHA256:{'2' * 43}"
+BLOBS = ("AAAAaaaa", "AAAAbbbb", "AAAAcccc")
+S1, S2, DROPPED = sorted(client.fingerprint(blob) for blob in BLOBS)
+
+
+def write_signers(path: Path, *signers: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"ssh-ed25519 {blob}\n" for blob in BLOBS if client.fingerprint(blob) in signers))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("serials", "revoked", "seen"),
+    [
+        ((), (), 0),
+        ((f"{S1} 5", f"{S2} 7"), (), 7),
+        ((f"{S1} 7", f"{S2} 5"), (), 7),
+        ((f"{S1} 5", f"{S2} 7"), (S2,), 5),
+        ((f"{S1} 5", f"{DROPPED} 7"), (), 5),
+        ((f"{S1} 5", f"{S2} 7"), (S1, S2), 0),
+        ((f"{S1} 5", S2, f"{S2} -7", f"{S2} 7 7", ""), (), 5),  # a damaged file
+    ],
+)
+def test_the_highest_serial_that_counts(serials: tuple[str, ...], revoked: tuple[str, ...], seen: int, tmp_path: Path) -> None:
+    assert client.highest_serial(Trust(write_signers(tmp_path / "signers", S1, S2), serials), revoked) == seen
+
+
+@pytest.mark.parametrize(
+    ("before", "kept"),
+    [
+        ((), (f"{S2} 5",)),
+        ((f"{S1} 7", f"{S2} 3"), (f"{S1} 7", f"{S2} 5")),
+        ((f"{S2} 7", f"{DROPPED} 9"), (f"{S2} 7", f"{DROPPED} 9")),  # not lower, whoever is trusted now
+    ],
+)
+def test_what_is_kept_of_an_accepted_release(before: tuple[str, ...], kept: tuple[str, ...]) -> None:
+    text = format_signed(ALICE._replace(serial=5))
+    current = client.Current("toy", A, 10240, ALICE.expires, signed=text, signer=S2)
+    state = State(serials=before)
+    assert state._replace(**client.accepted(state, current)) == State(serials=kept, signer=S2, signed=text)
+    # Where nobody's signature is asked for, a text is not even read; the serials stay for the day when it is again.
+    unasked = client.accepted(state._replace(signer=S1, signed=text), current._replace(signed="anything", signer=None))
+    assert state._replace(**unasked) == state
+
+
+def test_the_second_in_which_nobody_vouches_any_more() -> None:
+    state, end_s = State(signed=format_signed(ALICE)), client.parse_time(ALICE.expires)
+    assert client.nobody_vouches(State(), end_s) is None and client.nobody_vouches(state, end_s - 1) is None
+    for now_s in (end_s, end_s + 1):
+        assert f"since {ALICE.expires}" in str(client.nobody_vouches(state, now_s))
+
+
+@pytest.mark.parametrize(
+    ("signers", "asked", "unsign", "words"),
+    [
+        ("etc/signers", "/etc/signers", None, None),  # the new system's own file
+        ("etc/signers", "/etc/signers", True, None),
+        ("etc/empty", "/etc/empty", False, "no signer's key in it"),
+        ("etc/signers", "/etc/another", False, "cannot be read"),
+        ("var/signers", "{top}/var/signers", False, None),  # a file of this machine's
+        ("etc/signers", None, None, "it has no services.bento.signers"),
+        ("etc/signers", "", False, "it has no services.bento.signers"),
+        ("etc/signers", None, True, None),
+    ],
+)
+def test_who_a_new_system_would_trust(
+    signers: str, asked: str | None, unsign: bool | None, words: str | None, tmp_path: Path
+) -> None:
+    """`unsign`: what the signed text says of it, if there is one."""
+    write_signers(tmp_path / signers, *[S1] * (signers != "etc/empty"))
+    text = None if unsign is None else format_signed(ALICE._replace(unsign=unsign))
+    new = {"host": "toy", "signers": asked and asked.format(top=tmp_path)}
+    values = {"host": "toy", "server": ["there"], "signers": str(tmp_path / signers)}
+    settings = client.make_settings(values, "test")
+    refusal = client.drops_signers(settings, new, str(tmp_path), text)
+    assert refusal is None if words is None else words in str(refusal)
+    assert client.drops_signers(settings, {}, str(tmp_path), text) is None, "one that has no Bento takes nothing"
+    assert client.drops_signers(settings._replace(signers=""), new, str(tmp_path), text) is None, "nor does this one ask"
 
 
 def test_old_states_and_reports_are_read() -> None:

@@ -18,7 +18,7 @@ from toylab import HOST, Lab, Systemd, at_any_price, be_patient, inhibited, kill
 from toynixos import PYTHON_FLAGS, latin_1, write_config
 
 import bento_client
-from bento_client import Result
+from bento_client import BentoError, Result
 
 
 def check_way_back(lab: Lab, *, patient: bool = True) -> None:
@@ -274,6 +274,22 @@ def test_a_commit_whose_client_was_killed_comes_to_its_end(tmp_path: Path) -> No
     threading.Timer(2, Path(lab.file("go")).touch).start()
     systemd.run("run")
     assert lab.labels() == ("v1", "v1", "v1") and result(lab) == (Result.OK, release)
+    assert systemd.timers() == [], "the watchdog of the client that was killed is gone, too"
+
+
+def test_a_step_is_written_down_before_its_watchdog_is_armed(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be that none can be armed: a way back goes on without, and is still known for what it is when it is cut."""
+    machine = bento_client.Machine(bento_client.make_settings(lab.settings, "test"))
+    step, now = bento_client.Step.ROLLING_BACK, "2026-11-25T20:00:00Z"
+    pending = bento_client.Pending("a" * 64, now, "/old", "/new", "/old", step, "boot", "token", now, 1, verdict="rolled-back")
+
+    def arm(*words: object) -> None:
+        raise BentoError("no systemd-run")
+
+    monkeypatch.setattr(bento_client, "arm", arm)
+    with pytest.raises(BentoError):
+        bento_client.advance(machine, pending, 1)
+    assert bento_client.load_pending(machine) == pending
 
 
 def test_all_health_checks_share_the_time(tmp_path: Path) -> None:
