@@ -387,11 +387,43 @@ def test_what_is_not_signed_is_not_published(site: Site) -> None:
     assert f"{FRESH}: published" in site.populate()
 
 
-def test_the_signature_of_another_host_is_refused(site: Site) -> None:
-    text = format_signed(site.signature.signed._replace(host="another"))
-    path = site.server.top / f"fleet/hosts/{FRESH}.sig"
-    path.write_text(text + site.make_signature("alice", text))
-    assert f"{FRESH}: not signed: hosts/{FRESH}.sig is for host 'another'" in site.populate(code=1)
+@pytest.mark.parametrize(
+    ("changes", "about"),
+    [
+        ({"host": "another"}, "host 'another'"),
+        ({"release": "b" * 64}, "release bbbbbbbbbbbb"),
+        ({"size": 1}, "release aaaaaaaaaaaa"),  # the host compares it, too
+    ],
+)
+def test_the_signature_of_something_else_is_refused(changes: dict[str, Any], about: str, tmp_path: Path) -> None:
+    fleet, release = bento.Fleet(tmp_path, tmp_path / "chroots"), bento.Release(A, ALICE.size, ())
+    path = tmp_path / "hosts/toy.sig"
+    path.parent.mkdir()
+    path.write_text(format_signed(ALICE) + bento.ARMOR)
+    assert bento.check_signature(fleet, "toy", release) == bento.Signature(format_signed(ALICE), ALICE, bento.ARMOR)
+    path.write_text(format_signed(ALICE._replace(**changes)) + bento.ARMOR)
+    with pytest.raises(BentoError, match=f"not signed: hosts/toy.sig is for {about}"):
+        bento.check_signature(fleet, "toy", release)
+
+
+@pytest.mark.parametrize(
+    ("signed", "built", "published"),
+    [
+        (None, None, None),
+        (None, "/built", "/built"),
+        ("/signed", None, "/signed"),
+        ("/signed", "/signed", "/signed"),
+        ("/signed", "/built", BentoError),
+    ],
+)
+def test_what_is_built_here_has_to_be_what_was_signed(signed: str | None, built: str | None, published: Any) -> None:
+    assert bento.check_system(None, built) == built
+    found = bento.Signature("", ALICE._replace(system=signed), "")
+    if published is BentoError:
+        with pytest.raises(BentoError, match="not signed: this was built to /built, and /signed is signed"):
+            bento.check_system(found, built)
+    else:
+        assert bento.check_system(found, built) == published
 
 
 def test_the_signed_system_is_published(site: Site) -> None:
@@ -573,8 +605,11 @@ def test_what_is_kept_of_an_accepted_release(before: tuple[str, ...], kept: tupl
 def test_the_second_in_which_nobody_vouches_any_more() -> None:
     state, end_s = State(signed=format_signed(ALICE)), client.parse_time(ALICE.expires)
     assert client.nobody_vouches(State(), end_s) is None and client.nobody_vouches(state, end_s - 1) is None
+    current = client.Current("toy", A, 10240, ALICE.expires, signed=state.signed)
+    assert not bento.is_expired(current, end_s - 1), "the server says the same"
     for now_s in (end_s, end_s + 1):
         assert f"since {ALICE.expires}" in str(client.nobody_vouches(state, now_s))
+        assert bento.is_expired(current, now_s)
 
 
 @pytest.mark.parametrize(
