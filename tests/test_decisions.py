@@ -75,14 +75,12 @@ def test_decide_by_force(result: Result) -> None:
     [
         ("2026-11-23T09:59:59Z", True, Action.NOTHING),
         ("2026-11-23T10:00:00Z", True, Action.FETCH),
-        ("2026-11-23T10:00:01Z", True, Action.FETCH),
         ("2026-11-23T09:59:59Z", False, Action.FETCH),  # the only server is right by definition
     ],
 )
 def test_decide_behind(published: str, replica: bool, action: Action) -> None:
     current = CURRENT._replace(release=B, published=published)
     assert decide(current, state_after("ok"), NOON, replica=replica)[0] == action
-    assert decide(current, state_after("ok")._replace(published=None), NOON, replica=replica)[0] == Action.FETCH
 
 
 BEFORE, SEEN = "2026-11-23T09:59:59Z", "2026-11-23T10:00:00Z"

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -226,20 +225,12 @@ def test_the_first_release_of_a_machine_is_checked_too(fresh: Host, site: Site, 
     assert again.machine.current_label() == "v0"
 
 
-TARS: dict[str, Callable[[bytes], bytes]] = {
-    "truncated": lambda tar: tar[: len(tar) // 2],
-    "oversized": lambda tar: tar + bytes(100_000),
-    "another": lambda tar: tar[:-1024] + b"x" + tar[-1023:],
-}
-
-
-@pytest.mark.parametrize("kind", TARS)
-def test_a_tar_that_is_not_the_signed_one(site: Site, kind: str) -> None:
+def test_a_tar_that_is_not_the_signed_one(site: Site) -> None:
     signed = site.publish("v2")
-    tar = site.server.chroot(FRESH) / f"releases/{signed.release}.tar"
-    damaged = TARS[kind](tar.read_bytes())
-    tar.unlink()
-    tar.write_bytes(damaged)
+    path = site.server.chroot(FRESH) / f"releases/{signed.release}.tar"
+    tar = path.read_bytes()
+    path.unlink()
+    path.write_bytes(tar[:-1024] + b"x" + tar[-1023:])
     said = site.run(code=1)
     assert "fetch-failed" in said and not (site.host.state / "config.new").exists()
     assert site.host.machine.labels() == ("v1", "v1", "v1")
@@ -302,16 +293,6 @@ def test_a_stolen_key_runs_ahead_and_is_revoked(site: Site) -> None:
     check_refused(site, "its signature is of nobody in", label="v4")
 
 
-def test_a_key_that_does_not_revoke_itself_is_heard_no_more_once_it_is_dropped(site: Site) -> None:
-    """A machine that a person sees to: --signers without the stolen key."""
-    site.publish("v2", key="bob")
-    site.forge_text("bob", serial=(1 << 53) - 1)
-    site.run()
-    site.publish("v3", signers=("alice",))
-    site.run("--signers", site.signers("alice"))
-    assert site.host.machine.labels() == ("v3", "v3", "v3")
-
-
 def test_rotation(site: Site) -> None:
     site.publish("v2", signers=("mallory",))
     site.run()
@@ -355,16 +336,6 @@ def test_a_release_that_asks_for_no_signatures_is_refused(site: Site) -> None:
     site.populate()
     site.run()
     assert site.host.machine.labels() == ("v3", "v3", "v3")
-
-
-def test_a_release_whose_signers_cannot_be_read_is_refused(site: Site) -> None:
-    site.write("v2", "alice")
-    config = site.server.top / f"fleet/hosts/{FRESH}/toy.json"
-    config.write_text(config.read_text().replace(site.signers("alice"), "/nonexistent/signers"))
-    site.sign("alice")
-    site.populate()
-    assert "/nonexistent/signers: the signers' keys cannot be read" in site.run(code=1)
-    assert site.host.machine.labels() == ("v1", "v1", "v1")
 
 
 # --- the server ---
@@ -434,10 +405,6 @@ def test_the_signed_system_is_published(site: Site) -> None:
     path.write_text(text + site.make_signature("alice", text))
     site.populate()
     assert json.loads(site.current.read_text())["system"] == "/nix/store/signed"
-    site.forge(system="/nix/store/evil")
-    trust = Trust(Path(site.signers("alice")))
-    current = client.parse_current(site.current.read_bytes(), "current.json")
-    assert client.verify(current, trust, site.keys, "test").system == "/nix/store/signed"
 
 
 def test_what_a_release_builds_to_is_signed_too(

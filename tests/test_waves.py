@@ -598,6 +598,11 @@ def test_what_fails_here_holds_the_others(days: Days) -> None:
     """The canary's configuration cannot be published: it is told once, and nobody goes before it."""
     days.begin()
     days.write("second")
+    key = days.site.fleet / "hosts/nas.pub"
+    key.write_text("no key\n")
+    ran = days.populate()
+    assert (ran.code, ran.out.splitlines()[0]) == (1, "39 hosts: held: wait for nas (not published)")
+    key.unlink()
     (days.site.fleet / "hosts/nas/configuration.nix").unlink()
     ran = days.populate()
     assert ran.errors == ["bento: error: nas: hosts/nas: neither flake.nix nor configuration.nix in it"]

@@ -221,11 +221,13 @@ def test_no_reboot_into_what_could_not_be_set_back(tmp_path: Path) -> None:
     assert lab.labels() == ("v0", "v0", "v0") and result(lab)[0] == Result.INTERRUPTED
 
 
-def test_a_reboot_that_is_refused_is_asked_for_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("inhibitors", ["dbus 1", "dbus 2"], ids=["live", "not live"])
+def test_a_reboot_that_is_refused_is_asked_for_again(inhibitors: str, tmp_path: Path) -> None:
+    """Back, too: the old system runs by then, or cannot, and it is the kernel that has no network."""
     lab = inhibited(tmp_path)
     systemd = Systemd(lab)
     lab.settings["reboot"] = "when-needed"
-    lab.publish("v1", inhibitors="dbus 2", kernel="broken")
+    lab.publish("v1", inhibitors=inhibitors, kernel="broken")
     (systemd.top / "no-reboot").touch()
     systemd.run("run", code=1)
     (systemd.top / "no-reboot").unlink()
