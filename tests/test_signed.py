@@ -471,7 +471,7 @@ def test_two_clones_sign_the_same_text(site: Site, tmp_path: Path) -> None:
         assert found is not None
         texts.append(found)
     first, second = (each.signed for each in texts)
-    assert second.serial - first.serial in (3599, 3600, 3601, 3602, 3603)
+    assert second.serial > first.serial
     assert texts[0].text.replace(str(first.serial), "") == texts[1].text.replace(str(second.serial), "")
 
 
