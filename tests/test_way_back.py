@@ -326,6 +326,18 @@ def test_a_system_whose_client_refuses_its_settings_is_not_left_to_a_boot(tmp_pa
     assert "refuses its settings: " in lab.last().reason and "'fleet host'" in lab.last().reason
 
 
+def test_an_attempt_after_a_failed_way_back_leads_further_back(lab: Lab) -> None:
+    """What runs, and maybe the boot default, is of the one before."""
+    machine = bento_client.Machine(bento_client.make_settings(lab.settings, "test"))
+    current = bento_client.Current(HOST, B, 10, "2026-11-25T21:00:00Z")
+    first = bento_client.begin(machine, current)
+    assert (first.old, first.profile, first.between, first.committed) == (machine.running, machine.default, "", False)
+    for between in ("/new", "/bad"):
+        bento_client.save_pending(machine, way_back("boot", between="" if between == "/new" else between))
+        pending = bento_client.begin(machine, current)
+        assert (pending.old, pending.profile, pending.between, pending.committed) == ("/old", "/old", between, True)
+
+
 def test_a_refused_release_does_not_end_a_way_back_that_is_owed(tmp_path: Path) -> None:
     lab = Lab.create(tmp_path, fails_from="bad", fails_from_times=2, inhibitors="dbus 1")
     lab.publish("bad", activation_command="false", broken_client=True, inhibitors="dbus 1")
