@@ -587,14 +587,16 @@ def test_the_boot_loader_itself_leads_back(tmp_path: Path, kernel: str) -> None:
     assert results(lab, release)[-1] == Result.ROLLED_BACK and Result.INTERRUPTED in results(lab, release)
 
 
-def test_a_boot_that_proves_it_makes_it_the_default_for_good(tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", [None, "nixos-generation-*"])
+def test_a_boot_that_proves_it_makes_it_the_default_for_good(before: str | None, tmp_path: Path) -> None:
     lab = create(tmp_path)
+    esp.write_variable(lab.machine.root, "LoaderEntryDefault", before)
     lab.publish("v1", kernel="6.13")
     run(lab)
     assert lab.machine.power_cycle() == ["boots v1"]
     assert run(lab)[0] == 0
     assert lab.machine.fallback_label() == "v1"
-    assert lab.machine.efi_variable("LoaderEntryDefault") is None, "what a person makes the default boots"
+    assert lab.machine.efi_variable("LoaderEntryDefault") == before, "what a person makes the default boots"
     by_hand(lab, "mine")
     assert lab.machine.power_cycle() == ["boots mine"]
 
