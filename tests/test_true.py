@@ -592,7 +592,8 @@ def test_a_boot_that_proves_it_makes_it_the_default_for_good(before: str | None,
     lab = create(tmp_path)
     esp.write_variable(lab.machine.root, "LoaderEntryDefault", before)
     lab.publish("v1", kernel="6.13")
-    run(lab)
+    for _ in range(2):
+        run(lab)
     assert lab.machine.power_cycle() == ["boots v1"]
     assert run(lab)[0] == 0
     assert lab.machine.fallback_label() == "v1"
