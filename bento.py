@@ -3466,10 +3466,10 @@ def read_refusals(fleet: Fleet) -> dict[str, Refusal]:
     return found
 
 
-def remember_failures(work: Work, hosts: Sequence[str], failures: Iterable[Failure], *, everyone: bool) -> None:
+def remember_failures(work: Work, hosts: Sequence[str], failures: Iterable[Failure]) -> None:
     """Keeps what failed until it passes, for `status`: what is published meanwhile looks as good as ever."""
     before, now = read_refusals(work.fleet), format_time(time.time())
-    kept = {} if everyone else {name: refusal for name, refusal in before.items() if name not in hosts}
+    kept = {name: refusal for name, refusal in before.items() if name not in hosts}
     for failure in failures:
         since, times, _ = before.get(failure.host, Refusal(now, 0, ""))
         kept[failure.host] = Refusal(since, times + 1, one_line(failure.text, 1000))
@@ -3496,7 +3496,7 @@ def publish(work: Work, hosts: Sequence[str], bad_keys: Mapping[str, str], *, ev
         populate_hosts(work, good)
     if not plan.dry_run:
         work.store.prune()
-        remember_failures(work, hosts, [*work.failures, *unfit], everyone=everyone)
+        remember_failures(work, hosts, [*work.failures, *unfit])
     work.failures += stops
 
 

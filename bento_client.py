@@ -3719,9 +3719,7 @@ def what_stands(machine: Machine, current: Current) -> str | None:
         return None
     if machine.on_trial is not None:
         return f"release {current.release[:12]} waits for the next boot"
-    if running != machine.default:
-        return f"release {current.release[:12]} is deployed, but another system runs: {running}"
-    return None
+    return f"release {current.release[:12]} is deployed, but another system runs: {running}"
 
 
 def choose(machine: Machine, current: Current, *, force: bool) -> tuple[Action, str]:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from toylab import NOON, QUARTER, A, B, attempt
 
-from bento_client import Action, Current, Result, State, decide, may_reboot, retry_pause_s
+from bento_client import Action, Current, Result, State, decide, is_odd, may_reboot, retry_pause_s
 
 
 def state_after(result: str, number: int = 1, **more: Any) -> State:
@@ -75,14 +75,34 @@ def test_decide_by_force(result: Result) -> None:
     [
         ("2026-11-23T09:59:59Z", True, Action.NOTHING),
         ("2026-11-23T10:00:00Z", True, Action.FETCH),
-        ("2026-11-23T10:00:01Z", True, Action.FETCH),
         ("2026-11-23T09:59:59Z", False, Action.FETCH),  # the only server is right by definition
     ],
 )
 def test_decide_behind(published: str, replica: bool, action: Action) -> None:
     current = CURRENT._replace(release=B, published=published)
     assert decide(current, state_after("ok"), NOON, replica=replica)[0] == action
-    assert decide(current, state_after("ok")._replace(published=None), NOON, replica=replica)[0] == Action.FETCH
+
+
+BEFORE, SEEN = "2026-11-23T09:59:59Z", "2026-11-23T10:00:00Z"
+IN_A_DAY, LATER = "2026-11-24T12:00:00Z", "2026-11-24T12:00:01Z"  # clocks do not differ by more than a day
+
+
+@pytest.mark.parametrize(
+    ("published", "seen", "signer", "odd"),
+    [
+        (SEEN, None, None, False),
+        (SEEN, SEEN, None, False),
+        (BEFORE, SEEN, None, True),
+        (BEFORE, SEEN, "SHA256:x", False),  # its serial says it
+        (BEFORE, "2040-01-01T00:00:00Z", None, False),  # that other server's clock was wrong
+        (BEFORE, IN_A_DAY, None, True),
+        (IN_A_DAY, SEEN, None, False),
+        (LATER, SEEN, None, True),
+        (LATER, None, "SHA256:x", True),
+    ],
+)
+def test_another_server_is_asked_first(published: str, seen: str | None, signer: str | None, odd: bool) -> None:
+    assert is_odd(CURRENT._replace(published=published, signer=signer), seen, NOON) == odd
 
 
 @pytest.mark.parametrize(

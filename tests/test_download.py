@@ -16,12 +16,19 @@ import bento_client
 from bento_client import Result, parse_current
 
 
-def test_download_goes_on_where_it_stopped(lab: Lab) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_download_goes_on_where_it_stopped(lab: Lab, whole: bool) -> None:
+    """What has come is not asked for again: the server has it no more."""
     release = lab.publish("v1")
-    tar = (lab.chroot / "releases" / f"{release}.tar").read_bytes()
+    path = lab.chroot / "releases" / f"{release}.tar"
+    tar = path.read_bytes()
+    here = len(tar) if whole else len(tar) // 2
     (lab.state / "partial").mkdir()
-    (lab.state / "partial" / f"{release}.tar").write_bytes(tar[: len(tar) // 2])
+    (lab.state / "partial" / path.name).write_bytes(tar[:here])
     (lab.state / "partial" / f"{B}.tar").write_bytes(b"of an older release")
+    path.unlink()
+    if not whole:
+        path.write_bytes(bytes(here) + tar[here:])
     lab.client("run")
     assert lab.labels() == ("v1", "v1", "v1")
     assert tree(lab.state / "config") == tree(lab.config)

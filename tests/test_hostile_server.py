@@ -443,6 +443,13 @@ def test_as_deep_as_populate_makes_it(tmp_path: Path) -> None:
     assert len(list((tmp_path / "config").rglob("*"))) == client.MAX_DEPTH + 1
 
 
+def test_a_directory_without_a_size(tmp_path: Path) -> None:
+    """As some programs write it: blank is nothing."""
+    (tmp_path / "tar").write_bytes(header("d", tarfile.DIRTYPE, b" " * 11 + b"\0") + END)
+    unpack(tmp_path / "tar", tmp_path / "config")
+    assert (tmp_path / "config/d").is_dir()
+
+
 def test_what_an_older_client_unpacked_is_removed_however_deep(lab: Lab) -> None:
     """More than Python's recursion bears, and than a path can be long."""
     lab.publish("v1")

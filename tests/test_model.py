@@ -127,6 +127,8 @@ def explore(
                 began = world.run(left=one, fault=first)
                 how = "watchdog" if second.startswith("watchdog") else "run"
                 went_on = world.run(how, left=two, fault=second.split()[-1]) if second else "once"
+                if world.activation == "boot" and not world.boot and any("switch test" in line for line in world.trace):
+                    raise Lost("a desktop was switched under its person")
                 settle(world)
             except Lost as error:
                 tell(world, error)

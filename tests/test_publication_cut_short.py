@@ -126,36 +126,38 @@ def test_killed_at_each_step(site: Site) -> None:
     assert step >= 60
 
 
-def test_a_kill_then_a_change_of_mind(site: Site) -> None:
+@pytest.mark.parametrize("moment", ["before", "after", "after, and mended"])
+def test_a_kill_then_a_change_of_mind(moment: str, site: Site) -> None:
     """Killed just before and just after the moment of publication, and then the old content is back."""
     site.host("a")
     site.publish()
     old = site.current().release
-    for moment in ("before", "after"):
-        site.host("a", {"configuration.nix": f"{{ }} # {moment}\n"})
+    site.host("a", {"configuration.nix": f"{{ }} # {moment}\n"})
 
-        def populate(moment: str = moment) -> None:
-            real = bento.reveal
+    def populate() -> None:
+        real = bento.reveal
 
-            def reveal(chroot: Path, current: Current) -> None:
-                if moment == "after":
-                    os.rename(chroot / ".current.json.new", chroot / "current.json")
-                os.kill(os.getpid(), signal.SIGKILL)
-                real(chroot, current)
+        def reveal(chroot: Path, current: Current) -> None:
+            if moment != "before":
+                os.rename(chroot / ".current.json.new", chroot / "current.json")
+            os.kill(os.getpid(), signal.SIGKILL)
+            real(chroot, current)
 
-            bento.reveal = reveal
-            bento.main(site.argv("populate"))
+        bento.reveal = reveal
+        bento.main(site.argv("populate"))
 
-        assert os.WIFSIGNALED(os.waitpid(forked(populate), 0)[1])
-        new = check_chroot(site.chroots / "a")
-        assert (new == old) == (moment == "before")
-        if moment == "after":
-            site.publish()  # unchanged: but the link was still to be set
-            check_tidy(site.chroots / "a", {old, new})
-        site.host("a")
-        site.publish()
-        assert check_chroot(site.chroots / "a") == old
-        check_tidy(site.chroots / "a", {old} if moment == "before" else {old, new})
+    assert os.WIFSIGNALED(os.waitpid(forked(populate), 0)[1])
+    new = check_chroot(site.chroots / "a")
+    assert (new == old) == (moment == "before")
+    if moment == "after, and mended":
+        site.publish()  # unchanged: but the link was still to be set
+        check_tidy(site.chroots / "a", {old, new})
+    site.host("a")
+    site.publish()
+    assert check_chroot(site.chroots / "a") == old
+    check_tidy(site.chroots / "a", {old, new})
+    history = [published.release for published in bento.read_history(site.chroots / "a")]
+    assert history == ([old] if new == old else [old, new, old]), "what was published for a moment, too"
 
 
 def test_half_a_release_is_not_kept(site: Site) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import bento_client
-from bento_client import Settings, UsageError, make_parser, make_settings, read_settings, settings_argv
+from bento_client import Settings, UsageError, make_parser, make_settings, read_settings, read_signers, settings_argv
 
 
 def test_settings_defaults() -> None:
@@ -130,3 +130,18 @@ def test_run_without_a_server(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert bento_client.main(["--config", os.devnull, "--host", "toy", "--state-dir", str(tmp_path / "s"), "run"]) == 2
     assert "no server is set" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ": no signer's key in it"), ("# later\n\n", ": no signer's key in it"), ("hello\n", ":1: not a public key"),
+        ("# alice\nssh-ed25519 AAAA=A alice\n", ":2: not a public key"),
+    ],
+)  # fmt: skip
+def test_a_bad_file_of_signers(tmp_path: Path, text: str, words: str) -> None:
+    """What is read over in it would let releases pass that nobody signed, or none at all."""
+    (tmp_path / "signers").write_text(text)
+    with pytest.raises(UsageError) as said:
+        read_signers(tmp_path / "signers")
+    assert str(said.value) == f"{tmp_path}/signers{words}"

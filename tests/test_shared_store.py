@@ -4,12 +4,13 @@ import errno
 import os
 import shutil
 import stat
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fleet import CONFIGURATION, LARGE, Site, check_chroot, inodes, share, write_program
-from toynixos import TOY, write_config
+from toynixos import TOY, need, write_config
 
 import bento
 from bento_client import Current
@@ -252,7 +253,9 @@ def test_a_shared_file_that_changes_in_the_middle_of_a_run(
     assert site.publish().out == "5 hosts: 0 published, 5 unchanged, 0 failed\n"
 
 
-def test_a_large_file_that_changes_before_it_is_written(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_file_that_changes_before_it_is_written(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To the same size: the release is what was written, for all that share it, and is written once."""
     monkeypatch.setattr(bento, "MEMORY_BYTES", 0)
     big = site.host("a", CONFIGURATION | {"big": b"x" * LARGE}) / "big"
@@ -272,6 +275,13 @@ def test_a_large_file_that_changes_before_it_is_written(site: Site, monkeypatch:
     for name in "bcd":
         assert check_chroot(site.chroots / name) == site.current("b").release
         assert (site.chroots / name / "config/big").read_bytes() == b"y" * LARGE
+    # What is signed is what was read.
+    key = tmp_path / "admin"
+    subprocess.run([need("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    big.write_bytes(b"x" * LARGE)
+    assert site.run("sign", "b", "--key", str(key)).code == 0
+    [error] = site.run("populate", "b").errors
+    assert "b: not signed: hosts/b.sig is for release" in error and site.current("b").release == written[0].id
 
 
 def test_a_host_that_fails_keeps_no_room(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -270,6 +270,8 @@ def test_a_boot_loader_that_says_0(tmp_path: Path, spare_bytes: int | None, beha
     assert (lab.last().result, lab.last().release) == (Result.POSTPONED, release)
     assert lab.labels() == ("v0", "v0", "v0")
     assert lab.machine.generations() == ["v0"], "the failed generation is removed"
+    for name in ("LoaderEntryDefault", "LoaderEntryOneShot"):
+        assert lab.machine.efi_variable(name) is None, "what is known to boot is on no trial"
     assert lab.machine.power_cycle() == ["boots v0"]
 
 
@@ -310,10 +312,16 @@ def test_never_up_to_date_while_another_system_runs(tmp_path: Path) -> None:
     run(lab)
     assert lab.report().release == release
     lab.machine.power_cycle(pick="1")
-    _, said = run(lab)
-    assert "up to date" not in said
-    assert lab.report().release is None and lab.report().system.endswith("-v0")
-    assert "up to date" not in lab.client("status")
+    for label in ("v0", "mine"):
+        if label == "mine":
+            by_hand(lab, label)
+        other = f"release {release[:12]} is deployed, but another system runs: .*-{label}\n"
+        assert re.fullmatch(other, run(lab)[1])
+        assert lab.report().release is None and lab.report().system.endswith(f"-{label}")
+        assert "up to date" not in lab.client("status")
+    lab.publish("v2", build="eval-error")
+    assert run(lab)[0] == 1
+    assert "build-failed, next attempt in" in run(lab)[1], "that is another release's"
 
 
 # --- 9: not only kernels ---
@@ -579,14 +587,17 @@ def test_the_boot_loader_itself_leads_back(tmp_path: Path, kernel: str) -> None:
     assert results(lab, release)[-1] == Result.ROLLED_BACK and Result.INTERRUPTED in results(lab, release)
 
 
-def test_a_boot_that_proves_it_makes_it_the_default_for_good(tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", [None, "nixos-generation-*"])
+def test_a_boot_that_proves_it_makes_it_the_default_for_good(before: str | None, tmp_path: Path) -> None:
     lab = create(tmp_path)
+    esp.write_variable(lab.machine.root, "LoaderEntryDefault", before)
     lab.publish("v1", kernel="6.13")
-    run(lab)
+    for _ in range(2):
+        run(lab)
     assert lab.machine.power_cycle() == ["boots v1"]
     assert run(lab)[0] == 0
     assert lab.machine.fallback_label() == "v1"
-    assert lab.machine.efi_variable("LoaderEntryDefault") is None, "what a person makes the default boots"
+    assert lab.machine.efi_variable("LoaderEntryDefault") == before, "what a person makes the default boots"
     by_hand(lab, "mine")
     assert lab.machine.power_cycle() == ["boots mine"]
 

@@ -157,7 +157,8 @@ def test_whom_a_wave_waits_for(first: Sequence[bento.Standing], whys: Sequence[s
 
 def test_every_earlier_wave_has_to_be_done() -> None:
     """All combinations of three waves: held is who has another release and a wave before that is not done."""
-    kinds = {"done": DONE, "changed": standing("old-runs"), "failed": standing("rolled-back"), "off": standing("old-runs", age_s=GONE)}
+    again = standing("runs", ran_s=-60)  # what it ran before was published again since its report
+    kinds = {"done": again, "changed": standing("old-runs"), "failed": standing("rolled-back"), "off": standing("old-runs", age_s=GONE)}
     waves = [bento.Wave((f"a{n}", f"b{n}"), 0) for n in range(3)]
     for found in itertools.product(kinds, repeat=6):
         hosts = dict(zip((name for wave in waves for name in wave.hosts), found, strict=True))
@@ -388,6 +389,10 @@ def test_a_canary_that_rolls_back_stops_it(days: Days) -> None:
     days.write("mended")
     assert days.populate().code == 0
     assert follow(days, before)[1:] == GOOD[1:]
+    days.bad["till"] = Result.ROLLED_BACK
+    days.write("worse", ["till"])
+    days.populate()
+    assert (days.tick().code, days.status()["till"]["state"]) == (0, "rolled-back"), "behind the last wave, nobody waits"
 
 
 def test_one_host_or_all_whatever_the_waves_say(days: Days) -> None:
@@ -593,6 +598,11 @@ def test_what_fails_here_holds_the_others(days: Days) -> None:
     """The canary's configuration cannot be published: it is told once, and nobody goes before it."""
     days.begin()
     days.write("second")
+    key = days.site.fleet / "hosts/nas.pub"
+    key.write_text("no key\n")
+    ran = days.populate()
+    assert (ran.code, ran.out.splitlines()[0]) == (1, "39 hosts: held: wait for nas (not published)")
+    key.unlink()
     (days.site.fleet / "hosts/nas/configuration.nix").unlink()
     ran = days.populate()
     assert ran.errors == ["bento: error: nas: hosts/nas: neither flake.nix nor configuration.nix in it"]

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toylab import HOST, Lab, Systemd, at_any_price, be_patient, inhibited, kill_tree, result, wait_until
+from toylab import HOST, A, B, Lab, Systemd, at_any_price, attempt, be_patient, inhibited, kill_tree, result, wait_until
 from toynixos import PYTHON_FLAGS, latin_1, write_config
 
 import bento_client
-from bento_client import Result
+from bento_client import BentoError, Pending, Result
 
 
 def check_way_back(lab: Lab, *, patient: bool = True) -> None:
@@ -35,6 +35,11 @@ def check_way_back(lab: Lab, *, patient: bool = True) -> None:
     lab.machine.power_cycle()
     lab.client("run")
     assert lab.labels() == ("good", "good", "good")
+
+
+def way_back(boot_id: str, **more: Any) -> Pending:
+    now, step = "2026-11-25T20:00:00Z", bento_client.Step.ROLLING_BACK
+    return Pending(A, now, "/old", "/new", "/old", step, boot_id, "token", now, 1)._replace(**more)
 
 
 # --- systems that no boot has proven ---
@@ -221,11 +226,13 @@ def test_no_reboot_into_what_could_not_be_set_back(tmp_path: Path) -> None:
     assert lab.labels() == ("v0", "v0", "v0") and result(lab)[0] == Result.INTERRUPTED
 
 
-def test_a_reboot_that_is_refused_is_asked_for_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("inhibitors", ["dbus 1", "dbus 2"], ids=["live", "not live"])
+def test_a_reboot_that_is_refused_is_asked_for_again(inhibitors: str, tmp_path: Path) -> None:
+    """Back, too: the old system runs by then, or cannot, and it is the kernel that has no network."""
     lab = inhibited(tmp_path)
     systemd = Systemd(lab)
     lab.settings["reboot"] = "when-needed"
-    lab.publish("v1", inhibitors="dbus 2", kernel="broken")
+    lab.publish("v1", inhibitors=inhibitors, kernel="broken")
     (systemd.top / "no-reboot").touch()
     systemd.run("run", code=1)
     (systemd.top / "no-reboot").unlink()
@@ -274,6 +281,21 @@ def test_a_commit_whose_client_was_killed_comes_to_its_end(tmp_path: Path) -> No
     threading.Timer(2, Path(lab.file("go")).touch).start()
     systemd.run("run")
     assert lab.labels() == ("v1", "v1", "v1") and result(lab) == (Result.OK, release)
+    assert systemd.timers() == [], "the watchdog of the client that was killed is gone, too"
+
+
+def test_a_step_is_written_down_before_its_watchdog_is_armed(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be that none can be armed: a way back goes on without, and is still known for what it is when it is cut."""
+    machine = bento_client.Machine(bento_client.make_settings(lab.settings, "test"))
+    pending = way_back("boot", verdict="rolled-back")
+
+    def arm(*words: object) -> None:
+        raise BentoError("no systemd-run")
+
+    monkeypatch.setattr(bento_client, "arm", arm)
+    with pytest.raises(BentoError):
+        bento_client.advance(machine, pending, 1)
+    assert bento_client.load_pending(machine) == pending
 
 
 def test_all_health_checks_share_the_time(tmp_path: Path) -> None:
@@ -302,6 +324,18 @@ def test_a_system_whose_client_refuses_its_settings_is_not_left_to_a_boot(tmp_pa
     assert lab.labels() == ("v0", "v0", "v0")
     assert lab.last().result == Result.BUILD_FAILED
     assert "refuses its settings: " in lab.last().reason and "'fleet host'" in lab.last().reason
+
+
+def test_an_attempt_after_a_failed_way_back_leads_further_back(lab: Lab) -> None:
+    """What runs, and maybe the boot default, is of the one before."""
+    machine = bento_client.Machine(bento_client.make_settings(lab.settings, "test"))
+    current = bento_client.Current(HOST, B, 10, "2026-11-25T21:00:00Z")
+    first = bento_client.begin(machine, current)
+    assert (first.old, first.profile, first.between, first.committed) == (machine.running, machine.default, "", False)
+    for between in ("/new", "/bad"):
+        bento_client.save_pending(machine, way_back("boot", between="" if between == "/new" else between))
+        pending = bento_client.begin(machine, current)
+        assert (pending.old, pending.profile, pending.between, pending.committed) == ("/old", "/old", between, True)
 
 
 def test_a_refused_release_does_not_end_a_way_back_that_is_owed(tmp_path: Path) -> None:
@@ -360,6 +394,42 @@ def test_a_way_back_that_does_not_take_is_no_endless_loop(tmp_path: Path) -> Non
         for _ in range(bento_client.PATIENT_PROOFS + 1):
             at_any_price(lab, "run", PATH=systemd.path)
     assert systemd.reboots() == before <= 6  # tried twice: each time into it, and back
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "by_hand", "result"),
+    [
+        ("", False, None),
+        ("now", False, None),  # it was refused, or is slow
+        ("before", False, Result.INTERRUPTED),  # it came, and brought the same system up
+        ("", True, Result.ROLLED_BACK),  # a person decides for themselves
+    ],
+)
+def test_a_reboot_back_that_does_not_take_is_not_asked_for_again(
+    asked_for: str, by_hand: bool, result: Result | None, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Systemd(lab)
+    machine, reboots = bento_client.Machine(bento_client.make_settings(lab.settings, "test")), list[bento_client.Machine]()
+    monkeypatch.setattr(bento_client.Machine, "reboot", lambda self: reboots.append(self))
+    rebooting = machine.boot_id if asked_for == "now" else asked_for
+    pending = way_back(machine.boot_id, by_hand=by_hand, rebooting=rebooting)
+    outcome = bento_client.go_back_by_boot(machine, pending, bento_client.Outcome(Result.ROLLED_BACK, "why"))
+    assert (outcome and outcome.result, len(reboots)) == (result, result is None)
+    if outcome is None:
+        written = bento_client.load_pending(machine)
+        assert written is not None and written.rebooting == machine.boot_id
+
+
+@pytest.mark.parametrize(
+    ("interruptions", "release", "verdict"),
+    [(0, A, Result.INTERRUPTED), (1, A, Result.ROLLED_BACK), (1, B, Result.INTERRUPTED)],
+)
+def test_a_boot_that_came_to_nothing_counts_for_its_own_release(
+    interruptions: int, release: str, verdict: Result, lab: Lab
+) -> None:
+    machine = bento_client.Machine(bento_client.make_settings(lab.settings, "test"))
+    machine.remember(interruptions=interruptions, tried=attempt(Result.INTERRUPTED, release=release))
+    assert bento_client.verdict_of_boot(machine, way_back("boot")) == verdict
 
 
 def test_what_waited_for_a_boot_is_not_booted_once_a_person_chose_otherwise(tmp_path: Path) -> None:

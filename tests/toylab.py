@@ -272,6 +272,8 @@ if verb == "stop":
         timer = "{top}/timers/" + unit.removesuffix(".timer")
         if os.path.exists(timer):
             os.unlink(timer)
+        elif unit.endswith(".timer"):
+            sys.exit(5)  # not loaded: gone with the boot, or with its client
 if verb == "is-active":
     for name in fnmatch.filter(os.listdir("{top}/units"), units[0]):
         pid = open("{top}/units/" + name).read()
