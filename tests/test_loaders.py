@@ -255,6 +255,37 @@ def test_systemd_boot_without_initrd_line(tmp_path: Path) -> None:
     assert make_loader(tmp_path, "systemd-boot", "/boot").entry_fault(system) is None
 
 
+def test_systemd_boot_with_more_initrds(tmp_path: Path) -> None:
+    """boot.initrd.systemd's extra archives, say. The first line is the system's own, which is looked at."""
+    system = make_system(tmp_path, "a")
+    write_systemd_boot(tmp_path / "boot", [system])
+    entry = tmp_path / "boot/loader/entries/nixos-generation-1.conf"
+    (tmp_path / "boot/EFI/nixos/more.img").write_bytes(b"more")
+    entry.write_text(re.sub(r"(initrd .*\n)", r"\1initrd /EFI/nixos/more.img\n", entry.read_text()))
+    assert make_loader(tmp_path, "systemd-boot", "/boot").entry_fault(system) is None
+
+
+@pytest.mark.parametrize(
+    ("conf", "started"),
+    [
+        ("timeout 5\ndefault nixos-generation-1.conf\nconsole-mode keep\n", "old"),
+        ("default nixos-generation-2.conf\n", "new"),
+        ("preferred nixos-generation-1.conf\n", "old"),
+        ("default nixos-generation-3.conf\n", None),
+        ("default @saved\n", None),
+        ("timeout 5\n", None),
+        (None, None),
+    ],
+)
+def test_what_systemd_boot_starts(conf: str | None, started: str | None, tmp_path: Path) -> None:
+    systems = {name: make_system(tmp_path, name) for name in ("old", "new")}
+    write_systemd_boot(tmp_path / "boot", systems.values())
+    if conf is not None:
+        (tmp_path / "boot/loader/loader.conf").write_text(conf)
+    loader = make_loader(tmp_path, "systemd-boot", "/boot")
+    assert [name for name, system in systems.items() if loader.starts(system)] == ([started] if started else [])
+
+
 def test_a_mirror_is_looked_at_too(tmp_path: Path) -> None:
     system = make_system(tmp_path, "a")
     write_systemd_boot(tmp_path / "boot", [system])
@@ -458,6 +489,18 @@ def test_grub_default(default: str, before: str, marked: bool, way: str, tmp_pat
     write_grub(tmp_path / "boot", [make_system(tmp_path, "a")], default=default, before=before, marked=marked)
     write_mounts(tmp_path, ("/", "ext4", "254:1", VDA1))
     assert make_loader(tmp_path, "grub", "/boot/grub").trial_way() == way.format(tmp_path / "boot/grub")
+
+
+def test_what_grub_starts(tmp_path: Path) -> None:
+    """What all mirrors agree on."""
+    old, new = (make_system(tmp_path, name) for name in ("old", "new"))
+    loader = make_loader(tmp_path, "grub", "/boot/grub", "/boot-b/grub")
+    assert not loader.starts(new)
+    for boot in ("boot", "boot-b"):
+        write_grub(tmp_path / boot, [old])
+    assert (loader.starts(old), loader.starts(new)) == (True, False)
+    write_grub(tmp_path / "boot", [new])
+    assert (loader.starts(old), loader.starts(new)) == (False, False)
 
 
 def test_grub_way_of_all_mirrors(tmp_path: Path) -> None:

@@ -1,0 +1,62 @@
+"""What the client asks of this machine's Nix and systemd, and what it makes of the answer."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from toynixos import need
+
+from bento_client import Machine, make_settings
+
+LISTED = """\
+ 338 hang.service   start running
+ 489 bad.service    start waiting
+1314 worse.service  start waiting
+"""
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    (tmp_path / "state").mkdir()
+    return Machine(make_settings({"host": "a", "root": str(tmp_path), "state_dir": str(tmp_path / "state")}, "test"))
+
+
+def test_a_generation_that_was_brought_back(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real nix-env takes it for one of its own: it is deleted by its age, and gone back to."""
+    need("nix-env")
+    nix = tmp_path / "nix"
+    for name, directory in (("STORE", nix / "store"), ("STATE", nix / "var/nix"), ("LOG", tmp_path / "log"), ("CONF", tmp_path / "etc")):
+        monkeypatch.setenv(f"NIX_{name}_DIR", str(directory))
+    monkeypatch.setenv("NIX_CONFIG", "substitute = false\nsandbox = false\nbuild-users-group =")
+    machine.profile.parent.mkdir(parents=True)
+
+    def ask(*words: str) -> str:
+        return subprocess.run(words, check=True, text=True, stdout=subprocess.PIPE).stdout.strip()
+
+    systems = []
+    for name in "abc":
+        make = f'derivation {{ name = "{name}"; system = builtins.currentSystem; builder = "/bin/sh"; args = [ "-c" "echo >$out" ]; }}'
+        systems.append(ask("nix-build", "--no-out-link", "--expr", make))
+        ask("nix-env", "-p", str(machine.profile), "--set", systems[-1])
+    ask("nix-env", "-p", str(machine.profile), "--delete-generations", "2")
+    for link in machine.profile.parent.glob("system-*-link"):
+        os.utime(link, (1, 1), follow_symlinks=False)  # a long time ago
+    machine.keep_generation(systems[1])
+    assert machine.generations() == dict(enumerate(systems, 1)) and machine.default == systems[2]
+    machine.keep_generation(systems[1])
+    ask("nix-env", "-p", str(machine.profile), "--rollback")
+    assert machine.default == systems[1]
+    ask("nix-env", "-p", str(machine.profile), "--delete-generations", "30d")
+    assert systems[1] in machine.generations().values()
+
+
+def test_jobs(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The waiting ones first: cancelled in this order, none of them starts because the one before it is gone."""
+    (tmp_path / "run/systemd/system").mkdir(parents=True)
+    systemctl = tmp_path / "systemctl"
+    systemctl.write_text(f"#!/bin/sh\ncat <<'EOF'\n{LISTED}EOF\n")
+    systemctl.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert machine.jobs() == [489, 1314, 338]
+    assert machine.waits_for() == "systemd waits for hang.service (start)"
