@@ -18,7 +18,7 @@ from toylab import HOST, Lab, kill_tree, wait_until
 from toynixos import ToyMachine, write_config
 from toysystemd import ToySystemd
 
-from bento_client import Result
+from bento_client import FIRST_PROOFS, PATIENT_PROOFS, Result
 
 DAY_S = 86400
 
@@ -759,3 +759,24 @@ def test_a_year_of_good_releases(tmp_path: Path, disturb: Callable[[ToyMachine],
         assert run(lab)[0] == 0
         assert lab.report().release == release
     assert len(lab.machine.entries()) <= 4
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_first_release_whose_server_is_away(tmp_path: Path, comes: bool) -> None:
+    """Behind it is a system without Bento, from which nothing leads forward: that is worth a day of proofs."""
+    lab = create(tmp_path, no_bento=True)
+    lab.publish("v1", kernel="6.13")
+    run(lab)
+    assert lab.machine.power_cycle()[-1] == "boots v1"
+    lab.down.touch()
+    for _ in range(PATIENT_PROOFS + 1):
+        assert run(lab)[0] == 75
+    assert lab.labels()[:2] == ("v1", "v1")
+    if comes:
+        lab.down.unlink()
+        assert run(lab)[0] == 0 and lab.labels() == ("v1", "v1", "v1")
+        assert lab.machine.power_cycle() == ["boots v1"]
+    else:
+        Path(lab.machine.root, "run/bento-proofs").write_bytes(b"." * (FIRST_PROOFS - 1))
+        run(lab)
+        assert lab.labels()[1:] == ("v0", "v0")
