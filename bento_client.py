@@ -2158,6 +2158,13 @@ class Machine:
             return f"none: {way} has no entry to fall back to, or could not be told"
         return way
 
+    def loader_of(self, system: str) -> Loader:
+        """The boot loader that a system writes: a release may bring another one."""
+        asked = settings_of(system).get("boot_loader")
+        if not (self.settings.boot_loader and isinstance(asked, list)) or tuple(asked) == self.settings.boot_loader:
+            return self.loader
+        return find_loader(self.settings._replace(boot_loader=tuple(map(str, asked))))
+
     def notice_forgotten(self) -> None:
         """Whether what a trial rests on is still there after a boot. The boot loader takes only the one shot."""
         if self.on_trial is not None and self.state.armed and self.state.boot != self.boot_id:
@@ -3236,7 +3243,7 @@ def make_default(machine: Machine, system: str, pending: Pending) -> str | None:
     except BentoError as error:
         return f"the system profile could not be set: {error}"
     done = machine.switch(system, "boot", pending.token)
-    fault = machine.loader.entry_fault(system)
+    fault = machine.loader_of(system).entry_fault(system)
     # On a full /boot nothing can be written. On the way back that does no harm, where the menu is as it was.
     if done.code != 0 and not (system != pending.new and fault is None and machine.loader.starts(system)):
         return f"the boot loader could not be written ({how_ended(done.code)}): {machine.log.cause()}"

@@ -761,6 +761,15 @@ def test_a_year_of_good_releases(tmp_path: Path, disturb: Callable[[ToyMachine],
     assert len(lab.machine.entries()) <= 4
 
 
+def test_a_release_that_brings_another_boot_loader(tmp_path: Path) -> None:
+    """Its entry is looked for where it is."""
+    lab = create(tmp_path)
+    own = lab.settings["boot_loader"]
+    lab.settings["boot_loader"] = ["grub", "/gone/grub"]
+    lab.publish("v1", settings={"boot_loader": own})
+    assert run(lab)[0] == 0 and lab.labels() == ("v1", "v1", "v1"), lab.last()
+
+
 @pytest.mark.parametrize("comes", [True, False])
 def test_a_first_release_whose_server_is_away(tmp_path: Path, comes: bool) -> None:
     """Behind it is a system without Bento, from which nothing leads forward: that is worth a day of proofs."""
