@@ -13,6 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from boot.bed import Bed, Seen, at_rest
+from boot.conftest import WHOLE
 from boot.image import GRUB_BTRFS, GRUB_EXT4, GRUB_VFAT, SYSTEMD_BOOT, Kind
 
 Beds = Callable[[Kind], Bed]
@@ -116,9 +117,13 @@ def test_hang_without_a_watchdog(bed: Bed) -> None:
 
 
 def test_dead_network(bed: Bed) -> None:
-    """The new kernel has none: back by itself, and the old one is compared with it."""
+    """The new kernel has none: back by itself, and the old one is compared with it. In CI that is enough: what comes
+    after it (tried once more, given up) is as after a panic, and takes minutes."""
     bed.publish("v1", kernel="broken-6.13", settings={"confirm_timeout": 12, "connect_timeout": 5})
     bed.boot()
+    if not WHOLE:
+        bed.wait(lambda seen: seen.booted == "v0" and bed.failures() == ["interrupted"], "back", timeout_s=900)
+        return
     bed.wait(rests(bed, "v0", "rolled-back"), "v1 given up", timeout_s=900)
     assert bed.failures() == ["interrupted", "rolled-back"]
     assert bed.result()[1].startswith("after the boot, ")
