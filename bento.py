@@ -394,6 +394,8 @@ class Job(NamedTuple):
 
 # --- hosts and keys ---
 
+NO_HOST_NAME = "no host name: letters, digits, _ and -, at most 25, a letter or digit first"
+
 
 def scan_hosts(fleet: Fleet) -> list[os.DirEntry[str]]:
     """What lies in hosts/, by name, but for what is hidden. BentoError when that cannot be told: it is not nothing."""
@@ -416,9 +418,7 @@ def find_hosts(fleet: Fleet, wanted: Sequence[str]) -> tuple[list[str], list[str
         if client.HOST_NAME.fullmatch(entry.name):
             hosts.append(entry.name)
         else:
-            errors.append(
-                f"hosts/{one_line(entry.name)}: no host name: letters, digits, _ and -, at most 25, a letter or digit first"
-            )
+            errors.append(f"hosts/{one_line(entry.name)}: {NO_HOST_NAME}")
     known = set(hosts)
     for name in wanted:
         if name not in known:
@@ -428,8 +428,8 @@ def find_hosts(fleet: Fleet, wanted: Sequence[str]) -> tuple[list[str], list[str
     return ([name for name in hosts if name in wanted] if wanted else hosts), ([] if wanted else errors)
 
 
-def count_hosts(number: int) -> str:
-    return f"{number} host{'' if number == 1 else 's'}"
+def counted(number: int, what: str = "host") -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def parse_key(line: str, where: str) -> tuple[str, str, str]:
@@ -534,7 +534,7 @@ def unknown_keys(fleet: Fleet, hosts: Sequence[str]) -> list[str]:
                     steps.setdefault(step, []).append(name)
                     break
     return [
-        f"this server does not know the keys of {count_hosts(len(names))} yet ({show_names(names)}): {step}"
+        f"this server does not know the keys of {counted(len(names))} yet ({show_names(names)}): {step}"
         for step, names in steps.items()
     ]
 
@@ -1016,11 +1016,8 @@ class Source:
         lines = []
         for (kind, where), paths in sorted(self.left_out.items()):
             number = len(paths)
-            words = texts[kind].format(
-                where=one_line(where),
-                n=f"{number} name{'' if number == 1 else 's'}",
-                links=f"{number} dangling link{'' if number == 1 else 's'}",
-            )
+            numbers = {"n": counted(number, "name"), "links": counted(number, "dangling link")}
+            words = texts[kind].format(where=one_line(where), **numbers)
             lines.append(f"{words}: {show_names([one_line(path) for path in sorted(paths)])}")
         return lines
 
@@ -1431,7 +1428,7 @@ def row_cells(row: Row, now_s: float) -> dict[str, str]:
 def format_summary(rows: Sequence[Row]) -> str:
     counts = count_words(rows)
     words = [f"{count} {word.replace('_', ' ')}" for word, count in sorted(counts.items()) if count]
-    return f"{count_hosts(len(rows))}: {', '.join(words)}" if rows else "no hosts"
+    return f"{counted(len(rows))}: {', '.join(words)}" if rows else "no hosts"
 
 
 def format_host(row: Row, now_s: float) -> str:
@@ -1472,7 +1469,9 @@ def report_lines(row: Row, report: Report, now_s: float) -> list[tuple[str, str 
         ("system", report.system),
         (
             "last",
-            f"{last.result}, {last.release or 'no release'}, {count_tries(last.attempt)}, {ended}" if last else None,
+            f"{last.result}, {last.release or 'no release'}, tried {counted(last.attempt, 'time')}, {ended}"
+            if last
+            else None,
         ),
         ("reason", last.reason or None if last else None),
         ("waiting", f"{report.waiting_for_boot} runs from the next boot on" if report.waiting_for_boot else None),
@@ -1533,7 +1532,7 @@ def note(row: Row, flag: str, now_s: float) -> str:
         return f"failed units: {one_line(', '.join(report.failed_units), 1000)}"
     if flag == "not_published" and refusal is not None:
         since_s = client.parse_time(refusal.since)
-        return f"not published for {age(now_s - since_s)}, {count_tries(refusal.times)}: {refusal.error}"
+        return f"not published for {age(now_s - since_s)}, tried {counted(refusal.times, 'time')}: {refusal.error}"
     if flag == "paused" and report is not None and report.paused_until is not None:
         return f"paused until {report.paused_until}"
     if flag == "absent":
@@ -1553,13 +1552,9 @@ def failure_words(row: Row) -> str:
     if last is None:
         return ""
     what = (last.release or "")[:7] or "what is published"
-    tried = f", {count_tries(last.attempt)}" if last.attempt > 1 else ""
+    tried = f", tried {counted(last.attempt, 'time')}" if last.attempt > 1 else ""
     reason = last.reason if last.result == row.state else f"{last.result}: {last.reason}"
     return one_line(f"{what}{tried}: {reason}", 1000)
-
-
-def count_tries(number: int) -> str:
-    return f"tried {number} time{'' if number == 1 else 's'}"
 
 
 def complaint(row: Row, now_s: float) -> Failure:
@@ -1777,7 +1772,7 @@ def format_html(
     page = PAGE.format(
         refresh_s=refresh_s,
         old_s=2 * refresh_s,
-        title=f"{count_hosts(len(rows))}, {kinds[1][2]} for a person to look at",
+        title=f"{counted(len(rows))}, {kinds[1][2]} for a person to look at",
         time=format_time(now_s),
         filters="\n".join(filters),
         targets="".join(f'<i id="{word}"></i>' for word, _, _ in kinds[1:]),
@@ -1812,9 +1807,9 @@ def html_roll_out(rows: Sequence[Row], now_s: float) -> str:
         label = html.escape(shade.label)
         when = f", published {age(now_s - shade.published_s)} ago" if shade.published_s else ""
         parts.append(f'<u class={kind} style="flex:{shade.hosts}" title="{label}: {shade.hosts}"></u>')
-        lines.append(f"<li><u class={kind}></u> {count_hosts(shade.hosts)}: {label}{when}")
+        lines.append(f"<li><u class={kind}></u> {counted(shade.hosts)}: {label}{when}")
     for words, count in Counter(row.held for row in rows if row.held).most_common(SHOWN):
-        lines.append(f"<li>{SYMBOLS['held']} {count_hosts(count)} held: {html.escape(words)}")
+        lines.append(f"<li>{SYMBOLS['held']} {counted(count)} held: {html.escape(words)}")
     bar = f'<div class="bar">{"".join(parts)}</div>'
     return "\n".join(["\n<h2>Roll-out</h2>", bar, "<ul>", *lines, "</ul>"]) if rows else ""
 
@@ -2922,16 +2917,14 @@ def group_failures(failures: Iterable[Failure]) -> list[str]:
     lines = []
     for group in groups.values():
         names = show_names([failure.host for failure in group])
-        who = group[0].host if len(group) == 1 else f"{count_hosts(len(group))} ({names})"
+        who = group[0].host if len(group) == 1 else f"{counted(len(group))} ({names})"
         lines.append(f"{who}: {group[0].text}")
     return lines
 
 
 def command_add(fleet: Fleet, name: str, key: str | None, *, flake: bool, link_to: str | None) -> int:
     if not client.HOST_NAME.fullmatch(name):
-        raise UsageError(
-            f"{one_line(name)}: no host name: letters, digits, _ and -, at most 25, a letter or digit first"
-        )
+        raise UsageError(f"{one_line(name)}: {NO_HOST_NAME}")
     if name == "waves":
         raise UsageError("waves: no host name: hosts/waves is the order of a roll-out")
     lines = read_key_file(key) if key is not None else []
@@ -2945,7 +2938,7 @@ def command_add(fleet: Fleet, name: str, key: str | None, *, flake: bool, link_t
     if lines:
         client.write_atomic(public, ("\n".join(lines) + "\n").encode(), 0o644)
         make_known([*made, public])
-        print(f"hosts/{name}.pub: {len(lines)} key{'s' if len(lines) > 1 else ''}")
+        print(f"hosts/{name}.pub: {counted(len(lines), 'key')}")
         print("next: 'bento.py fleet', switch this server to it, 'bento.py populate'")
     else:
         make_known(made)
@@ -3064,13 +3057,13 @@ def command_fleet(fleet: Fleet) -> int:
     text = format_fleet(template.read_text("utf-8"), keys, str(fleet.chroot_dir)).encode()
     target = fleet.directory / "fleet.nix"
     if target.exists() and target.read_bytes() == text:
-        print(f"fleet.nix: unchanged, {count_hosts(len(keys))}")
+        print(f"fleet.nix: unchanged, {counted(len(keys))}")
     else:
         before = target.read_text("utf-8", errors="replace") if target.exists() else ""
         client.write_atomic(target, text, 0o644)
         make_known([target])
         warn(lost_keys(before, text.decode()))
-        print(f"fleet.nix: written, {count_hosts(len(keys))}; include it in this server's configuration and switch")
+        print(f"fleet.nix: written, {counted(len(keys))}; include it in this server's configuration and switch")
     return 0
 
 
@@ -3450,7 +3443,7 @@ def tell_rollout(work: Work, rollout: Rollout) -> None:
         return
     waits_for = [blocker._asdict() for blocker in rollout.blockers]
     if not work.plan.as_json:
-        print(f"{count_hosts(len(rollout.held))}: held: {rollout.reason}")
+        print(f"{counted(len(rollout.held))}: held: {rollout.reason}")
     for each in rollout.held if work.plan.as_json else ():
         told = {"host": each.host, "result": "held", "release": each.wanted, "since": format_time(each.since_s)}
         print(json.dumps(told | {"waits_for": waits_for}))
@@ -3521,7 +3514,7 @@ def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: boo
     if not plan.as_json:
         would, held = "would be " if plan.dry_run else "", work.counts["held"]
         print(
-            f"{count_hosts(len(hosts))}: {work.counts['published']} {would}published, {work.counts['unchanged']}"
+            f"{counted(len(hosts))}: {work.counts['published']} {would}published, {work.counts['unchanged']}"
             f" unchanged, {f'{held} held, ' if held else ''}{len(hosts) - sum(work.counts.values())} failed"
         )
     warn([*fleet.source.warnings(), *unknown_keys(fleet, hosts)])
