@@ -237,6 +237,12 @@ class Found(NamedTuple):
     unreadable: bool = False
 
 
+# What a person is needed for, most important first.
+REASONS = (
+    "offline", "problem", "failed", "stuck", "failed_units", "two_machines", "drift", "not_published", "expired",
+)  # fmt: skip
+
+
 class Row(NamedTuple):
     """What is known of a host. `seen_s`: seconds since 1970 on the server's clock. `expired`: what is published for it is
     signed, for a time that is over. `stuck`: it has been building for longer than any build takes. `held`: since when, and
@@ -261,26 +267,16 @@ class Row(NamedTuple):
 
     @property
     def reasons(self) -> list[str]:
-        """What a person is needed for, most important first. A host that is known to be away needs nobody."""
-        if self.offline and self.absent:
-            return []
-        failed = self.state in ("failing", "rolled-back")
-        flags = (
-            "offline",
-            "problem",
-            "failed",
-            "stuck",
-            "failed_units",
-            "two_machines",
-            "drift",
-            "not_published",
-            "expired",
-        )
-        return [flag for flag in flags if (failed if flag == "failed" else getattr(self, flag))]
+        """Which of REASONS hold. A host that is known to be away needs nobody."""
+        return [] if self.offline and self.absent else [flag for flag in REASONS if getattr(self, flag)]
 
     @property
     def needs_a_person(self) -> bool:
         return bool(self.reasons)
+
+    @property
+    def failed(self) -> bool:
+        return self.state in ("failing", "rolled-back")
 
     @property
     def failed_units(self) -> bool:
@@ -335,7 +331,7 @@ class Row(NamedTuple):
     def tries(self) -> int:
         """How often the release was tried that the host fails to run."""
         last = self.report.last if self.report else None
-        return last.attempt if last is not None and self.state in ("failing", "rolled-back") else 0
+        return last.attempt if last is not None and self.failed else 0
 
     @property
     def since_s(self) -> float | None:
@@ -345,9 +341,7 @@ class Row(NamedTuple):
             return client.parse_time(self.current.published) if self.current else None
         if report is None or last is None or self.state in ("building", "left", "unknown"):
             return self.ours_s(report.since) if report is not None and report.since is not None else None
-        if self.state in ("failing", "rolled-back"):
-            return self.ours_s(first_failure(last, self.attempts))
-        return self.ours_s(last.finished)
+        return self.ours_s(first_failure(last, self.attempts) if self.failed else last.finished)
 
 
 class Owner(NamedTuple):
@@ -1520,12 +1514,12 @@ def notes(row: Row, now_s: float) -> list[str]:
 def note(row: Row, flag: str, now_s: float) -> str:
     """One thing that is the matter with a host, in words. Nothing for what is not, or is told elsewhere."""
     report, refusal = row.report, row.refusal
+    if not getattr(row, flag):
+        return ""
     if flag == "problem":
         return row.problem
     if flag == "failed":
         return failure_words(row)
-    if not getattr(row, flag):
-        return ""
     if flag == "offline" and row.seen_s is not None:
         return f"offline for {age(now_s - row.seen_s)}"
     if flag == "failed_units" and report is not None:
@@ -1557,21 +1551,22 @@ def failure_words(row: Row) -> str:
     return one_line(f"{what}{tried}: {reason}", 1000)
 
 
+def since(when_s: float, now_s: float) -> str:
+    return f"since {format_time(when_s)} ({age(now_s - when_s)})"
+
+
 def complaint(row: Row, now_s: float) -> Failure:
     """What a person is told of a host that needs one, who does not see the table. What is wrong comes first."""
     since_s, found = row.since_s, notes(row, now_s)
-    state = row.state + (f" since {format_time(since_s)} ({age(now_s - since_s)})" if since_s is not None else "")
+    state = row.state + (f" {since(since_s, now_s)}" if since_s is not None else "")
     if row.offline and row.seen_s is not None:
         found = [words for words in found if not words.startswith("offline for ")]
-        return Failure(
-            row.host,
-            "; ".join(
-                [f"offline since {format_time(row.seen_s)} ({age(now_s - row.seen_s)}), it was {row.state}", *found]
-            ),
-        )
-    if row.reasons[:1] in (["failed"], ["stuck"], ["problem"]):
-        return Failure(row.host, f"{state}: {'; '.join(found)}")
-    return Failure(row.host, "; ".join([*found, state]))
+        words = [f"offline {since(row.seen_s, now_s)}, it was {row.state}", *found]
+    elif row.reasons[:1] in (["failed"], ["stuck"], ["problem"]):
+        words = [f"{state}: {'; '.join(found)}"]
+    else:
+        words = [*found, state]
+    return Failure(row.host, "; ".join(words))
 
 
 class Shade(NamedTuple):
@@ -1863,18 +1858,12 @@ def row_json(row: Row) -> dict[str, object]:
     published = row.current._asdict() if row.current else {}
     for name in ("parts", "signed", "signature", "signer"):  # of no interest to whom this is for
         published.pop(name, None)
+    fields = ("release", "system", "client", "phase", "signer", "waiting_for_boot", "paused_until")
     return {
         "host": row.host,
         "state": row.state,
-        "offline": row.offline,
-        "needs_reboot": row.needs_reboot,
-        "drift": row.drift,
-        "other_client": row.other_client,
-        "two_machines": row.two_machines,
-        "expired": row.expired,
+        **{mark: getattr(row, mark) for mark in MARKS},
         "failed_units": [one_line(unit) for unit in row.report.failed_units] if row.report else [],
-        "paused": row.paused,
-        "stuck": row.stuck,
         "absent": row.absence or None,
         "held": row.held or None,
         "not_published": row.refusal._asdict() if row.refusal else None,
@@ -1882,14 +1871,8 @@ def row_json(row: Row) -> dict[str, object]:
         "reasons": row.reasons,
         "tries": row.tries,
         "published": published or None,
-        "release": row.report.release if row.report else None,
+        **{field: getattr(row.report, field, None) for field in fields},
         "revision": row.revision,
-        "system": row.report.system if row.report else None,
-        "client": row.report.client if row.report else None,
-        "phase": row.report.phase if row.report else None,
-        "signer": row.report.signer if row.report else None,
-        "waiting_for_boot": row.report.waiting_for_boot if row.report else None,
-        "paused_until": row.report.paused_until if row.report else None,
         "last": None if last is None else last._asdict() | {"reason": one_line(last.reason)},
         "since": None if since_s is None else format_time(since_s),
         "seen": None if row.seen_s is None else format_time(row.seen_s),
@@ -3573,8 +3556,7 @@ def look_at_silence(rows: Sequence[Row], now_s: float) -> list[str]:
     seen = [row.seen_s for row in rows if row.seen_s is not None and not row.absent]
     if len(seen) < 2 or not all(row.offline for row in rows if row.seen_s is not None and not row.absent):
         return []
-    since = f"since {format_time(max(seen))} ({age(now_s - max(seen))})"
-    return [f"all {len(seen)} hosts are silent {since}: was this server down, or its disk full?"]
+    return [f"all {len(seen)} hosts are silent {since(max(seen), now_s)}: was this server down, or its disk full?"]
 
 
 def for_stdout(text: str) -> str:
@@ -3649,23 +3631,18 @@ def tell_changes(path: Path, rows: Sequence[Row], troubles: Sequence[str], now_s
     told lies in a file."""
     before = read_json(path).get("problems", {})
     before = before if isinstance(before, dict) else {}
-    now: dict[str, str] = {}
-    words: dict[str, str] = {}
-    for what, text in [("the server", trouble) for trouble in troubles]:
-        now[what], words[what] = format_time(now_s), text
+    words = {"the server": "; ".join(troubles)} if troubles else {}
     for row in rows:
         for reason in row.reasons:
             what = f"{row.host}: {reason.replace('_', ' ')}"
             release = row.report.last.release if reason == "failed" and row.report and row.report.last else None
             what += f" {release[:7]}" if release else ""
-            now[what], words[what] = format_time(now_s), f"{row.host}: {complaint(row, now_s).text}"
-    for what in [what for what in now if what not in before]:
+            words[what] = f"{row.host}: {complaint(row, now_s).text}"
+    for what in [what for what in words if what not in before]:
         print(f"bento: begins: {words[what]}", file=sys.stderr)
-    for what, since in before.items():
-        if what in now:
-            now[what] = str(since)
-        else:
-            print(f"bento: over: {one_line(str(what))} (since {one_line(str(since))})", file=sys.stderr)
+    for what in [what for what in before if what not in words]:
+        print(f"bento: over: {one_line(what)} (since {one_line(str(before[what]))})", file=sys.stderr)
+    now = {what: str(before.get(what, format_time(now_s))) for what in words}
     client.write_atomic(path, json.dumps({"problems": now}).encode(), 0o644)
 
 
