@@ -47,6 +47,7 @@ import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -458,10 +459,9 @@ def parse_key(line: str, where: str) -> tuple[str, str, str]:
 
 
 def read_keys(fleet: Fleet, name: str) -> list[tuple[str, str, str]]:
-    path = fleet.directory / "hosts" / f"{name}.pub"
     where = f"hosts/{name}.pub"
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = (fleet.directory / where).read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BentoError(f"{where}: cannot be read: {one_line(str(error))}") from None
     keys = []
@@ -676,24 +676,6 @@ def differs(root: str, mode: bytes, blob: bytes, name: bytes, changed: bytes, si
     return git(root, "hash-object", "--no-filters", "--", os.fsdecode(name)).strip() != blob
 
 
-def make_known(paths: Sequence[Path]) -> None:
-    """Tells Git of new files, so that they are published. Their content is for their owner to commit."""
-    for root, group in itertools.groupby(sorted(paths), lambda path: find_root(os.path.realpath(path.parent))):
-        if root is not None and shutil.which("git"):
-            # The parent's real name: what is a link itself is known as one.
-            names = [os.path.relpath(f"{os.path.realpath(path.parent)}/{path.name}", root) for path in group]
-            git(root, "add", "--intent-to-add", "--force", "--", *names, writing=True)
-
-
-def find_root(directory: str) -> str | None:
-    """The top of the work tree that a directory lies in."""
-    while not is_work_tree(directory):
-        if directory == "/":
-            return None
-        directory = os.path.dirname(directory)
-    return directory
-
-
 # --- releases ---
 
 
@@ -868,6 +850,14 @@ class Source:
         if root is not None and root not in self.revisions:
             self.revisions[root] = read_revision(root)
         return None if root is None else self.revisions[root]
+
+    def make_known(self, *paths: Path) -> None:
+        """Tells Git of new files, so that they are published. Their content is for their owner to commit."""
+        for root, group in itertools.groupby(sorted(paths), lambda path: self.root(os.path.realpath(path.parent))):
+            if root is not None:
+                # The parent's real name: what is a link itself is known as one.
+                names = [os.path.relpath(f"{os.path.realpath(path.parent)}/{path.name}", root) for path in group]
+                git(root, "add", "--intent-to-add", "--force", "--", *names, writing=True)
 
     def called(self, path: str) -> str:
         """A path as its owner calls it."""
@@ -1147,9 +1137,10 @@ def arrival_s(found: os.stat_result) -> float:
 
 
 def why_not(error: OSError) -> str:
-    """What a file that cannot be opened is. Ours to read is all of it, for root."""
-    denied = isinstance(error, PermissionError)
-    return f"{error.strerror}: run this as root" if denied else f"not a regular file ({error.strerror})"
+    """Why a host's file cannot be read. Root may read all of them."""
+    if isinstance(error, PermissionError):
+        return f"{error.strerror}: run this as root"
+    return f"not a regular file ({error.strerror})"
 
 
 def read_report(chroot: Path | str, name: str) -> Found:
@@ -1203,12 +1194,9 @@ def parse_log_name(name: str) -> Attempt | None:
     if not client.LOG_NAME.fullmatch(name):
         return None
     when, release, result = name.removesuffix(".log").split("_")
-    time_ = f"{when[:4]}-{when[4:6]}-{when[6:11]}:{when[11:13]}:{when[13:]}"
-    try:
-        client.parse_time(time_)
-    except ValueError:
-        return None
-    return Attempt(name, time_, release, result)
+    with suppress(ValueError):
+        return Attempt(name, format_time(datetime.fromisoformat(when).timestamp()), release, result)
+    return None
 
 
 def first_failure(last: Last, attempts: Sequence[Attempt]) -> str:
@@ -1338,10 +1326,9 @@ RESULT_MARKS: dict[str, str] = {
 }  # fmt: skip
 # Of the parts of a bar, the last for all that are older than the others, and for what nobody knows.
 SHADES, NOT_KNOWN, UNKNOWN_RELEASE = "█▓▒░", "·", "not known"
-
-
-# Where the encoding of stdout has none of our symbols.
+# What a revision begins with, by default.
 COMMIT = re.compile(r"[0-9a-f]{7,40}\b\+?")
+# Where the encoding of stdout has none of our symbols.
 PLAIN = str.maketrans("✗↶…⚙↻·✓‖↓‼█▓▒░", "x<~*@.+|v%#=:-")
 
 
@@ -1446,6 +1433,12 @@ def format_host(row: Row, now_s: float) -> str:
     return "\n".join(f"{name:<10} {one_line(text, 4000)}" for name, text in lines if text is not None)
 
 
+def clock_error(row: Row) -> str:
+    """How wrong the host's clock is; nothing for what may be a slow line."""
+    ahead_s = row.ahead_s or 0.0
+    return f"{age(abs(ahead_s))} {'ahead' if ahead_s > 0 else 'behind'}" if abs(ahead_s) > CLOCK_TOLERANCE_S else ""
+
+
 def moment(when_s: float, now_s: float) -> str:
     return f"{format_time(when_s)} ({age(now_s - when_s)} ago)"
 
@@ -1455,25 +1448,20 @@ def report_lines(row: Row, report: Report, now_s: float) -> list[tuple[str, str 
     last = report.last
     finished_s = row.ours_s(last.finished) if last else None
     ended = "at a time that its clock does not tell" if finished_s is None else moment(finished_s, now_s)
-    ahead_s = row.ahead_s or 0.0
-    off = f", its clock is {age(abs(ahead_s))} {'ahead' if ahead_s > 0 else 'behind'}"
+    tried = f"tried {counted(last.attempt, 'time')}" if last else ""
+    wrong = clock_error(row)
     return [
         ("runs", report.release or "none of Bento's releases"),
         ("", row.revision),
         ("system", report.system),
-        (
-            "last",
-            f"{last.result}, {last.release or 'no release'}, tried {counted(last.attempt, 'time')}, {ended}"
-            if last
-            else None,
-        ),
+        ("last", f"{last.result}, {last.release or 'no release'}, {tried}, {ended}" if last else None),
         ("reason", last.reason or None if last else None),
         ("waiting", f"{report.waiting_for_boot} runs from the next boot on" if report.waiting_for_boot else None),
         ("reboot", "needed" if report.needs_reboot else None),
         ("failed", ", ".join(report.failed_units) or None),
         ("paused", f"until {report.paused_until}" if row.paused else None),
         ("phase", report.phase),
-        ("client", report.client + (off if abs(ahead_s) > CLOCK_TOLERANCE_S else "")),
+        ("client", report.client + (f", its clock is {wrong}" if wrong else "")),
         ("offline", f"after {age(patience_s(report, OFFLINE_AFTER_S))} of silence"),
         ("boot trial", report.boot_trial),
         ("boots", report.known_to_boot),
@@ -1505,9 +1493,8 @@ def notes(row: Row, now_s: float) -> list[str]:
         found.append(one_line(last.reason))
     if row.report is not None and row.other_client:
         found.append(f"client {row.report.client}")
-    ahead_s = row.ahead_s
-    if ahead_s is not None and abs(ahead_s) > CLOCK_TOLERANCE_S:
-        found.append(f"clock {age(abs(ahead_s))} {'ahead' if ahead_s > 0 else 'behind'}")
+    if wrong := clock_error(row):
+        found.append(f"clock {wrong}")
     return list(dict.fromkeys(found))
 
 
@@ -1906,7 +1893,7 @@ class Standing(NamedTuple):
 
     @property
     def published(self) -> str:
-        return self.found[0].release if self.found[0] is not None else ""
+        return self.found.current.release if self.found.current is not None else ""
 
     @property
     def changed(self) -> bool:
@@ -2533,9 +2520,9 @@ class Signature(NamedTuple):
 
 def read_signature(fleet: Fleet, name: str) -> Signature | None:
     """What the administrator signed for a host; None where nothing is."""
-    path, where = fleet.directory / "hosts" / f"{name}.sig", f"hosts/{name}.sig"
+    where = f"hosts/{name}.sig"
     try:
-        content = client.read_limited(path, client.MAX_JSON_BYTES).decode("utf-8")
+        content = client.read_limited(fleet.directory / where, client.MAX_JSON_BYTES).decode("utf-8")
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
@@ -2753,7 +2740,7 @@ def examine(work: Work, name: str) -> Job:
         try:
             owner = find_owner(name)
         except BentoError:
-            if (fleet.directory / f"hosts/{name}.pub").exists():
+            if fleet.host(f"{name}.pub").exists():
                 raise
             raise BentoError(
                 f"it has no account here, for it has no key: there is no hosts/{name}.pub:"
@@ -2911,7 +2898,7 @@ def command_add(fleet: Fleet, name: str, key: str | None, *, flake: bool, link_t
     if name == "waves":
         raise UsageError("waves: no host name: hosts/waves is the order of a roll-out")
     lines = read_key_file(key) if key is not None else []
-    host, public = fleet.host(name), fleet.directory / "hosts" / f"{name}.pub"
+    host, public = fleet.host(name), fleet.host(f"{name}.pub")
     made: list[Path] = []
     if not os.path.lexists(host):
         host.parent.mkdir(parents=True, exist_ok=True)
@@ -2920,11 +2907,11 @@ def command_add(fleet: Fleet, name: str, key: str | None, *, flake: bool, link_t
         raise BentoError(f"hosts/{name} is there already")
     if lines:
         client.write_atomic(public, ("\n".join(lines) + "\n").encode(), 0o644)
-        make_known([*made, public])
+        fleet.source.make_known(*made, public)
         print(f"hosts/{name}.pub: {counted(len(lines), 'key')}")
         print("next: 'bento.py fleet', switch this server to it, 'bento.py populate'")
     else:
-        make_known(made)
+        fleet.source.make_known(*made)
         print(
             f"next: 'python3 bento_client.py --host {name} key' on the machine, 'bento.py add {name} --key FILE' here"
         )
@@ -3044,7 +3031,7 @@ def command_fleet(fleet: Fleet) -> int:
     else:
         before = target.read_text("utf-8", errors="replace") if target.exists() else ""
         client.write_atomic(target, text, 0o644)
-        make_known([target])
+        fleet.source.make_known(target)
         warn(lost_keys(before, text.decode()))
         print(f"fleet.nix: written, {counted(len(keys))}; include it in this server's configuration and switch")
     return 0
@@ -3100,7 +3087,7 @@ def command_sign(fleet: Fleet, wanted: Sequence[str], vow: Vow) -> int:
             make_signatures(vow.key, work, list(texts))
         for name, text in texts.items():
             armored = (work / f"{name}.sig").read_bytes()
-            client.write_atomic(fleet.directory / "hosts" / f"{name}.sig", text.encode() + armored, 0o644)
+            client.write_atomic(fleet.host(f"{name}.sig"), text.encode() + armored, 0o644)
             signed = client.parse_signed(text, name)
             print(f"{name}: signed {signed.release[:12]}, until {signed.expires}")
     return complain([*errors, *group_failures(failures)])
@@ -3190,11 +3177,12 @@ def find_versions(system: str, package: str) -> str:
 
 def diff_host(fleet: Fleet, name: str) -> str:
     current = read_published(fleet.chroot(name), name)
-    _, report, _, problem, *_ = read_report(fleet.chroot(name), name)
+    found = read_report(fleet.chroot(name), name)
+    report = found.report
     if current is None or current.system is None:
         raise BentoError("its release was not built here: run 'bento.py build', or 'populate --build'")
     if report is None:
-        raise BentoError(problem or "it has not reported a system yet")
+        raise BentoError(found.problem or "it has not reported a system yet")
     if report.system == current.system:
         return f"no difference, it runs {current.system}"
     for system in (report.system, current.system):
@@ -3248,7 +3236,7 @@ def update_host(fleet: Fleet, host: str, name: str | None, work: Path, done: set
         owner = os.stat(directory)
         client.write_atomic(lock, made.read_bytes(), 0o644)
         os.chown(lock, owner.st_uid, owner.st_gid)
-        make_known([lock])
+        fleet.source.make_known(lock)
     after = read_lock(directory)
     moved = [f"{i} {before.get(i, 'new')} -> {after[i]}" for i in sorted(after) if before.get(i) != after[i]]
     return "; ".join(moved) or "nothing moved"
@@ -3705,17 +3693,15 @@ def last_words(logs: int, name: str) -> str:
 
 def list_log(logs: int, name: str, came_s: float) -> str:
     """A log's line in the list: when by the host's clock, release, result and reason."""
-    when, short, result = name.removesuffix(".log").split("_")
-    line = f"{when}  {short}  {result}"
+    line = name.removesuffix(".log").replace("_", "  ")
     try:
         words = last_words(logs, name)
         line += f"  {words}" if words else ""
     except (BentoError, OSError) as error:
         line += f"  {one_line(str(error))}"
-    came = format_time(came_s)
     parsed = parse_log_name(name)
     if parsed is not None and abs(client.parse_time(parsed.finished) - came_s) > CLOCK_TOLERANCE_S:
-        line += f"  (came {came})"
+        line += f"  (came {format_time(came_s)})"
     return line
 
 
@@ -3729,14 +3715,11 @@ def command_log(fleet: Fleet, name: str, show_list: bool, release: str | None) -
     with what was published for it, and when."""
     find_hosts(fleet, [name])
     where = fleet.chroot(name) / "logs"
-    history = read_history(fleet.chroot(name)) if show_list else []
     lines = [
         (client.parse_time(published.time), list_publication(published))
-        for published in history
+        for published in (read_history(fleet.chroot(name)) if show_list else ())
         if published.release.startswith(release or "")
     ]
-    of_that = " of that release" if release else ""
-    none = BentoError(f"{name}: no log{of_that} in {where}: it has not reported one yet")
     text, more = None, False
     with suppress(FileNotFoundError), ExitStack() as stack:
         try:
@@ -3752,7 +3735,8 @@ def command_log(fleet: Fleet, name: str, show_list: bool, release: str | None) -
     if more:
         print(f"{name}: more than {MAX_LOG_ENTRIES} files in {where}: not all were looked at", file=sys.stderr)
     if text is None and not lines:
-        raise none
+        of_that = " of that release" if release else ""
+        raise BentoError(f"{name}: no log{of_that} in {where}: it has not reported one yet")
     for _, line in sorted(lines, key=lambda line: line[0], reverse=True):
         print(line)
     for line in text.splitlines() if text is not None else ():
