@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -410,7 +411,7 @@ def parse_time(text: str) -> float:
 
 def log_name(finished_s: float, release: str | None, result: str) -> str:
     stamp = datetime.fromtimestamp(finished_s, UTC).strftime("%Y%m%dT%H%M%SZ")
-    return f"{stamp}_{(release or '0' * 64)[:12]}_{result}.log"
+    return f"{stamp}_{(release or NO_RELEASE)[:12]}_{result}.log"
 
 
 def one_line(text: str, limit: int = 300) -> str:
@@ -1019,10 +1020,7 @@ def scratch(settings: Settings) -> Iterator[str]:
     try:
         yield name
     finally:
-        with suppress(FileNotFoundError):  # not `remove`: it would load shutil in each poll
-            for left in (settings.state / name).iterdir():
-                left.unlink()
-            (settings.state / name).rmdir()
+        remove(settings.state / name)
 
 
 def name_holder(settings: Settings, text: str, contact: str = "") -> None:
@@ -1176,9 +1174,6 @@ class Log:
         except FileNotFoundError:
             return ""
 
-    def size(self) -> int:
-        return self.path.stat().st_size if self.path.exists() else 0
-
     def cause(self, find: Callable[[str], str] = find_cause) -> str:
         """Why what was last run failed, from what programs, not Bento, wrote here."""
         said = self.tail(1 << 18).splitlines()
@@ -1249,7 +1244,6 @@ def parse_signed(text: str, what: str) -> Signed:
 def fingerprint(blob: str) -> str:
     """A public key's name, as ssh-keygen shows it. ValueError for what is no key."""
     import base64
-    import hashlib
 
     digest = hashlib.sha256(base64.b64decode(blob, validate=True)).digest()
     return f"SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
@@ -1871,7 +1865,8 @@ class Grub(Loader):
         """Why GRUB there would not follow us. Where it cannot write, each boot would be the one trial."""
         try:
             text, env = (place / "grub.cfg").read_text("utf-8", "replace"), (place / "grubenv")
-            if env.is_symlink() or (env.exists() and not is_grubenv(env.read_bytes())):
+            # An empty one is fine, too.
+            if env.is_symlink() or (env.exists() and not (env.read_bytes() or GRUBENV_HEAD).startswith(GRUBENV_HEAD)):
                 return f"{env} is not what GRUB makes it"
             if os.statvfs(place).f_flag & os.ST_RDONLY:
                 return f"{place} cannot be written"
@@ -1972,10 +1967,6 @@ def mount_of(settings: Settings, path: Path) -> Mount | None:
     device = os.path.realpath(root / f"sys/dev/block/{best[2]}")
     plain = os.path.exists(f"{device}/partition") and "/devices/virtual/block/" not in device
     return Mount(best[0], best[1], plain)
-
-
-def is_grubenv(data: bytes) -> bool:
-    return not data or data.startswith(GRUBENV_HEAD)
 
 
 def read_grubenv(path: Path) -> dict[str, str]:
@@ -2084,8 +2075,6 @@ class Machine:
     @property
     def mark(self) -> str | None:
         """A hash of what no other machine has: of the system's id, and of the board's, for a disk may be a copy."""
-        import hashlib
-
         places = ("/etc/machine-id", "/sys/class/dmi/id/product_uuid", "/proc/device-tree/serial-number")
         ids = []
         for place in places:
@@ -2153,10 +2142,12 @@ class Machine:
             s.system: (s.release, s.revision),
         }
 
-    def asked(self, setting: str, system: str) -> Sequence[str]:
-        """The commands that a system has in a setting; where it does not say, those that we run with."""
-        asked = settings_of(system).get(setting)
-        return [str(each) for each in asked] if isinstance(asked, list) else getattr(self.settings, setting)
+    def asked(self, setting: str, system: str) -> Any:
+        """What a system has in a setting; where it does not say, what we run with."""
+        ours, asked = getattr(self.settings, setting), settings_of(system).get(setting)
+        if isinstance(ours, tuple) and isinstance(asked, list):
+            return [str(each) for each in asked]
+        return asked if isinstance(asked, type(ours)) else ours
 
     @property
     def needs_reboot(self) -> bool:
@@ -2195,7 +2186,7 @@ class Machine:
         Under systemd in a transient unit: the switch may stop, restart or kill whatever it likes, us included.
         """
         self.log.say(f"switch-to-configuration {action}: {system}")
-        before = self.log.size()
+        before = size_of(self.log.path)
         argv = [f"{system}/bin/switch-to-configuration", action]
         limit_s = self.settings.activation_timeout
         with self.log.output() as out:
@@ -2203,7 +2194,7 @@ class Machine:
                 code = run(argv, check=False, output=out, timeout=limit_s).code
             else:
                 code = run_in_unit(argv, f"bento-switch-{token}-{os.urandom(3).hex()}", out, limit_s)
-        return Done(code, self.log.tail(max(0, min(self.log.size() - before, 1 << 18))))
+        return Done(code, self.log.tail(max(0, min(size_of(self.log.path) - before, 1 << 18))))
 
     def has_begun(self) -> bool:
         """Whether the last switch got as far as to change anything, by its own words. True where there are none left."""
@@ -2363,6 +2354,11 @@ def transient_environment(*names: str) -> list[str]:
 
 def runs_bento(system: str) -> bool:
     return Path(system, "sw/bin/bento-client").exists()
+
+
+def has_left(system: str) -> bool:
+    """Whether a system says that its owner no longer wants Bento on it."""
+    return Path(system, "etc/bento/left").exists()
 
 
 def settings_of(system: str) -> dict[str, Any]:
@@ -2770,8 +2766,6 @@ def find_parts(tree: Path, parts: Sequence[Part]) -> dict[str, Path]:
 
 
 def hash_file(path: Path) -> str:
-    import hashlib  # only a new release needs it; a poll is mostly start-up
-
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -3541,11 +3535,6 @@ def begin(machine: Machine, current: Current) -> Pending:
     return pending
 
 
-def has_left(system: str) -> bool:
-    """Whether a system says that its owner no longer wants Bento on it."""
-    return Path(system, "etc/bento/left").exists()
-
-
 def refuse_to_activate(machine: Machine, pending: Pending, *, force: bool) -> Outcome | None:
     """The outcome where the built system needs no activation, or must not have one."""
     new, facts = pending.new, machine.facts(pending.new)
@@ -3637,7 +3626,7 @@ def reboot_if_due(machine: Machine) -> None:
         machine.remember(rebooted=None)
     due = machine.on_trial is not None or (tried is not None and tried.system == machine.facts().booted != new)
     # What was just deployed may ask for less than we were started with.
-    asked = [machine.settings.reboot, str(settings_of(machine.running).get("reboot", machine.settings.reboot))]
+    asked = (machine.settings.reboot, machine.asked("reboot", machine.running))
     allowed = all(may_reboot(each, now.tm_hour, now.tm_min) for each in asked)
     if before == new or not (allowed and due and machine.needs_reboot):
         return
@@ -3832,9 +3821,8 @@ def lock_holder(settings: Settings) -> int:
         words = line.split()
         if words[1] == "FLOCK" and words[5] == where:
             return int(words[4])
-    return int(
-        (settings.state / "lock").read_text().split()[0]
-    )  # a file system whose device the kernel names otherwise
+    # A file system whose device the kernel names otherwise.
+    return int((settings.state / "lock").read_text().split()[0])
 
 
 def command_rollback(settings: Settings, *, token: str | None) -> int:
@@ -4013,8 +4001,8 @@ def command_status(settings: Settings) -> int:
         raise BentoError(f"{settings.state} cannot be read: run this as root")
     machine = Machine(settings, log="no-log")
     waiting = len(list((settings.state / "outbox").glob("*.log")))
-    print(format_status(make_report(machine), load_pending(machine), waiting))
-    print(f"{'contact':<10} {last_contact(settings, time.time())}")
+    contact = last_contact(settings, time.time())
+    print(format_status(make_report(machine), load_pending(machine), waiting, contact))
     return 0
 
 
@@ -4030,43 +4018,31 @@ def last_contact(settings: Settings, now_s: float) -> str:
     return f"{when}, {duration(ago_s)} ago, {server}" + (f": lost since then: {why}" if lost else "")
 
 
-def format_status(report: Report, pending: Pending | None, waiting: int) -> str:
-    last = report.last
+def format_status(report: Report, pending: Pending | None, waiting: int, contact: str) -> str:
+    last, over = report.last, report.expires is not None and parse_time(report.expires) <= parse_time(report.polled)
     rows = [
         ("host", report.host),
         ("client", report.client),
         ("release", report.release or "none of Bento's"),
         ("system", report.system),
-    ]
-    if last is not None:
-        rows.append(
-            ("last", f"{last.result}, release {(last.release or '?')[:12]}, attempt {last.attempt}, {last.finished}")
-        )
-        rows += [("reason", last.reason)] if last.reason else []
-    rows += [("paused", f"until {report.paused_until}")] if report.paused_until else []
-    if pending is not None:
-        rows.append(("under way", f"release {pending.release[:12]}, {pending.step}"))
-    rows += [("failed", ", ".join(report.failed_units))] if report.failed_units else []
-    if report.waiting_for_boot is not None:
-        rows.append(("waiting", f"release {report.waiting_for_boot[:12]} runs from the next boot on"))
-    if report.needs_reboot:
-        rows.append(("reboot", "needed"))
-    rows.append(("boot trial", report.boot_trial or "none"))
-    rows.append(("boots", report.known_to_boot or "not known yet"))
-    if report.signer is not None and report.expires is not None:
-        over = parse_time(report.expires) <= parse_time(report.polled)
-        rows.append(("signed", f"by {report.signer}, until {report.expires}"))
-        rows += [("expired", "nobody vouches for this machine's state: sign its release anew")] if over else []
-    if report.twin is not None:
-        words = (
-            f"another machine reported as {report.host}, last seen {report.twin}: give it a name and a key of its own"
-        )
-        rows.append(("twin", words))
-    if report.first_contact is not None:
-        rows.append(("trust", f"the server's key was taken at first contact, {report.first_contact}"))
-    if waiting:
-        rows.append(("outbox", f"{waiting} not delivered yet"))
-    return "\n".join(f"{name:<10} {value}" for name, value in rows)
+        ("last", last and f"{last.result}, release {(last.release or '?')[:12]}, attempt {last.attempt}, {last.finished}"),
+        ("reason", last and last.reason),
+        ("paused", report.paused_until and f"until {report.paused_until}"),
+        ("under way", pending and f"release {pending.release[:12]}, {pending.step}"),
+        ("failed", ", ".join(report.failed_units)),
+        ("waiting", report.waiting_for_boot and f"release {report.waiting_for_boot[:12]} runs from the next boot on"),
+        ("reboot", report.needs_reboot and "needed"),
+        ("boot trial", report.boot_trial or "none"),
+        ("boots", report.known_to_boot or "not known yet"),
+        ("signed", report.signer and f"by {report.signer}, until {report.expires}"),
+        ("expired", over and "nobody vouches for this machine's state: sign its release anew"),
+        ("twin", report.twin and f"another machine reported as {report.host}, last seen {report.twin}: give it a name and"
+         " a key of its own"),
+        ("trust", report.first_contact and f"the server's key was taken at first contact, {report.first_contact}"),
+        ("outbox", waiting and f"{waiting} not delivered yet"),
+        ("contact", contact),
+    ]  # fmt: skip
+    return "\n".join(f"{name:<10} {value}" for name, value in rows if value)
 
 
 # --- command line ---
