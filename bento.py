@@ -101,7 +101,7 @@ SMALL_FILE = 128 << 10
 MEMORY_BYTES, MEMBER_BYTES = 8 << 20, 512
 # So many different directories that hosts share are remembered; usually there is one.
 MAX_SHARED = 16
-MAX_DEPTH, MAX_WAVES_BYTES = 100, 1 << 20
+MAX_WAVES_BYTES = 1 << 20
 # Of names that belong together, so many are shown.
 SHOWN = 5
 # So much of a revision is shown in the table.
@@ -954,8 +954,8 @@ class Source:
     def collect(self, directory: str, prefix: str, above: tuple[str, ...], members: list[Member]) -> None:
         """All that a release has of a directory. `above` are the real ones that it is in, and itself; the first is the
         host's own, where links may lead to, as anywhere in the fleet's."""
-        if len(above) > MAX_DEPTH:
-            raise BentoError(f"{self.show(directory)}: a tree deeper than {MAX_DEPTH} directories")
+        if len(above) > client.MAX_DEPTH:
+            raise BentoError(f"{self.show(directory)}: a tree deeper than {client.MAX_DEPTH} directories")
         for entry in self.listing(directory):
             if entry.linked and not f"{entry.path}/".startswith((f"{self.real}/", f"{above[0]}/")):
                 if entry.path.startswith("/nix/store/"):
@@ -1294,17 +1294,19 @@ def is_expired(current: Current | None, now_s: float) -> bool:
     return False
 
 
-URGENCY = {
-    "failing": 0, "rolled-back": 1, "unknown": 2, "pending": 4, "held": 5, "building": 6, "waiting": 7, "new": 8, "left": 9,
-    "up-to-date": 10,
+# The states, what is urgent first, each with its symbol and its colour on a terminal.
+STATES = {
+    "failing": ("✗", "31"), "rolled-back": ("↶", "31"), "unknown": ("?", "31"), "pending": ("…", "33"), "held": ("‖", "33"),
+    "building": ("⚙", "36"), "waiting": ("↻", "33"), "new": ("·", "2"), "left": ("-", "2"), "up-to-date": ("✓", "32"),
 }  # fmt: skip
+URGENCY = tuple(STATES)
 
 
 def sort_rows(rows: Iterable[Row]) -> list[Row]:
     """What needs a person first, and of that who is silent: it may be all that there is to know of a host."""
     return sorted(
         rows,
-        key=lambda row: (not row.needs_a_person, row.reasons[:1] != ["offline"], URGENCY.get(row.state, 3), row.host),
+        key=lambda row: (not row.needs_a_person, row.reasons[:1] != ["offline"], URGENCY.index(row.state), row.host),
     )
 
 
@@ -1312,14 +1314,6 @@ MARKS = (
     "offline", "drift", "needs_reboot", "other_client", "failed_units", "paused", "expired", "absent", "not_published", "stuck",
     "two_machines",
 )  # fmt: skip
-SYMBOLS = {
-    "failing": "✗", "rolled-back": "↶", "unknown": "?", "pending": "…", "held": "‖", "building": "⚙", "waiting": "↻",
-    "new": "·", "left": "-", "up-to-date": "✓", "alarm": "!",
-}  # fmt: skip
-COLOURS = {
-    "failing": "31", "rolled-back": "31", "unknown": "31", "pending": "33", "held": "33", "building": "36", "waiting": "33",
-    "new": "2", "left": "2", "up-to-date": "32",
-}  # fmt: skip
 RESULT_MARKS: dict[str, str] = {
     Result.OK: "✓", Result.BUILD_FAILED: "✗", Result.FETCH_FAILED: "↓", Result.ROLLED_BACK: "↶", Result.ROLLBACK_FAILED: "‼",
     Result.POSTPONED: "…", Result.INTERRUPTED: "~",
@@ -1360,7 +1354,7 @@ def format_table(
         text = " ".join(f"{cells[title]:<{size}}" for title, size in columns)
         line = clip(f"{text}  {'; '.join(notes(row, now_s))}".rstrip(), width - len(gutter))
         if decorated:
-            colour = "31" if row.needs_a_person else COLOURS.get(row.state, "0")
+            colour = "31" if row.needs_a_person else STATES[row.state][1]
             line = f"\x1b[{colour}m{symbol_of(row)}\x1b[0m {line}"
         lines.append(line)
     return "\n".join([*lines, *summary])
@@ -1369,7 +1363,7 @@ def format_table(
 def symbol_of(row: Row) -> str:
     """What a state looks like, unless something else is the matter with a host."""
     alarm = row.offline or (row.needs_a_person and row.reasons[0] not in ("failed", "stuck", "problem"))
-    return SYMBOLS["alarm" if alarm else row.state]
+    return "!" if alarm else STATES[row.state][0]
 
 
 def clip(line: str, width: int) -> str:
@@ -1544,10 +1538,9 @@ def since(when_s: float, now_s: float) -> str:
 
 def complaint(row: Row, now_s: float) -> Failure:
     """What a person is told of a host that needs one, who does not see the table. What is wrong comes first."""
-    since_s, found = row.since_s, notes(row, now_s)
+    since_s, found = row.since_s, [words for words in notes(row, now_s) if words != note(row, "offline", now_s)]
     state = row.state + (f" {since(since_s, now_s)}" if since_s is not None else "")
     if row.offline and row.seen_s is not None:
-        found = [words for words in found if not words.startswith("offline for ")]
         words = [f"offline {since(row.seen_s, now_s)}, it was {row.state}", *found]
     elif row.reasons[:1] in (["failed"], ["stuck"], ["problem"]):
         words = [f"{state}: {'; '.join(found)}"]
@@ -1791,7 +1784,7 @@ def html_roll_out(rows: Sequence[Row], now_s: float) -> str:
         parts.append(f'<u class={kind} style="flex:{shade.hosts}" title="{label}: {shade.hosts}"></u>')
         lines.append(f"<li><u class={kind}></u> {counted(shade.hosts)}: {label}{when}")
     for words, count in Counter(row.held for row in rows if row.held).most_common(SHOWN):
-        lines.append(f"<li>{SYMBOLS['held']} {counted(count)} held: {html.escape(words)}")
+        lines.append(f"<li>{STATES['held'][0]} {counted(count)} held: {html.escape(words)}")
     bar = f'<div class="bar">{"".join(parts)}</div>'
     return "\n".join(["\n<h2>Roll-out</h2>", bar, "<ul>", *lines, "</ul>"]) if rows else ""
 
@@ -2490,11 +2483,11 @@ def prune_chroots(gone: Sequence[Path], plan: Plan, failures: list[Failure]) -> 
             if not plan.dry_run:
                 # Unpublish first, so that a kill in the middle never leaves a release announced and gone; releases/
                 # last, by which the next run knows it for a chroot.
+                client.remove(path / "current.json")
                 if os.geteuid() == 0:
                     client.remove(GCROOTS / path.name)
-                    client.remove(path / "current.json")
                     end_sessions(path.name)
-                for left in ("current.json", "logs", "config", ""):
+                for left in ("logs", "config", ""):
                     client.remove(path / left)
         except OSError as error:  # the host is writing there, say
             failures.append(Failure(path.name, str(error)))
@@ -3128,10 +3121,6 @@ def make_signatures(key: str, work: Path, names: Sequence[str]) -> None:
         raise BentoError(f"ssh-keygen could not sign with {key}: exit {done.returncode}: nothing is signed")
 
 
-def read_revoked(path: str | None) -> tuple[str, ...]:
-    return tuple(sorted(client.read_signers(Path(path)))) if path else ()
-
-
 def command_diff(fleet: Fleet, wanted: Sequence[str]) -> int:
     """What would change on each host between the system it reports and the one built here from its release."""
     hosts, failures = find_hosts(fleet, wanted)
@@ -3591,7 +3580,7 @@ def command_status(fleet: Fleet, wanted: Sequence[str], view: View) -> int:
     if view.changes is not None:
         tell_changes(Path(view.changes), rows, troubles, now_s)
     elif view.output is None:  # cron mails what is on stderr
-        silent = any(trouble.startswith("all ") for trouble in troubles)
+        silent = not wanted and look_at_silence(rows, now_s)
         wanting = [row for row in rows if row.needs_a_person and not terminal and not (silent and row.offline)]
         errors = [*troubles, *errors, *group_failures(complaint(row, now_s) for row in wanting)]
     warn(unknown_keys(fleet, [row.host for row in rows]))
@@ -3922,7 +3911,8 @@ def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:
     if command == "diff":
         return command_diff(fleet, options.hosts)
     if command == "sign":
-        vow = Vow(options.key, options.days, options.build, options.unsign, read_revoked(options.revoke))
+        revoked = tuple(sorted(client.read_signers(Path(options.revoke)))) if options.revoke else ()
+        vow = Vow(options.key, options.days, options.build, options.unsign, revoked)
         return command_sign(fleet, options.hosts, vow)
     if command == "update":
         return command_update(fleet, options.input)
