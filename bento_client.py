@@ -878,15 +878,6 @@ def builder_words(lines: Sequence[str], number: int) -> str:
     return f"({said[-1]})" if said else ""
 
 
-def out_of_memory(since_s: float) -> str:
-    """Whether memory ran out since then, as the kernel or systemd-oomd says."""
-    words = "out of memory: Killed process|Killed .* due to memory"
-    argv = ["journalctl", "--quiet", "--boot", "--output=cat", f"--since=@{since_s:.0f}", f"--grep={words}"]
-    done = run(argv, check=False, timeout=60)
-    said = [line for line in done.output.splitlines() if re.search(words, line, re.IGNORECASE)]
-    return f"killed, out of memory: {one_line(said[-1], 120)}" if done.code == 0 and said else ""
-
-
 def failed_units(output: str) -> list[str]:
     """The units that switch-to-configuration names as failed, from its output."""
     found = re.findall(r"the following (?:units|user units) failed: (.*)", output)
@@ -2963,6 +2954,15 @@ def unchanged_lock(tree: Path) -> Iterator[None]:
                 write_atomic(path, before, 0o644)
                 os.utime(path, (1, 1))
             os.utime(tree, (1, 1))
+
+
+def out_of_memory(since_s: float) -> str:
+    """Whether memory ran out since then, as the kernel or systemd-oomd says."""
+    words = "out of memory: Killed process|Killed .* due to memory"
+    argv = ["journalctl", "--quiet", "--boot", "--output=cat", f"--since=@{since_s:.0f}", f"--grep={words}"]
+    done = run(argv, check=False, timeout=60)
+    said = [line for line in done.output.splitlines() if re.search(words, line, re.IGNORECASE)]
+    return f"killed, out of memory: {one_line(said[-1], 120)}" if done.code == 0 and said else ""
 
 
 def make_result(settings: Settings, log: Log, argv: Sequence[str], find: Callable[[str], str] = find_cause) -> str:
