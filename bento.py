@@ -2,10 +2,11 @@
 """Bento's server: publishes the configuration of each NixOS host of a fleet, and shows what became of it.
 
 Files. In the fleet directory: hosts/NAME/ (one host's configuration, or a symlink to it), hosts/NAME.pub (its SSH
-public keys), hosts/NAME.sig (what the administrator signed for it), hosts/waves (the order of a roll-out), fleet.nix (written
-from fleet.nix.in). In the chroot directory, for each host: current.json (the release to run; replacing it is the moment of publication),
-releases/ID/ and releases/ID.tar, config -> releases/ID, history, and logs/, which belongs to the host: nothing there
-is trusted. Beside the chroots: .store/, which has each release once, for the chroots to link to, .rollout.json, and .lock.
+public keys), hosts/NAME.sig (what the administrator signed for it), hosts/NAME.absent (why it is away), hosts/waves (the
+order of a roll-out), fleet.nix (written from fleet.nix.in). In the chroot directory, for each host: current.json (the
+release to run; replacing it is the moment of publication), releases/ID/, ID.tar and ID.parts/, config -> releases/ID,
+history, and logs/, which belongs to the host: nothing there is trusted. Beside the chroots: .store/, which has each
+release once, for the chroots to link to; .rollout.json; and .lock, which also says what could not be published.
 
 Exit codes: 0 done, 1 something failed (each failure on stderr) or a host needs a person, 2 usage.
 
@@ -3377,17 +3378,17 @@ def plan_rollout(work: Work, hosts: Sequence[str], good: Sequence[str]) -> Rollo
 def roll_out(work: Work, hosts: Sequence[str], good: Sequence[str]) -> list[Failure]:
     """Publishes as far as hosts/waves lets us, and tells whom it holds. `good`: the hosts whose keys are in order. Returns
     the hosts that failed with others behind them."""
-    place, dry_run = work.fleet.chroot_dir, work.plan.dry_run
+    chroots, dry_run = work.fleet.chroot_dir, work.plan.dry_run
     rollout = plan_rollout(work, hosts, good)
     if not dry_run:  # now, for what follows may take hours
-        write_rollout(place, rollout)
+        write_rollout(chroots, rollout)
     out = {each.host for each in rollout.held} | {failure.host for failure in work.failures}
     populate_hosts(work, [name for name in good if name not in out])
     failed = {failure.host for failure in work.failures}
     blockers = [each._replace(why="not published") if each.host in failed else each for each in rollout.blockers]
     after = rollout._replace(blockers=tuple(blockers))
     if after != rollout and not dry_run:
-        write_rollout(place, after)
+        write_rollout(chroots, after)
     tell_rollout(work, after)
     # What could not be published is told already.
     stops = [each for each in after.blockers if after.held and each.why in FAILED and each.why != "not published"]
@@ -3433,9 +3434,9 @@ def remember_failures(work: Work, hosts: Sequence[str], failures: Iterable[Failu
 
 def publish(work: Work, hosts: Sequence[str], bad_keys: Mapping[str, str], *, everyone: bool) -> None:
     """Publishes hosts, as far as hosts/waves lets us where it is all of them; keeps for `status` what failed."""
-    place, plan = work.fleet.chroot_dir, work.plan
+    chroots, plan = work.fleet.chroot_dir, work.plan
     if not plan.dry_run:
-        for left in (place / ".copies", *place.glob(".tmp-*")):  # of version 1.0; of a kill
+        for left in (chroots / ".copies", *chroots.glob(".tmp-*")):  # of version 1.0; of a kill
             client.remove(left)
         work.store.prune()
     unfit = [Failure(name, bad_keys[name]) for name in hosts if name in bad_keys]
