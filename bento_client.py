@@ -7,13 +7,15 @@ proof fails it goes back to the old system. This file works alone, with the stan
 nothing that NixOS' python3Minimal lacks (zlib, bz2, lzma, ssl, ctypes, ...). It is also the home of the formats
 that both sides share: `current.json`, the report, names and times. `bento.py` imports them from here.
 
-Files, all below the state directory (/var/lib/bento, mode 0700):
+Files in the state directory (/var/lib/bento, mode 0700):
   config/         the files of the release last fetched      result         what was last built from them
   state.json      what this machine runs and last tried      pending.json   journal of an activation under way
   deploy.log      log of the deployment under way            outbox/        logs not yet delivered
   partial/        a download under way, to be resumed        lock           held while a run is at work
   id_ed25519      the machine's SSH identity                 known_hosts    the server's keys
   pause.json      until when a person wants nothing deployed
+Elsewhere: /run/bento-proofs, how many proofs have failed since the boot; /nix/var/nix/gcroots/bento-way-back, which keeps
+the system to fall back to; and what the boot loader is told of a trial.
 
 Exit codes: 0 done or nothing to do, 1 the deployment failed, 2 usage, 75 the server could not be reached.
 
@@ -737,11 +739,6 @@ def is_ahead(published: str, now_s: float) -> bool:
     return parse_time(published) > now_s + CLOCKS_DIFFER_S
 
 
-def is_odd(current: Current, seen: str | None, now_s: float) -> bool:
-    """Whether another server is to be asked first."""
-    return is_behind(current, seen, now_s) or is_ahead(current.published, now_s)
-
-
 def is_behind(current: Current, seen: str | None, now_s: float) -> bool:
     """Whether a server publishes less than was seen. Signed releases have their serials for that."""
     return current.signer is None and seen is not None and not is_ahead(seen, now_s) and current.published < seen
@@ -1193,7 +1190,7 @@ class Log:
 
 NAMESPACE, PRINCIPAL = "bento-release", "bento"
 SIGNED_1 = "bento-release 1"
-PUBLIC_KEY = r"(?:^|\s)((?:ssh|ecdsa|sk)-[!-~]+) +(AAAA[A-Za-z0-9+/]+=*)(?:\s+(.*))?$"
+PUBLIC_KEY = r"(?:^|\s)((?:ssh|ecdsa|sk)-[!-~]+) +(AAAA[A-Za-z0-9+/]+=*)(?:\s|$)"
 
 
 def format_signed(signed: Signed) -> str:
@@ -1240,8 +1237,8 @@ def fingerprint(blob: str) -> str:
     return f"SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
 
 
-def read_signers(path: Path) -> dict[str, tuple[str, str]]:
-    """The public keys in a file, one a line: by fingerprint, the key and its comment."""
+def read_signers(path: Path) -> dict[str, str]:
+    """The public keys in a file, one a line, by fingerprint."""
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -1250,9 +1247,9 @@ def read_signers(path: Path) -> dict[str, tuple[str, str]]:
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        key = re.search(PUBLIC_KEY, line.strip())
+        kind, blob = match.groups() if (match := re.search(PUBLIC_KEY, line)) else ("", "?")
         try:
-            found[fingerprint(key[2] if key else "?")] = (f"{key[1]} {key[2]}", key[3] or "") if key else ("", "")
+            found[fingerprint(blob)] = f"{kind} {blob}"
         except ValueError:
             raise UsageError(f"{path}:{number}: not a public key") from None
     if not found:
@@ -1263,7 +1260,7 @@ def read_signers(path: Path) -> dict[str, tuple[str, str]]:
 def find_signer(text: str, signature: str, signers: Path, directory: Path) -> str:
     """The fingerprint of the signer whose signature this is. BentoError when it is nobody's that is trusted."""
     keys = read_signers(signers)
-    allowed = "".join(f'{PRINCIPAL} namespaces="{NAMESPACE}" {key}\n' for key, _ in keys.values())
+    allowed = "".join(f'{PRINCIPAL} namespaces="{NAMESPACE}" {key}\n' for key in keys.values())
     for name, content in (("allowed", allowed), ("signature", signature), ("text", text)):
         (directory / name).write_text(content, "utf-8")
     argv = ["ssh-keygen", "-Y", "verify", "-f", "allowed", "-I", PRINCIPAL, "-n", NAMESPACE, "-s", "signature"]
@@ -1601,7 +1598,8 @@ def ask_all(
         except BentoError as error:
             failures.append(error)
             continue
-        if len(settings.server) == 1 or not is_odd(current, seen, time.time()):
+        now_s = time.time()
+        if len(settings.server) == 1 or not (is_behind(current, seen, now_s) or is_ahead(current.published, now_s)):
             if behind is not None:
                 behind[0].close()
             return (session, current), failures
