@@ -1983,13 +1983,18 @@ def reason_to_wait(standing: Standing, soak_s: float, now_s: float) -> str:
     state, offline, _, _ = judge(found.current, report, seen_s, now_s, patience_s(report, OFFLINE_AFTER_S))
     if state == "left" or (state in FAILED and not standing.changed):
         return state
-    if offline or not standing.wanted:
-        return "offline" if offline else "not published"
-    if standing.changed or state != "up-to-date":
-        return "pending" if standing.changed else state
+    if offline:
+        return "offline"
+    if not standing.wanted:
+        return "not published"
+    if standing.changed:
+        return "pending"
+    if state != "up-to-date":
+        return state
+    if report.failed_units:
+        return "failed units"
     ran_s = max(0.0, seen_s - standing.since_s)
-    soaks = f"runs it {age(ran_s)} of {age(soak_s)}" if ran_s < soak_s else ""
-    return "failed units" if report.failed_units else soaks
+    return f"runs it {age(ran_s)} of {age(soak_s)}" if ran_s < soak_s else ""
 
 
 def find_blockers(wave: Wave, standings: Mapping[str, Standing], now_s: float) -> tuple[Blocker, ...]:
