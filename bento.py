@@ -1105,9 +1105,14 @@ def judge(
     return state, offline, report.needs_reboot, drift
 
 
-def open_logs(chroot: Path | str) -> int:
+@contextmanager
+def open_logs(chroot: Path | str) -> Iterator[int]:
     """A descriptor of logs/, which is no link."""
-    return os.open(f"{chroot}/logs", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    logs = os.open(f"{chroot}/logs", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield logs
+    finally:
+        os.close(logs)
 
 
 def read_untrusted(logs: int, name: str, limit: int, *, end: bool = False) -> tuple[bytes, os.stat_result]:
@@ -1146,16 +1151,11 @@ def why_not(error: OSError) -> str:
 
 def read_report(chroot: Path | str, name: str) -> Found:
     """The host's report, when it came, its logs' names, and what is wrong with any of these."""
+    seen_s, problem, names = None, "", tuple[str, ...]()
     try:
-        logs = open_logs(chroot)
-    except FileNotFoundError:
-        return Found(None, None, None, "")
-    except OSError as error:
-        return Found(None, None, None, f"logs/status.json: {why_not(error)}", unreadable=True)
-    seen_s = None
-    try:
-        problem, names = weigh_logs(logs)
-        raw, found = read_untrusted(logs, "status.json", client.MAX_JSON_BYTES)
+        with open_logs(chroot) as logs:
+            problem, names = weigh_logs(logs)
+            raw, found = read_untrusted(logs, "status.json", client.MAX_JSON_BYTES)
         seen_s = arrival_s(found)
         report = client.parse_report(raw, "logs/status.json")
         if report.host != name:
@@ -1164,11 +1164,9 @@ def read_report(chroot: Path | str, name: str) -> Found:
     except FileNotFoundError:
         return Found(None, None, None, problem, names)
     except OSError as error:
-        return Found(None, None, seen_s, f"logs: {why_not(error)}", unreadable=True)
+        return Found(None, None, seen_s, f"logs/status.json: {why_not(error)}", unreadable=True)
     except BentoError as error:
         return Found(None, None, seen_s, one_line(str(error)), names, unreadable=True)
-    finally:
-        os.close(logs)
 
 
 def weigh_logs(logs: int) -> tuple[str, tuple[str, ...]]:
@@ -2046,9 +2044,7 @@ def runs_since_s(chroot: Path, found: Found, known: Proven | None) -> float:
     if current is None or report is None or report.last is None or seen_s is None:
         return 0.0
     times = [seen_s, *([known.since_s] if known is not None and known.release == report.release else [])]
-    with suppress(OSError), ExitStack() as stack:
-        logs = open_logs(chroot)
-        stack.callback(os.close, logs)
+    with suppress(OSError), open_logs(chroot) as logs:
         times.append(arrival_s(os.stat(report.last.log, dir_fd=logs, follow_symlinks=False)))
     return max(min(times), client.parse_time(current.published))
 
@@ -3595,18 +3591,10 @@ def command_status(fleet: Fleet, wanted: Sequence[str], view: View) -> int:
 
 def find_reason(fleet: Fleet, asked: Iterator[int], host: str, log: str) -> str:
     """Why an attempt ended as it did, from the end of its log: of so many logs, no more."""
-    if next(asked) >= MAX_REASONS:
-        return ""
-    try:
-        logs = open_logs(fleet.chroot(host))
-    except OSError:
-        return ""
-    try:
-        return last_words(logs, log)
-    except (BentoError, OSError):
-        return ""
-    finally:
-        os.close(logs)
+    if next(asked) < MAX_REASONS:
+        with suppress(BentoError, OSError), open_logs(fleet.chroot(host)) as logs:
+            return last_words(logs, log)
+    return ""
 
 
 def tell_changes(path: Path, rows: Sequence[Row], troubles: Sequence[str], now_s: float) -> None:
@@ -3716,17 +3704,15 @@ def command_log(fleet: Fleet, name: str, show_list: bool, release: str | None) -
         if published.release.startswith(release or "")
     ]
     text, more = None, False
-    with suppress(FileNotFoundError), ExitStack() as stack:
-        try:
-            logs = open_logs(fleet.chroot(name))
-        except NotADirectoryError:
-            raise BentoError(f"{name}: {where} is no directory: 'bento.py populate {name}' makes one") from None
-        stack.callback(os.close, logs)
-        found, more = find_logs(logs, release)
-        if show_list:
-            lines += [(came_s, list_log(logs, log, came_s)) for came_s, log in found]
-        elif found:
-            text = read_untrusted(logs, found[0][1], MAX_LOG_BYTES)[0][:MAX_LOG_BYTES].decode(errors="replace")
+    try:
+        with suppress(FileNotFoundError), open_logs(fleet.chroot(name)) as logs:
+            found, more = find_logs(logs, release)
+            if show_list:
+                lines += [(came_s, list_log(logs, log, came_s)) for came_s, log in found]
+            elif found:
+                text = read_untrusted(logs, found[0][1], MAX_LOG_BYTES)[0][:MAX_LOG_BYTES].decode(errors="replace")
+    except NotADirectoryError:
+        raise BentoError(f"{name}: {where} is no directory: 'bento.py populate {name}' makes one") from None
     if more:
         print(f"{name}: more than {MAX_LOG_ENTRIES} files in {where}: not all were looked at", file=sys.stderr)
     if text is None and not lines:
