@@ -1943,7 +1943,7 @@ def parse_waves(text: str, hosts: Sequence[str]) -> list[Wave]:
         soak_s, meant, where = None, set[str](), f"hosts/waves:{number}"
         for word in line.partition("#")[0].split():
             if word.startswith("@"):
-                found = re.fullmatch(r"@([0-9]{1,5})(s|m|min|h|d)", word)
+                found = re.fullmatch(rf"@([0-9]{{1,5}})({'|'.join(UNITS_S)})", word)
                 if found is None or soak_s is not None:
                     raise BentoError(f"{where}: {one_line(word, 40)}: a wave has one soak time, as @90min, @2h or @1d")
                 soak_s = float(found[1]) * UNITS_S[found[2]]
@@ -2531,12 +2531,8 @@ def read_signature(fleet: Fleet, name: str) -> Signature | None:
 def check_signature(fleet: Fleet, name: str, release: Release) -> Signature | None:
     """The host's signature, if it is of this very release. BentoError when it is of another one: that is not for the
     host, which would refuse it."""
-    found = read_signature(fleet, name)
-    if found is None or (found.signed.host, found.signed.release, found.signed.size) == (
-        name,
-        release.id,
-        release.size,
-    ):
+    found, wanted = read_signature(fleet, name), (name, release.id, release.size)
+    if found is None or (found.signed.host, found.signed.release, found.signed.size) == wanted:
         return found
     about = f"hosts/{name}.sig is for release {found.signed.release[:12]}, and this is {release.id[:12]}"
     if found.signed.host != name:
@@ -3661,9 +3657,8 @@ def find_logs(logs: int, release: str | None) -> tuple[list[tuple[float, str]], 
                     yield arrival_s(found), entry.name
 
     with os.scandir(logs) as entries:
-        return heapq.nlargest(KEEP_LOGS, matches(itertools.islice(entries, MAX_LOG_ENTRIES))), next(
-            entries, None
-        ) is not None
+        found = heapq.nlargest(KEEP_LOGS, matches(itertools.islice(entries, MAX_LOG_ENTRIES)))
+        return found, next(entries, None) is not None
 
 
 def last_words(logs: int, name: str) -> str:
