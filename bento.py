@@ -808,8 +808,8 @@ def write_file(path: str, executable: bool, content: Iterable[bytes]) -> None:
 
 class Source:
     """What this run has read: each work tree and each directory once, and small files, so that what hosts share is at
-    one moment for all of them. `real` and `real_hosts`: the fleet's directories. `tops`: who calls a directory theirs.
-    `left_out`: what a person should hear of, by kind.
+    one moment for all of them. `real` and `real_hosts`: the fleet's directories. `tops`: of a host's real directory,
+    the first hosts/NAME that leads there. `left_out`: what a person should hear of, by kind.
     """
 
     def __init__(self, real: str, real_hosts: str) -> None:
@@ -2644,10 +2644,10 @@ class Progress:
         if not self.live and not self.quiet:
             print(f"{name}: {phase}", file=sys.stderr)
 
-    def tell(self, name: str, phase: str, *, at_once: bool) -> None:
+    def tell(self, name: str, phase: str) -> None:
         """On a terminal only: the one host that is at work, if the whole takes more than a moment."""
         now_s = time.monotonic()
-        if self.live and (at_once or now_s > self.due_s):
+        if self.live and now_s > self.due_s:
             self.due_s = now_s + 0.1
             self.running = {name: (phase, now_s)}
             self.draw()
@@ -3280,7 +3280,7 @@ def populate_hosts(work: Work, names: Sequence[str]) -> None:
     for first in range(0, len(names), BATCH):
         jobs = []
         for name in names[first : first + BATCH]:
-            work.progress.tell(name, "publishing", at_once=False)
+            work.progress.tell(name, "publishing")
             jobs.append(attempt(work, name))
         announce(work, [job for job in jobs if job])
 
@@ -3340,18 +3340,17 @@ def announce(work: Work, placed: Sequence[tuple[Job, Current]]) -> None:
 def survey(work: Work, waves: Sequence[Wave], good: set[str], known: Sequence[Proven]) -> dict[str, Standing]:
     """Where each host stands. What cannot be published is a failure, told once."""
     standings, proven = dict[str, Standing](), {each.host: each for each in known}
-    for wave in waves:
-        for name in wave.hosts:
-            chroot, standing = work.fleet.chroot(name), Standing("", Found(None, None, None, "unreadable"))
-            work.progress.tell(name, "comparing", at_once=False)
-            try:
-                found = read_host(str(chroot), name)
-                standing = Standing("", found, runs_since_s(chroot, found, proven.get(name)))
-                if name in good:
-                    standing = standing._replace(wanted=examine(work, name).release.id)
-            except Exception as error:
-                work.fail(name, error)
-            standings[name] = standing
+    for name in (name for wave in waves for name in wave.hosts):
+        chroot = work.fleet.chroot(name)
+        work.progress.tell(name, "comparing")
+        standings[name] = Standing("", Found(None, None, None, "unreadable"))
+        try:
+            found = read_host(str(chroot), name)
+            standings[name] = Standing("", found, runs_since_s(chroot, found, proven.get(name)))
+            if name in good:
+                standings[name] = standings[name]._replace(wanted=examine(work, name).release.id)
+        except Exception as error:
+            work.fail(name, error)
     return standings
 
 

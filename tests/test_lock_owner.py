@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import bento
+import bento_client
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
@@ -22,9 +23,9 @@ def test_a_link_in_the_place_of_the_lock_gives_nothing_away(tmp_path: Path, monk
         (tree / "flake.lock").write_text('{"nodes": {"root": {}}}')
 
     monkeypatch.setattr(bento, "update_lock", update_lock)
-    monkeypatch.setattr(bento.client, "write_atomic", lambda path, *_: path.symlink_to(secret))
+    monkeypatch.setattr(bento_client, "write_atomic", lambda path, *_: path.symlink_to(secret))
     (tmp_path / "work").mkdir()
-    with pytest.raises(bento.BentoError, match="cannot be read"):
+    with pytest.raises(bento_client.BentoError, match="cannot be read"):
         bento.update_host(bento.Fleet(tmp_path, tmp_path / "chroot"), "a", None, tmp_path / "work", set())
     assert os.lstat(host / "flake.lock").st_uid == 1234
     assert secret.stat().st_uid == 0
