@@ -1745,9 +1745,9 @@ class Loader:
     def armed(self) -> Armed:
         return Armed()
 
-    def prefer(self, system: str) -> str:
-        """Makes the system the one that is started, until `clear`; whatever is made the default meanwhile. Returns
-        what was preferred before: to be written down before, from `armed`, and given to `clear` in the end."""
+    def prefer(self, system: str) -> None:
+        """Makes the system the one that is started, until `clear`; whatever is made the default meanwhile. What `armed`
+        said before is to be written down, and given to `clear` in the end."""
         raise BentoError(self.trial_way())
 
     def try_once(self, system: str) -> None:
@@ -1801,10 +1801,8 @@ class SystemdBoot(Loader):
         )
         return Armed(*(name.partition("\0")[0] for name in names))
 
-    def prefer(self, system: str) -> str:
-        before = self.armed().default
+    def prefer(self, system: str) -> None:
         self.tell("set-default", self.entry_of(system))
-        return before
 
     def try_once(self, system: str) -> None:
         self.tell("set-oneshot", self.entry_of(system))
@@ -1885,15 +1883,14 @@ class Grub(Loader):
         once = [each.get(GRUB_TRY, "") for each in told]
         return Armed(max((each.get(GRUB_GOOD, "") for each in told), default=""), min(once, default=""))
 
-    def prefer(self, system: str) -> str:
-        """There is no before: nobody else writes these."""
+    def prefer(self, system: str) -> None:
         self.tell({GRUB_GOOD: self.entry_of(system)})
-        return ""
 
     def try_once(self, system: str) -> None:
         self.tell({GRUB_TRY: self.entry_of(system)})
 
     def clear(self, before: str) -> None:
+        """There is no before: nobody else writes these."""
         self.tell({GRUB_GOOD: "", GRUB_TRY: ""})
 
     def tell(self, values: Mapping[str, str]) -> None:
