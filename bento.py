@@ -2760,7 +2760,8 @@ def examine(work: Work, name: str) -> Job:
 
 
 def check_client(chroot: Path, name: str) -> None:
-    """Whether the host would heed a bento.json. One that has never reported gets its client with its first release."""
+    """BentoError for a host that would not heed a bento.json. One that has never reported gets its client with its first
+    release."""
     report = read_report(chroot, name).report
     found = re.match(r"(\d+)\.(\d+)", report.client) if report else None
     if report is not None and (found is None or (int(found[1]), int(found[2])) < RECIPE_SINCE):
@@ -3514,7 +3515,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def look_at_disk(directory: Path) -> list[str]:
-    """Whether the server's disk has room for what hosts have to say."""
+    """What to say of a disk that has no room for what hosts report."""
     try:
         disk = os.statvfs(directory)
     except OSError:
@@ -3526,7 +3527,7 @@ def look_at_disk(directory: Path) -> list[str]:
 
 
 def look_at_silence(rows: Sequence[Row], now_s: float) -> list[str]:
-    """Whether all hosts fell silent: that is hardly all of theirs."""
+    """What to say when all hosts fell silent: that is hardly the fault of each."""
     seen = [row.seen_s for row in rows if row.seen_s is not None and not row.absent]
     if len(seen) < 2 or not all(row.offline for row in rows if row.seen_s is not None and not row.absent):
         return []

@@ -2110,7 +2110,7 @@ class Machine:
         return way
 
     def notice_forgotten(self) -> None:
-        """Whether what a trial rests on is still there after a boot. The boot loader takes only the one shot."""
+        """Looks whether what a trial rests on is still there after a boot. The boot loader takes only the one shot."""
         if self.on_trial is not None and self.state.armed and self.state.boot != self.boot_id:
             with best_effort(self.log):
                 self.remember(forgets=not self.loader.armed().default)
@@ -2456,7 +2456,7 @@ def heartbeat(machine: Machine) -> Iterator[None]:
 
 
 def look_for_twin(machine: Machine) -> None:
-    """Whether the last report there is another machine's: a clone's. That is told, and nobody fights it.
+    """Looks whether the last report there is another machine's: a clone's. That is told, and nobody fights it.
 
     It is remembered if it came after one of this machine's own: else the other may have made way for this one.
     """
@@ -2952,7 +2952,7 @@ def unchanged_lock(tree: Path) -> Iterator[None]:
 
 
 def out_of_memory(since_s: float) -> str:
-    """Whether memory ran out since then, as the kernel or systemd-oomd says."""
+    """What the kernel or systemd-oomd has said since then, if memory ran out."""
     words = "out of memory: Killed process|Killed .* due to memory"
     argv = ["journalctl", "--quiet", "--boot", "--output=cat", f"--since=@{since_s:.0f}", f"--grep={words}"]
     done = run(argv, check=False, timeout=60)
