@@ -2070,13 +2070,18 @@ def populate_lock(fleet: Fleet, *, wait: bool = False) -> Iterator[None]:
         os.close(descriptor)
 
 
-def find_owner(name: str) -> Owner | None:
+def find_owner(fleet: Fleet, name: str) -> Owner | None:
     """Whom the host's chroot belongs to; None when we are not root. BentoError when the account is missing."""
     if os.geteuid() != 0:
         return None
     try:
         return Owner(pwd.getpwnam(f"bento-{name}").pw_uid, grp.getgrnam("bento").gr_gid)
     except KeyError as error:
+        if not fleet.host(f"{name}.pub").exists():
+            raise BentoError(
+                f"it has no account here, for it has no key: there is no hosts/{name}.pub:"
+                f" 'bento.py add {name} --key FILE' makes one"
+            ) from None
         raise BentoError(
             f"the account or group {error.args[0].split(':')[-1].strip()} does not exist here: run 'bento.py fleet',"
             " include fleet.nix in this server's configuration and switch to it"
@@ -2726,17 +2731,7 @@ class Work:
 def examine(work: Work, name: str) -> Job:
     """What there is to publish for a host, and whether it is published already."""
     fleet, plan = work.fleet, work.plan
-    owner = None
-    if plan.publish and not plan.dry_run:
-        try:
-            owner = find_owner(name)
-        except BentoError:
-            if fleet.host(f"{name}.pub").exists():
-                raise
-            raise BentoError(
-                f"it has no account here, for it has no key: there is no hosts/{name}.pub:"
-                f" 'bento.py add {name} --key FILE' makes one"
-            ) from None
+    owner = find_owner(fleet, name) if plan.publish and not plan.dry_run else None
     release, recipe = read_release(fleet, name)
     signature = check_signature(fleet, name, release) if plan.publish else None
     chroot, before = fleet.chroot(name), None
