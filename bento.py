@@ -2,10 +2,11 @@
 """Bento's server: publishes the configuration of each NixOS host of a fleet, and shows what became of it.
 
 Files. In the fleet directory: hosts/NAME/ (one host's configuration, or a symlink to it), hosts/NAME.pub (its SSH
-public keys), hosts/NAME.sig (what the administrator signed for it), hosts/waves (the order of a roll-out), fleet.nix (written
-from fleet.nix.in). In the chroot directory, for each host: current.json (the release to run; replacing it is the moment of publication),
-releases/ID/ and releases/ID.tar, config -> releases/ID, history, and logs/, which belongs to the host: nothing there
-is trusted. Beside the chroots: .store/, which has each release once, for the chroots to link to, .rollout.json, and .lock.
+public keys), hosts/NAME.sig (what the administrator signed for it), hosts/NAME.absent (why it is away), hosts/waves (the
+order of a roll-out), fleet.nix (written from fleet.nix.in). In the chroot directory, for each host: current.json (the
+release to run; replacing it is the moment of publication), releases/ID/, ID.tar and ID.parts/, config -> releases/ID,
+history, and logs/, which belongs to the host: nothing there is trusted. Beside the chroots: .store/, which has each
+release once, for the chroots to link to; .rollout.json; and .lock, which also says what could not be published.
 
 Exit codes: 0 done, 1 something failed (each failure on stderr) or a host needs a person, 2 usage.
 
@@ -47,6 +48,7 @@ import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -100,7 +102,7 @@ SMALL_FILE = 128 << 10
 MEMORY_BYTES, MEMBER_BYTES = 8 << 20, 512
 # So many different directories that hosts share are remembered; usually there is one.
 MAX_SHARED = 16
-MAX_DEPTH, MAX_WAVES_BYTES = 100, 1 << 20
+MAX_WAVES_BYTES = 1 << 20
 # Of names that belong together, so many are shown.
 SHOWN = 5
 # So much of a revision is shown in the table.
@@ -237,6 +239,12 @@ class Found(NamedTuple):
     unreadable: bool = False
 
 
+# What a person is needed for, most important first.
+REASONS = (
+    "offline", "problem", "failed", "stuck", "failed_units", "two_machines", "drift", "not_published", "expired",
+)  # fmt: skip
+
+
 class Row(NamedTuple):
     """What is known of a host. `seen_s`: seconds since 1970 on the server's clock. `expired`: what is published for it is
     signed, for a time that is over. `stuck`: it has been building for longer than any build takes. `held`: since when, and
@@ -261,26 +269,16 @@ class Row(NamedTuple):
 
     @property
     def reasons(self) -> list[str]:
-        """What a person is needed for, most important first. A host that is known to be away needs nobody."""
-        if self.offline and self.absent:
-            return []
-        failed = self.state in ("failing", "rolled-back")
-        flags = (
-            "offline",
-            "problem",
-            "failed",
-            "stuck",
-            "failed_units",
-            "two_machines",
-            "drift",
-            "not_published",
-            "expired",
-        )
-        return [flag for flag in flags if (failed if flag == "failed" else getattr(self, flag))]
+        """Which of REASONS hold. A host that is known to be away needs nobody."""
+        return [] if self.offline and self.absent else [flag for flag in REASONS if getattr(self, flag)]
 
     @property
     def needs_a_person(self) -> bool:
         return bool(self.reasons)
+
+    @property
+    def failed(self) -> bool:
+        return self.state in ("failing", "rolled-back")
 
     @property
     def failed_units(self) -> bool:
@@ -335,7 +333,7 @@ class Row(NamedTuple):
     def tries(self) -> int:
         """How often the release was tried that the host fails to run."""
         last = self.report.last if self.report else None
-        return last.attempt if last is not None and self.state in ("failing", "rolled-back") else 0
+        return last.attempt if last is not None and self.failed else 0
 
     @property
     def since_s(self) -> float | None:
@@ -345,9 +343,7 @@ class Row(NamedTuple):
             return client.parse_time(self.current.published) if self.current else None
         if report is None or last is None or self.state in ("building", "left", "unknown"):
             return self.ours_s(report.since) if report is not None and report.since is not None else None
-        if self.state in ("failing", "rolled-back"):
-            return self.ours_s(first_failure(last, self.attempts))
-        return self.ours_s(last.finished)
+        return self.ours_s(first_failure(last, self.attempts) if self.failed else last.finished)
 
 
 class Owner(NamedTuple):
@@ -394,6 +390,8 @@ class Job(NamedTuple):
 
 # --- hosts and keys ---
 
+NO_HOST_NAME = "no host name: letters, digits, _ and -, at most 25, a letter or digit first"
+
 
 def scan_hosts(fleet: Fleet) -> list[os.DirEntry[str]]:
     """What lies in hosts/, by name, but for what is hidden. BentoError when that cannot be told: it is not nothing."""
@@ -416,9 +414,7 @@ def find_hosts(fleet: Fleet, wanted: Sequence[str]) -> tuple[list[str], list[str
         if client.HOST_NAME.fullmatch(entry.name):
             hosts.append(entry.name)
         else:
-            errors.append(
-                f"hosts/{one_line(entry.name)}: no host name: letters, digits, _ and -, at most 25, a letter or digit first"
-            )
+            errors.append(f"hosts/{one_line(entry.name)}: {NO_HOST_NAME}")
     known = set(hosts)
     for name in wanted:
         if name not in known:
@@ -428,8 +424,8 @@ def find_hosts(fleet: Fleet, wanted: Sequence[str]) -> tuple[list[str], list[str
     return ([name for name in hosts if name in wanted] if wanted else hosts), ([] if wanted else errors)
 
 
-def count_hosts(number: int) -> str:
-    return f"{number} host{'' if number == 1 else 's'}"
+def counted(number: int, what: str = "host") -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def parse_key(line: str, where: str) -> tuple[str, str, str]:
@@ -464,10 +460,9 @@ def parse_key(line: str, where: str) -> tuple[str, str, str]:
 
 
 def read_keys(fleet: Fleet, name: str) -> list[tuple[str, str, str]]:
-    path = fleet.directory / "hosts" / f"{name}.pub"
     where = f"hosts/{name}.pub"
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = (fleet.directory / where).read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BentoError(f"{where}: cannot be read: {one_line(str(error))}") from None
     keys = []
@@ -534,7 +529,7 @@ def unknown_keys(fleet: Fleet, hosts: Sequence[str]) -> list[str]:
                     steps.setdefault(step, []).append(name)
                     break
     return [
-        f"this server does not know the keys of {count_hosts(len(names))} yet ({show_names(names)}): {step}"
+        f"this server does not know the keys of {counted(len(names))} yet ({show_names(names)}): {step}"
         for step, names in steps.items()
     ]
 
@@ -682,24 +677,6 @@ def differs(root: str, mode: bytes, blob: bytes, name: bytes, changed: bytes, si
     return git(root, "hash-object", "--no-filters", "--", os.fsdecode(name)).strip() != blob
 
 
-def make_known(paths: Sequence[Path]) -> None:
-    """Tells Git of new files, so that they are published. Their content is for their owner to commit."""
-    for root, group in itertools.groupby(sorted(paths), lambda path: find_root(os.path.realpath(path.parent))):
-        if root is not None and shutil.which("git"):
-            # The parent's real name: what is a link itself is known as one.
-            names = [os.path.relpath(f"{os.path.realpath(path.parent)}/{path.name}", root) for path in group]
-            git(root, "add", "--intent-to-add", "--force", "--", *names, writing=True)
-
-
-def find_root(directory: str) -> str | None:
-    """The top of the work tree that a directory lies in."""
-    while not is_work_tree(directory):
-        if directory == "/":
-            return None
-        directory = os.path.dirname(directory)
-    return directory
-
-
 # --- releases ---
 
 
@@ -831,8 +808,8 @@ def write_file(path: str, executable: bool, content: Iterable[bytes]) -> None:
 
 class Source:
     """What this run has read: each work tree and each directory once, and small files, so that what hosts share is at
-    one moment for all of them. `real` and `real_hosts`: the fleet's directories. `tops`: who calls a directory theirs.
-    `left_out`: what a person should hear of, by kind.
+    one moment for all of them. `real` and `real_hosts`: the fleet's directories. `tops`: of a host's real directory,
+    the first hosts/NAME that leads there. `left_out`: what a person should hear of, by kind.
     """
 
     def __init__(self, real: str, real_hosts: str) -> None:
@@ -874,6 +851,14 @@ class Source:
         if root is not None and root not in self.revisions:
             self.revisions[root] = read_revision(root)
         return None if root is None else self.revisions[root]
+
+    def make_known(self, *paths: Path) -> None:
+        """Tells Git of new files, so that they are published. Their content is for their owner to commit."""
+        for root, group in itertools.groupby(sorted(paths), lambda path: self.root(os.path.realpath(path.parent))):
+            if root is not None:
+                # The parent's real name: what is a link itself is known as one.
+                names = [os.path.relpath(f"{os.path.realpath(path.parent)}/{path.name}", root) for path in group]
+                git(root, "add", "--intent-to-add", "--force", "--", *names, writing=True)
 
     def called(self, path: str) -> str:
         """A path as its owner calls it."""
@@ -970,8 +955,8 @@ class Source:
     def collect(self, directory: str, prefix: str, above: tuple[str, ...], members: list[Member]) -> None:
         """All that a release has of a directory. `above` are the real ones that it is in, and itself; the first is the
         host's own, where links may lead to, as anywhere in the fleet's."""
-        if len(above) > MAX_DEPTH:
-            raise BentoError(f"{self.show(directory)}: a tree deeper than {MAX_DEPTH} directories")
+        if len(above) > client.MAX_DEPTH:
+            raise BentoError(f"{self.show(directory)}: a tree deeper than {client.MAX_DEPTH} directories")
         for entry in self.listing(directory):
             if entry.linked and not f"{entry.path}/".startswith((f"{self.real}/", f"{above[0]}/")):
                 if entry.path.startswith("/nix/store/"):
@@ -1016,11 +1001,8 @@ class Source:
         lines = []
         for (kind, where), paths in sorted(self.left_out.items()):
             number = len(paths)
-            words = texts[kind].format(
-                where=one_line(where),
-                n=f"{number} name{'' if number == 1 else 's'}",
-                links=f"{number} dangling link{'' if number == 1 else 's'}",
-            )
+            numbers = {"n": counted(number, "name"), "links": counted(number, "dangling link")}
+            words = texts[kind].format(where=one_line(where), **numbers)
             lines.append(f"{words}: {show_names([one_line(path) for path in sorted(paths)])}")
         return lines
 
@@ -1123,9 +1105,14 @@ def judge(
     return state, offline, report.needs_reboot, drift
 
 
-def open_logs(chroot: Path | str) -> int:
+@contextmanager
+def open_logs(chroot: Path | str) -> Iterator[int]:
     """A descriptor of logs/, which is no link."""
-    return os.open(f"{chroot}/logs", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    logs = os.open(f"{chroot}/logs", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield logs
+    finally:
+        os.close(logs)
 
 
 def read_untrusted(logs: int, name: str, limit: int, *, end: bool = False) -> tuple[bytes, os.stat_result]:
@@ -1156,23 +1143,19 @@ def arrival_s(found: os.stat_result) -> float:
 
 
 def why_not(error: OSError) -> str:
-    """What a file that cannot be opened is. Ours to read is all of it, for root."""
-    denied = isinstance(error, PermissionError)
-    return f"{error.strerror}: run this as root" if denied else f"not a regular file ({error.strerror})"
+    """Why a host's file cannot be read. Root may read all of them."""
+    if isinstance(error, PermissionError):
+        return f"{error.strerror}: run this as root"
+    return f"not a regular file ({error.strerror})"
 
 
 def read_report(chroot: Path | str, name: str) -> Found:
     """The host's report, when it came, its logs' names, and what is wrong with any of these."""
+    seen_s, problem, names = None, "", tuple[str, ...]()
     try:
-        logs = open_logs(chroot)
-    except FileNotFoundError:
-        return Found(None, None, None, "")
-    except OSError as error:
-        return Found(None, None, None, f"logs/status.json: {why_not(error)}", unreadable=True)
-    seen_s = None
-    try:
-        problem, names = weigh_logs(logs)
-        raw, found = read_untrusted(logs, "status.json", client.MAX_JSON_BYTES)
+        with open_logs(chroot) as logs:
+            problem, names = weigh_logs(logs)
+            raw, found = read_untrusted(logs, "status.json", client.MAX_JSON_BYTES)
         seen_s = arrival_s(found)
         report = client.parse_report(raw, "logs/status.json")
         if report.host != name:
@@ -1181,11 +1164,9 @@ def read_report(chroot: Path | str, name: str) -> Found:
     except FileNotFoundError:
         return Found(None, None, None, problem, names)
     except OSError as error:
-        return Found(None, None, seen_s, f"logs: {why_not(error)}", unreadable=True)
+        return Found(None, None, seen_s, f"logs/status.json: {why_not(error)}", unreadable=True)
     except BentoError as error:
         return Found(None, None, seen_s, one_line(str(error)), names, unreadable=True)
-    finally:
-        os.close(logs)
 
 
 def weigh_logs(logs: int) -> tuple[str, tuple[str, ...]]:
@@ -1212,12 +1193,9 @@ def parse_log_name(name: str) -> Attempt | None:
     if not client.LOG_NAME.fullmatch(name):
         return None
     when, release, result = name.removesuffix(".log").split("_")
-    time_ = f"{when[:4]}-{when[4:6]}-{when[6:11]}:{when[11:13]}:{when[13:]}"
-    try:
-        client.parse_time(time_)
-    except ValueError:
-        return None
-    return Attempt(name, time_, release, result)
+    with suppress(ValueError):
+        return Attempt(name, format_time(datetime.fromisoformat(when).timestamp()), release, result)
+    return None
 
 
 def first_failure(last: Last, attempts: Sequence[Attempt]) -> str:
@@ -1315,17 +1293,19 @@ def is_expired(current: Current | None, now_s: float) -> bool:
     return False
 
 
-URGENCY = {
-    "failing": 0, "rolled-back": 1, "unknown": 2, "pending": 4, "held": 5, "building": 6, "waiting": 7, "new": 8, "left": 9,
-    "up-to-date": 10,
+# The states, what is urgent first, each with its symbol and its colour on a terminal.
+STATES = {
+    "failing": ("✗", "31"), "rolled-back": ("↶", "31"), "unknown": ("?", "31"), "pending": ("…", "33"), "held": ("‖", "33"),
+    "building": ("⚙", "36"), "waiting": ("↻", "33"), "new": ("·", "2"), "left": ("-", "2"), "up-to-date": ("✓", "32"),
 }  # fmt: skip
+URGENCY = tuple(STATES)
 
 
 def sort_rows(rows: Iterable[Row]) -> list[Row]:
     """What needs a person first, and of that who is silent: it may be all that there is to know of a host."""
     return sorted(
         rows,
-        key=lambda row: (not row.needs_a_person, row.reasons[:1] != ["offline"], URGENCY.get(row.state, 3), row.host),
+        key=lambda row: (not row.needs_a_person, row.reasons[:1] != ["offline"], URGENCY.index(row.state), row.host),
     )
 
 
@@ -1333,24 +1313,15 @@ MARKS = (
     "offline", "drift", "needs_reboot", "other_client", "failed_units", "paused", "expired", "absent", "not_published", "stuck",
     "two_machines",
 )  # fmt: skip
-SYMBOLS = {
-    "failing": "✗", "rolled-back": "↶", "unknown": "?", "pending": "…", "held": "‖", "building": "⚙", "waiting": "↻",
-    "new": "·", "left": "-", "up-to-date": "✓", "alarm": "!",
-}  # fmt: skip
-COLOURS = {
-    "failing": "31", "rolled-back": "31", "unknown": "31", "pending": "33", "held": "33", "building": "36", "waiting": "33",
-    "new": "2", "left": "2", "up-to-date": "32",
-}  # fmt: skip
 RESULT_MARKS: dict[str, str] = {
     Result.OK: "✓", Result.BUILD_FAILED: "✗", Result.FETCH_FAILED: "↓", Result.ROLLED_BACK: "↶", Result.ROLLBACK_FAILED: "‼",
     Result.POSTPONED: "…", Result.INTERRUPTED: "~",
 }  # fmt: skip
 # Of the parts of a bar, the last for all that are older than the others, and for what nobody knows.
 SHADES, NOT_KNOWN, UNKNOWN_RELEASE = "█▓▒░", "·", "not known"
-
-
-# Where the encoding of stdout has none of our symbols.
+# What a revision begins with, by default.
 COMMIT = re.compile(r"[0-9a-f]{7,40}\b\+?")
+# Where the encoding of stdout has none of our symbols.
 PLAIN = str.maketrans("✗↶…⚙↻·✓‖↓‼█▓▒░", "x<~*@.+|v%#=:-")
 
 
@@ -1382,7 +1353,7 @@ def format_table(
         text = " ".join(f"{cells[title]:<{size}}" for title, size in columns)
         line = clip(f"{text}  {'; '.join(notes(row, now_s))}".rstrip(), width - len(gutter))
         if decorated:
-            colour = "31" if row.needs_a_person else COLOURS.get(row.state, "0")
+            colour = "31" if row.needs_a_person else STATES[row.state][1]
             line = f"\x1b[{colour}m{symbol_of(row)}\x1b[0m {line}"
         lines.append(line)
     return "\n".join([*lines, *summary])
@@ -1391,7 +1362,7 @@ def format_table(
 def symbol_of(row: Row) -> str:
     """What a state looks like, unless something else is the matter with a host."""
     alarm = row.offline or (row.needs_a_person and row.reasons[0] not in ("failed", "stuck", "problem"))
-    return SYMBOLS["alarm" if alarm else row.state]
+    return "!" if alarm else STATES[row.state][0]
 
 
 def clip(line: str, width: int) -> str:
@@ -1431,7 +1402,7 @@ def row_cells(row: Row, now_s: float) -> dict[str, str]:
 def format_summary(rows: Sequence[Row]) -> str:
     counts = count_words(rows)
     words = [f"{count} {word.replace('_', ' ')}" for word, count in sorted(counts.items()) if count]
-    return f"{count_hosts(len(rows))}: {', '.join(words)}" if rows else "no hosts"
+    return f"{counted(len(rows))}: {', '.join(words)}" if rows else "no hosts"
 
 
 def format_host(row: Row, now_s: float) -> str:
@@ -1455,6 +1426,12 @@ def format_host(row: Row, now_s: float) -> str:
     return "\n".join(f"{name:<10} {one_line(text, 4000)}" for name, text in lines if text is not None)
 
 
+def clock_error(row: Row) -> str:
+    """How wrong the host's clock is; nothing for what may be a slow line."""
+    ahead_s = row.ahead_s or 0.0
+    return f"{age(abs(ahead_s))} {'ahead' if ahead_s > 0 else 'behind'}" if abs(ahead_s) > CLOCK_TOLERANCE_S else ""
+
+
 def moment(when_s: float, now_s: float) -> str:
     return f"{format_time(when_s)} ({age(now_s - when_s)} ago)"
 
@@ -1464,23 +1441,20 @@ def report_lines(row: Row, report: Report, now_s: float) -> list[tuple[str, str 
     last = report.last
     finished_s = row.ours_s(last.finished) if last else None
     ended = "at a time that its clock does not tell" if finished_s is None else moment(finished_s, now_s)
-    ahead_s = row.ahead_s or 0.0
-    off = f", its clock is {age(abs(ahead_s))} {'ahead' if ahead_s > 0 else 'behind'}"
+    tried = f"tried {counted(last.attempt, 'time')}" if last else ""
+    wrong = clock_error(row)
     return [
         ("runs", report.release or "none of Bento's releases"),
         ("", row.revision),
         ("system", report.system),
-        (
-            "last",
-            f"{last.result}, {last.release or 'no release'}, {count_tries(last.attempt)}, {ended}" if last else None,
-        ),
+        ("last", f"{last.result}, {last.release or 'no release'}, {tried}, {ended}" if last else None),
         ("reason", last.reason or None if last else None),
         ("waiting", f"{report.waiting_for_boot} runs from the next boot on" if report.waiting_for_boot else None),
         ("reboot", "needed" if report.needs_reboot else None),
         ("failed", ", ".join(report.failed_units) or None),
         ("paused", f"until {report.paused_until}" if row.paused else None),
         ("phase", report.phase),
-        ("client", report.client + (off if abs(ahead_s) > CLOCK_TOLERANCE_S else "")),
+        ("client", report.client + (f", its clock is {wrong}" if wrong else "")),
         ("offline", f"after {age(patience_s(report, OFFLINE_AFTER_S))} of silence"),
         ("boot trial", report.boot_trial),
         ("boots", report.known_to_boot),
@@ -1512,28 +1486,27 @@ def notes(row: Row, now_s: float) -> list[str]:
         found.append(one_line(last.reason))
     if row.report is not None and row.other_client:
         found.append(f"client {row.report.client}")
-    ahead_s = row.ahead_s
-    if ahead_s is not None and abs(ahead_s) > CLOCK_TOLERANCE_S:
-        found.append(f"clock {age(abs(ahead_s))} {'ahead' if ahead_s > 0 else 'behind'}")
+    if wrong := clock_error(row):
+        found.append(f"clock {wrong}")
     return list(dict.fromkeys(found))
 
 
 def note(row: Row, flag: str, now_s: float) -> str:
     """One thing that is the matter with a host, in words. Nothing for what is not, or is told elsewhere."""
     report, refusal = row.report, row.refusal
+    if not getattr(row, flag):
+        return ""
     if flag == "problem":
         return row.problem
     if flag == "failed":
         return failure_words(row)
-    if not getattr(row, flag):
-        return ""
     if flag == "offline" and row.seen_s is not None:
         return f"offline for {age(now_s - row.seen_s)}"
     if flag == "failed_units" and report is not None:
         return f"failed units: {one_line(', '.join(report.failed_units), 1000)}"
     if flag == "not_published" and refusal is not None:
         since_s = client.parse_time(refusal.since)
-        return f"not published for {age(now_s - since_s)}, {count_tries(refusal.times)}: {refusal.error}"
+        return f"not published for {age(now_s - since_s)}, tried {counted(refusal.times, 'time')}: {refusal.error}"
     if flag == "paused" and report is not None and report.paused_until is not None:
         return f"paused until {report.paused_until}"
     if flag == "absent":
@@ -1553,30 +1526,26 @@ def failure_words(row: Row) -> str:
     if last is None:
         return ""
     what = (last.release or "")[:7] or "what is published"
-    tried = f", {count_tries(last.attempt)}" if last.attempt > 1 else ""
+    tried = f", tried {counted(last.attempt, 'time')}" if last.attempt > 1 else ""
     reason = last.reason if last.result == row.state else f"{last.result}: {last.reason}"
     return one_line(f"{what}{tried}: {reason}", 1000)
 
 
-def count_tries(number: int) -> str:
-    return f"tried {number} time{'' if number == 1 else 's'}"
+def since(when_s: float, now_s: float) -> str:
+    return f"since {format_time(when_s)} ({age(now_s - when_s)})"
 
 
 def complaint(row: Row, now_s: float) -> Failure:
     """What a person is told of a host that needs one, who does not see the table. What is wrong comes first."""
-    since_s, found = row.since_s, notes(row, now_s)
-    state = row.state + (f" since {format_time(since_s)} ({age(now_s - since_s)})" if since_s is not None else "")
+    since_s, found = row.since_s, [words for words in notes(row, now_s) if words != note(row, "offline", now_s)]
+    state = row.state + (f" {since(since_s, now_s)}" if since_s is not None else "")
     if row.offline and row.seen_s is not None:
-        found = [words for words in found if not words.startswith("offline for ")]
-        return Failure(
-            row.host,
-            "; ".join(
-                [f"offline since {format_time(row.seen_s)} ({age(now_s - row.seen_s)}), it was {row.state}", *found]
-            ),
-        )
-    if row.reasons[:1] in (["failed"], ["stuck"], ["problem"]):
-        return Failure(row.host, f"{state}: {'; '.join(found)}")
-    return Failure(row.host, "; ".join([*found, state]))
+        words = [f"offline {since(row.seen_s, now_s)}, it was {row.state}", *found]
+    elif row.reasons[:1] in (["failed"], ["stuck"], ["problem"]):
+        words = [f"{state}: {'; '.join(found)}"]
+    else:
+        words = [*found, state]
+    return Failure(row.host, "; ".join(words))
 
 
 class Shade(NamedTuple):
@@ -1777,7 +1746,7 @@ def format_html(
     page = PAGE.format(
         refresh_s=refresh_s,
         old_s=2 * refresh_s,
-        title=f"{count_hosts(len(rows))}, {kinds[1][2]} for a person to look at",
+        title=f"{counted(len(rows))}, {kinds[1][2]} for a person to look at",
         time=format_time(now_s),
         filters="\n".join(filters),
         targets="".join(f'<i id="{word}"></i>' for word, _, _ in kinds[1:]),
@@ -1812,9 +1781,9 @@ def html_roll_out(rows: Sequence[Row], now_s: float) -> str:
         label = html.escape(shade.label)
         when = f", published {age(now_s - shade.published_s)} ago" if shade.published_s else ""
         parts.append(f'<u class={kind} style="flex:{shade.hosts}" title="{label}: {shade.hosts}"></u>')
-        lines.append(f"<li><u class={kind}></u> {count_hosts(shade.hosts)}: {label}{when}")
+        lines.append(f"<li><u class={kind}></u> {counted(shade.hosts)}: {label}{when}")
     for words, count in Counter(row.held for row in rows if row.held).most_common(SHOWN):
-        lines.append(f"<li>{SYMBOLS['held']} {count_hosts(count)} held: {html.escape(words)}")
+        lines.append(f"<li>{STATES['held'][0]} {counted(count)} held: {html.escape(words)}")
     bar = f'<div class="bar">{"".join(parts)}</div>'
     return "\n".join(["\n<h2>Roll-out</h2>", bar, "<ul>", *lines, "</ul>"]) if rows else ""
 
@@ -1868,18 +1837,12 @@ def row_json(row: Row) -> dict[str, object]:
     published = row.current._asdict() if row.current else {}
     for name in ("parts", "signed", "signature", "signer"):  # of no interest to whom this is for
         published.pop(name, None)
+    fields = ("release", "system", "client", "phase", "signer", "waiting_for_boot", "paused_until")
     return {
         "host": row.host,
         "state": row.state,
-        "offline": row.offline,
-        "needs_reboot": row.needs_reboot,
-        "drift": row.drift,
-        "other_client": row.other_client,
-        "two_machines": row.two_machines,
-        "expired": row.expired,
+        **{mark: getattr(row, mark) for mark in MARKS},
         "failed_units": [one_line(unit) for unit in row.report.failed_units] if row.report else [],
-        "paused": row.paused,
-        "stuck": row.stuck,
         "absent": row.absence or None,
         "held": row.held or None,
         "not_published": row.refusal._asdict() if row.refusal else None,
@@ -1887,14 +1850,8 @@ def row_json(row: Row) -> dict[str, object]:
         "reasons": row.reasons,
         "tries": row.tries,
         "published": published or None,
-        "release": row.report.release if row.report else None,
+        **{field: getattr(row.report, field, None) for field in fields},
         "revision": row.revision,
-        "system": row.report.system if row.report else None,
-        "client": row.report.client if row.report else None,
-        "phase": row.report.phase if row.report else None,
-        "signer": row.report.signer if row.report else None,
-        "waiting_for_boot": row.report.waiting_for_boot if row.report else None,
-        "paused_until": row.report.paused_until if row.report else None,
         "last": None if last is None else last._asdict() | {"reason": one_line(last.reason)},
         "since": None if since_s is None else format_time(since_s),
         "seen": None if row.seen_s is None else format_time(row.seen_s),
@@ -1928,7 +1885,7 @@ class Standing(NamedTuple):
 
     @property
     def published(self) -> str:
-        return self.found[0].release if self.found[0] is not None else ""
+        return self.found.current.release if self.found.current is not None else ""
 
     @property
     def changed(self) -> bool:
@@ -1986,7 +1943,7 @@ def parse_waves(text: str, hosts: Sequence[str]) -> list[Wave]:
         soak_s, meant, where = None, set[str](), f"hosts/waves:{number}"
         for word in line.partition("#")[0].split():
             if word.startswith("@"):
-                found = re.fullmatch(r"@([0-9]{1,5})(s|m|min|h|d)", word)
+                found = re.fullmatch(rf"@([0-9]{{1,5}})({'|'.join(UNITS_S)})", word)
                 if found is None or soak_s is not None:
                     raise BentoError(f"{where}: {one_line(word, 40)}: a wave has one soak time, as @90min, @2h or @1d")
                 soak_s = float(found[1]) * UNITS_S[found[2]]
@@ -2024,13 +1981,18 @@ def reason_to_wait(standing: Standing, soak_s: float, now_s: float) -> str:
     state, offline, _, _ = judge(found.current, report, seen_s, now_s, patience_s(report, OFFLINE_AFTER_S))
     if state == "left" or (state in FAILED and not standing.changed):
         return state
-    if offline or not standing.wanted:
-        return "offline" if offline else "not published"
-    if standing.changed or state != "up-to-date":
-        return "pending" if standing.changed else state
+    if offline:
+        return "offline"
+    if not standing.wanted:
+        return "not published"
+    if standing.changed:
+        return "pending"
+    if state != "up-to-date":
+        return state
+    if report.failed_units:
+        return "failed units"
     ran_s = max(0.0, seen_s - standing.since_s)
-    soaks = f"runs it {age(ran_s)} of {age(soak_s)}" if ran_s < soak_s else ""
-    return "failed units" if report.failed_units else soaks
+    return f"runs it {age(ran_s)} of {age(soak_s)}" if ran_s < soak_s else ""
 
 
 def find_blockers(wave: Wave, standings: Mapping[str, Standing], now_s: float) -> tuple[Blocker, ...]:
@@ -2082,9 +2044,7 @@ def runs_since_s(chroot: Path, found: Found, known: Proven | None) -> float:
     if current is None or report is None or report.last is None or seen_s is None:
         return 0.0
     times = [seen_s, *([known.since_s] if known is not None and known.release == report.release else [])]
-    with suppress(OSError), ExitStack() as stack:
-        logs = open_logs(chroot)
-        stack.callback(os.close, logs)
+    with suppress(OSError), open_logs(chroot) as logs:
         times.append(arrival_s(os.stat(report.last.log, dir_fd=logs, follow_symlinks=False)))
     return max(min(times), client.parse_time(current.published))
 
@@ -2110,13 +2070,18 @@ def populate_lock(fleet: Fleet, *, wait: bool = False) -> Iterator[None]:
         os.close(descriptor)
 
 
-def find_owner(name: str) -> Owner | None:
+def find_owner(fleet: Fleet, name: str) -> Owner | None:
     """Whom the host's chroot belongs to; None when we are not root. BentoError when the account is missing."""
     if os.geteuid() != 0:
         return None
     try:
         return Owner(pwd.getpwnam(f"bento-{name}").pw_uid, grp.getgrnam("bento").gr_gid)
     except KeyError as error:
+        if not fleet.host(f"{name}.pub").exists():
+            raise BentoError(
+                f"it has no account here, for it has no key: there is no hosts/{name}.pub:"
+                f" 'bento.py add {name} --key FILE' makes one"
+            ) from None
         raise BentoError(
             f"the account or group {error.args[0].split(':')[-1].strip()} does not exist here: run 'bento.py fleet',"
             " include fleet.nix in this server's configuration and switch to it"
@@ -2525,11 +2490,11 @@ def prune_chroots(gone: Sequence[Path], plan: Plan, failures: list[Failure]) -> 
             if not plan.dry_run:
                 # Unpublish first, so that a kill in the middle never leaves a release announced and gone; releases/
                 # last, by which the next run knows it for a chroot.
+                client.remove(path / "current.json")
                 if os.geteuid() == 0:
                     client.remove(GCROOTS / path.name)
-                    client.remove(path / "current.json")
                     end_sessions(path.name)
-                for left in ("current.json", "logs", "config", ""):
+                for left in ("logs", "config", ""):
                     client.remove(path / left)
         except OSError as error:  # the host is writing there, say
             failures.append(Failure(path.name, str(error)))
@@ -2555,9 +2520,9 @@ class Signature(NamedTuple):
 
 def read_signature(fleet: Fleet, name: str) -> Signature | None:
     """What the administrator signed for a host; None where nothing is."""
-    path, where = fleet.directory / "hosts" / f"{name}.sig", f"hosts/{name}.sig"
+    where = f"hosts/{name}.sig"
     try:
-        content = client.read_limited(path, client.MAX_JSON_BYTES).decode("utf-8")
+        content = client.read_limited(fleet.directory / where, client.MAX_JSON_BYTES).decode("utf-8")
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
@@ -2571,12 +2536,8 @@ def read_signature(fleet: Fleet, name: str) -> Signature | None:
 def check_signature(fleet: Fleet, name: str, release: Release) -> Signature | None:
     """The host's signature, if it is of this very release. BentoError when it is of another one: that is not for the
     host, which would refuse it."""
-    found = read_signature(fleet, name)
-    if found is None or (found.signed.host, found.signed.release, found.signed.size) == (
-        name,
-        release.id,
-        release.size,
-    ):
+    found, wanted = read_signature(fleet, name), (name, release.id, release.size)
+    if found is None or (found.signed.host, found.signed.release, found.signed.size) == wanted:
         return found
     about = f"hosts/{name}.sig is for release {found.signed.release[:12]}, and this is {release.id[:12]}"
     if found.signed.host != name:
@@ -2688,10 +2649,10 @@ class Progress:
         if not self.live and not self.quiet:
             print(f"{name}: {phase}", file=sys.stderr)
 
-    def tell(self, name: str, phase: str, *, at_once: bool) -> None:
+    def tell(self, name: str, phase: str) -> None:
         """On a terminal only: the one host that is at work, if the whole takes more than a moment."""
         now_s = time.monotonic()
-        if self.live and (at_once or now_s > self.due_s):
+        if self.live and now_s > self.due_s:
             self.due_s = now_s + 0.1
             self.running = {name: (phase, now_s)}
             self.draw()
@@ -2770,17 +2731,7 @@ class Work:
 def examine(work: Work, name: str) -> Job:
     """What there is to publish for a host, and whether it is published already."""
     fleet, plan = work.fleet, work.plan
-    owner = None
-    if plan.publish and not plan.dry_run:
-        try:
-            owner = find_owner(name)
-        except BentoError:
-            if (fleet.directory / f"hosts/{name}.pub").exists():
-                raise
-            raise BentoError(
-                f"it has no account here, for it has no key: there is no hosts/{name}.pub:"
-                f" 'bento.py add {name} --key FILE' makes one"
-            ) from None
+    owner = find_owner(fleet, name) if plan.publish and not plan.dry_run else None
     release, recipe = read_release(fleet, name)
     signature = check_signature(fleet, name, release) if plan.publish else None
     chroot, before = fleet.chroot(name), None
@@ -2804,7 +2755,8 @@ def examine(work: Work, name: str) -> Job:
 
 
 def check_client(chroot: Path, name: str) -> None:
-    """Whether the host would heed a bento.json. One that has never reported gets its client with its first release."""
+    """BentoError for a host that would not heed a bento.json. One that has never reported gets its client with its first
+    release."""
     report = read_report(chroot, name).report
     found = re.match(r"(\d+)\.(\d+)", report.client) if report else None
     if report is not None and (found is None or (int(found[1]), int(found[2])) < RECIPE_SINCE):
@@ -2922,20 +2874,18 @@ def group_failures(failures: Iterable[Failure]) -> list[str]:
     lines = []
     for group in groups.values():
         names = show_names([failure.host for failure in group])
-        who = group[0].host if len(group) == 1 else f"{count_hosts(len(group))} ({names})"
+        who = group[0].host if len(group) == 1 else f"{counted(len(group))} ({names})"
         lines.append(f"{who}: {group[0].text}")
     return lines
 
 
 def command_add(fleet: Fleet, name: str, key: str | None, *, flake: bool, link_to: str | None) -> int:
     if not client.HOST_NAME.fullmatch(name):
-        raise UsageError(
-            f"{one_line(name)}: no host name: letters, digits, _ and -, at most 25, a letter or digit first"
-        )
+        raise UsageError(f"{one_line(name)}: {NO_HOST_NAME}")
     if name == "waves":
         raise UsageError("waves: no host name: hosts/waves is the order of a roll-out")
     lines = read_key_file(key) if key is not None else []
-    host, public = fleet.host(name), fleet.directory / "hosts" / f"{name}.pub"
+    host, public = fleet.host(name), fleet.host(f"{name}.pub")
     made: list[Path] = []
     if not os.path.lexists(host):
         host.parent.mkdir(parents=True, exist_ok=True)
@@ -2944,11 +2894,11 @@ def command_add(fleet: Fleet, name: str, key: str | None, *, flake: bool, link_t
         raise BentoError(f"hosts/{name} is there already")
     if lines:
         client.write_atomic(public, ("\n".join(lines) + "\n").encode(), 0o644)
-        make_known([*made, public])
-        print(f"hosts/{name}.pub: {len(lines)} key{'s' if len(lines) > 1 else ''}")
+        fleet.source.make_known(*made, public)
+        print(f"hosts/{name}.pub: {counted(len(lines), 'key')}")
         print("next: 'bento.py fleet', switch this server to it, 'bento.py populate'")
     else:
-        make_known(made)
+        fleet.source.make_known(*made)
         print(
             f"next: 'python3 bento_client.py --host {name} key' on the machine, 'bento.py add {name} --key FILE' here"
         )
@@ -3064,13 +3014,13 @@ def command_fleet(fleet: Fleet) -> int:
     text = format_fleet(template.read_text("utf-8"), keys, str(fleet.chroot_dir)).encode()
     target = fleet.directory / "fleet.nix"
     if target.exists() and target.read_bytes() == text:
-        print(f"fleet.nix: unchanged, {count_hosts(len(keys))}")
+        print(f"fleet.nix: unchanged, {counted(len(keys))}")
     else:
         before = target.read_text("utf-8", errors="replace") if target.exists() else ""
         client.write_atomic(target, text, 0o644)
-        make_known([target])
+        fleet.source.make_known(target)
         warn(lost_keys(before, text.decode()))
-        print(f"fleet.nix: written, {count_hosts(len(keys))}; include it in this server's configuration and switch")
+        print(f"fleet.nix: written, {counted(len(keys))}; include it in this server's configuration and switch")
     return 0
 
 
@@ -3124,7 +3074,7 @@ def command_sign(fleet: Fleet, wanted: Sequence[str], vow: Vow) -> int:
             make_signatures(vow.key, work, list(texts))
         for name, text in texts.items():
             armored = (work / f"{name}.sig").read_bytes()
-            client.write_atomic(fleet.directory / "hosts" / f"{name}.sig", text.encode() + armored, 0o644)
+            client.write_atomic(fleet.host(f"{name}.sig"), text.encode() + armored, 0o644)
             signed = client.parse_signed(text, name)
             print(f"{name}: signed {signed.release[:12]}, until {signed.expires}")
     return complain([*errors, *group_failures(failures)])
@@ -3163,10 +3113,6 @@ def make_signatures(key: str, work: Path, names: Sequence[str]) -> None:
     missing = [name for name in names if not (work / f"{name}.sig").exists()]
     if done.returncode != 0 or missing:
         raise BentoError(f"ssh-keygen could not sign with {key}: exit {done.returncode}: nothing is signed")
-
-
-def read_revoked(path: str | None) -> tuple[str, ...]:
-    return tuple(sorted(client.read_signers(Path(path)))) if path else ()
 
 
 def command_diff(fleet: Fleet, wanted: Sequence[str]) -> int:
@@ -3214,11 +3160,12 @@ def find_versions(system: str, package: str) -> str:
 
 def diff_host(fleet: Fleet, name: str) -> str:
     current = read_published(fleet.chroot(name), name)
-    _, report, _, problem, *_ = read_report(fleet.chroot(name), name)
+    found = read_report(fleet.chroot(name), name)
+    report = found.report
     if current is None or current.system is None:
         raise BentoError("its release was not built here: run 'bento.py build', or 'populate --build'")
     if report is None:
-        raise BentoError(problem or "it has not reported a system yet")
+        raise BentoError(found.problem or "it has not reported a system yet")
     if report.system == current.system:
         return f"no difference, it runs {current.system}"
     for system in (report.system, current.system):
@@ -3271,8 +3218,8 @@ def update_host(fleet: Fleet, host: str, name: str | None, work: Path, done: set
     if made.exists() and not (lock.exists() and lock.read_bytes() == made.read_bytes()):
         owner = os.stat(directory)
         client.write_atomic(lock, made.read_bytes(), 0o644)
-        os.chown(lock, owner.st_uid, owner.st_gid)
-        make_known([lock])
+        os.chown(lock, owner.st_uid, owner.st_gid, follow_symlinks=False)  # the directory is not ours alone
+        fleet.source.make_known(lock)
     after = read_lock(directory)
     moved = [f"{i} {before.get(i, 'new')} -> {after[i]}" for i in sorted(after) if before.get(i) != after[i]]
     return "; ".join(moved) or "nothing moved"
@@ -3329,7 +3276,7 @@ def populate_hosts(work: Work, names: Sequence[str]) -> None:
     for first in range(0, len(names), BATCH):
         jobs = []
         for name in names[first : first + BATCH]:
-            work.progress.tell(name, "publishing", at_once=False)
+            work.progress.tell(name, "publishing")
             jobs.append(attempt(work, name))
         announce(work, [job for job in jobs if job])
 
@@ -3389,18 +3336,17 @@ def announce(work: Work, placed: Sequence[tuple[Job, Current]]) -> None:
 def survey(work: Work, waves: Sequence[Wave], good: set[str], known: Sequence[Proven]) -> dict[str, Standing]:
     """Where each host stands. What cannot be published is a failure, told once."""
     standings, proven = dict[str, Standing](), {each.host: each for each in known}
-    for wave in waves:
-        for name in wave.hosts:
-            chroot, standing = work.fleet.chroot(name), Standing("", Found(None, None, None, "unreadable"))
-            work.progress.tell(name, "comparing", at_once=False)
-            try:
-                found = read_host(str(chroot), name)
-                standing = Standing("", found, runs_since_s(chroot, found, proven.get(name)))
-                if name in good:
-                    standing = standing._replace(wanted=examine(work, name).release.id)
-            except Exception as error:
-                work.fail(name, error)
-            standings[name] = standing
+    for name in (name for wave in waves for name in wave.hosts):
+        chroot = work.fleet.chroot(name)
+        work.progress.tell(name, "comparing")
+        standings[name] = Standing("", Found(None, None, None, "unreadable"))
+        try:
+            found = read_host(str(chroot), name)
+            standings[name] = Standing("", found, runs_since_s(chroot, found, proven.get(name)))
+            if name in good:
+                standings[name] = standings[name]._replace(wanted=examine(work, name).release.id)
+        except Exception as error:
+            work.fail(name, error)
     return standings
 
 
@@ -3424,17 +3370,17 @@ def plan_rollout(work: Work, hosts: Sequence[str], good: Sequence[str]) -> Rollo
 def roll_out(work: Work, hosts: Sequence[str], good: Sequence[str]) -> list[Failure]:
     """Publishes as far as hosts/waves lets us, and tells whom it holds. `good`: the hosts whose keys are in order. Returns
     the hosts that failed with others behind them."""
-    place, dry_run = work.fleet.chroot_dir, work.plan.dry_run
+    chroots, dry_run = work.fleet.chroot_dir, work.plan.dry_run
     rollout = plan_rollout(work, hosts, good)
     if not dry_run:  # now, for what follows may take hours
-        write_rollout(place, rollout)
+        write_rollout(chroots, rollout)
     out = {each.host for each in rollout.held} | {failure.host for failure in work.failures}
     populate_hosts(work, [name for name in good if name not in out])
     failed = {failure.host for failure in work.failures}
     blockers = [each._replace(why="not published") if each.host in failed else each for each in rollout.blockers]
     after = rollout._replace(blockers=tuple(blockers))
     if after != rollout and not dry_run:
-        write_rollout(place, after)
+        write_rollout(chroots, after)
     tell_rollout(work, after)
     # What could not be published is told already.
     stops = [each for each in after.blockers if after.held and each.why in FAILED and each.why != "not published"]
@@ -3450,7 +3396,7 @@ def tell_rollout(work: Work, rollout: Rollout) -> None:
         return
     waits_for = [blocker._asdict() for blocker in rollout.blockers]
     if not work.plan.as_json:
-        print(f"{count_hosts(len(rollout.held))}: held: {rollout.reason}")
+        print(f"{counted(len(rollout.held))}: held: {rollout.reason}")
     for each in rollout.held if work.plan.as_json else ():
         told = {"host": each.host, "result": "held", "release": each.wanted, "since": format_time(each.since_s)}
         print(json.dumps(told | {"waits_for": waits_for}))
@@ -3480,9 +3426,9 @@ def remember_failures(work: Work, hosts: Sequence[str], failures: Iterable[Failu
 
 def publish(work: Work, hosts: Sequence[str], bad_keys: Mapping[str, str], *, everyone: bool) -> None:
     """Publishes hosts, as far as hosts/waves lets us where it is all of them; keeps for `status` what failed."""
-    place, plan = work.fleet.chroot_dir, work.plan
+    chroots, plan = work.fleet.chroot_dir, work.plan
     if not plan.dry_run:
-        for left in (place / ".copies", *place.glob(".tmp-*")):  # of version 1.0; of a kill
+        for left in (chroots / ".copies", *chroots.glob(".tmp-*")):  # of version 1.0; of a kill
             client.remove(left)
         work.store.prune()
     unfit = [Failure(name, bad_keys[name]) for name in hosts if name in bad_keys]
@@ -3521,7 +3467,7 @@ def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: boo
     if not plan.as_json:
         would, held = "would be " if plan.dry_run else "", work.counts["held"]
         print(
-            f"{count_hosts(len(hosts))}: {work.counts['published']} {would}published, {work.counts['unchanged']}"
+            f"{counted(len(hosts))}: {work.counts['published']} {would}published, {work.counts['unchanged']}"
             f" unchanged, {f'{held} held, ' if held else ''}{len(hosts) - sum(work.counts.values())} failed"
         )
     warn([*fleet.source.warnings(), *unknown_keys(fleet, hosts)])
@@ -3564,7 +3510,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def look_at_disk(directory: Path) -> list[str]:
-    """Whether the server's disk has room for what hosts have to say."""
+    """What to say of a disk that has no room for what hosts report."""
     try:
         disk = os.statvfs(directory)
     except OSError:
@@ -3576,12 +3522,11 @@ def look_at_disk(directory: Path) -> list[str]:
 
 
 def look_at_silence(rows: Sequence[Row], now_s: float) -> list[str]:
-    """Whether all hosts fell silent: that is hardly all of theirs."""
+    """What to say when all hosts fell silent: that is hardly the fault of each."""
     seen = [row.seen_s for row in rows if row.seen_s is not None and not row.absent]
     if len(seen) < 2 or not all(row.offline for row in rows if row.seen_s is not None and not row.absent):
         return []
-    since = f"since {format_time(max(seen))} ({age(now_s - max(seen))})"
-    return [f"all {len(seen)} hosts are silent {since}: was this server down, or its disk full?"]
+    return [f"all {len(seen)} hosts are silent {since(max(seen), now_s)}: was this server down, or its disk full?"]
 
 
 def for_stdout(text: str) -> str:
@@ -3628,7 +3573,7 @@ def command_status(fleet: Fleet, wanted: Sequence[str], view: View) -> int:
     if view.changes is not None:
         tell_changes(Path(view.changes), rows, troubles, now_s)
     elif view.output is None:  # cron mails what is on stderr
-        silent = any(trouble.startswith("all ") for trouble in troubles)
+        silent = not wanted and look_at_silence(rows, now_s)
         wanting = [row for row in rows if row.needs_a_person and not terminal and not (silent and row.offline)]
         errors = [*troubles, *errors, *group_failures(complaint(row, now_s) for row in wanting)]
     warn(unknown_keys(fleet, [row.host for row in rows]))
@@ -3637,18 +3582,10 @@ def command_status(fleet: Fleet, wanted: Sequence[str], view: View) -> int:
 
 def find_reason(fleet: Fleet, asked: Iterator[int], host: str, log: str) -> str:
     """Why an attempt ended as it did, from the end of its log: of so many logs, no more."""
-    if next(asked) >= MAX_REASONS:
-        return ""
-    try:
-        logs = open_logs(fleet.chroot(host))
-    except OSError:
-        return ""
-    try:
-        return last_words(logs, log)
-    except (BentoError, OSError):
-        return ""
-    finally:
-        os.close(logs)
+    if next(asked) < MAX_REASONS:
+        with suppress(BentoError, OSError), open_logs(fleet.chroot(host)) as logs:
+            return last_words(logs, log)
+    return ""
 
 
 def tell_changes(path: Path, rows: Sequence[Row], troubles: Sequence[str], now_s: float) -> None:
@@ -3656,23 +3593,18 @@ def tell_changes(path: Path, rows: Sequence[Row], troubles: Sequence[str], now_s
     told lies in a file."""
     before = read_json(path).get("problems", {})
     before = before if isinstance(before, dict) else {}
-    now: dict[str, str] = {}
-    words: dict[str, str] = {}
-    for what, text in [("the server", trouble) for trouble in troubles]:
-        now[what], words[what] = format_time(now_s), text
+    words = {"the server": "; ".join(troubles)} if troubles else {}
     for row in rows:
         for reason in row.reasons:
             what = f"{row.host}: {reason.replace('_', ' ')}"
             release = row.report.last.release if reason == "failed" and row.report and row.report.last else None
             what += f" {release[:7]}" if release else ""
-            now[what], words[what] = format_time(now_s), f"{row.host}: {complaint(row, now_s).text}"
-    for what in [what for what in now if what not in before]:
+            words[what] = f"{row.host}: {complaint(row, now_s).text}"
+    for what in [what for what in words if what not in before]:
         print(f"bento: begins: {words[what]}", file=sys.stderr)
-    for what, since in before.items():
-        if what in now:
-            now[what] = str(since)
-        else:
-            print(f"bento: over: {one_line(str(what))} (since {one_line(str(since))})", file=sys.stderr)
+    for what in [what for what in before if what not in words]:
+        print(f"bento: over: {one_line(what)} (since {one_line(str(before[what]))})", file=sys.stderr)
+    now = {what: str(before.get(what, format_time(now_s))) for what in words}
     client.write_atomic(path, json.dumps({"problems": now}).encode(), 0o644)
 
 
@@ -3720,9 +3652,8 @@ def find_logs(logs: int, release: str | None) -> tuple[list[tuple[float, str]], 
                     yield arrival_s(found), entry.name
 
     with os.scandir(logs) as entries:
-        return heapq.nlargest(KEEP_LOGS, matches(itertools.islice(entries, MAX_LOG_ENTRIES))), next(
-            entries, None
-        ) is not None
+        found = heapq.nlargest(KEEP_LOGS, matches(itertools.islice(entries, MAX_LOG_ENTRIES)))
+        return found, next(entries, None) is not None
 
 
 def last_words(logs: int, name: str) -> str:
@@ -3735,17 +3666,15 @@ def last_words(logs: int, name: str) -> str:
 
 def list_log(logs: int, name: str, came_s: float) -> str:
     """A log's line in the list: when by the host's clock, release, result and reason."""
-    when, short, result = name.removesuffix(".log").split("_")
-    line = f"{when}  {short}  {result}"
+    line = name.removesuffix(".log").replace("_", "  ")
     try:
         words = last_words(logs, name)
         line += f"  {words}" if words else ""
     except (BentoError, OSError) as error:
         line += f"  {one_line(str(error))}"
-    came = format_time(came_s)
     parsed = parse_log_name(name)
     if parsed is not None and abs(client.parse_time(parsed.finished) - came_s) > CLOCK_TOLERANCE_S:
-        line += f"  (came {came})"
+        line += f"  (came {format_time(came_s)})"
     return line
 
 
@@ -3759,30 +3688,26 @@ def command_log(fleet: Fleet, name: str, show_list: bool, release: str | None) -
     with what was published for it, and when."""
     find_hosts(fleet, [name])
     where = fleet.chroot(name) / "logs"
-    history = read_history(fleet.chroot(name)) if show_list else []
     lines = [
         (client.parse_time(published.time), list_publication(published))
-        for published in history
+        for published in (read_history(fleet.chroot(name)) if show_list else ())
         if published.release.startswith(release or "")
     ]
-    of_that = " of that release" if release else ""
-    none = BentoError(f"{name}: no log{of_that} in {where}: it has not reported one yet")
     text, more = None, False
-    with suppress(FileNotFoundError), ExitStack() as stack:
-        try:
-            logs = open_logs(fleet.chroot(name))
-        except NotADirectoryError:
-            raise BentoError(f"{name}: {where} is no directory: 'bento.py populate {name}' makes one") from None
-        stack.callback(os.close, logs)
-        found, more = find_logs(logs, release)
-        if show_list:
-            lines += [(came_s, list_log(logs, log, came_s)) for came_s, log in found]
-        elif found:
-            text = read_untrusted(logs, found[0][1], MAX_LOG_BYTES)[0][:MAX_LOG_BYTES].decode(errors="replace")
+    try:
+        with suppress(FileNotFoundError), open_logs(fleet.chroot(name)) as logs:
+            found, more = find_logs(logs, release)
+            if show_list:
+                lines += [(came_s, list_log(logs, log, came_s)) for came_s, log in found]
+            elif found:
+                text = read_untrusted(logs, found[0][1], MAX_LOG_BYTES)[0][:MAX_LOG_BYTES].decode(errors="replace")
+    except NotADirectoryError:
+        raise BentoError(f"{name}: {where} is no directory: 'bento.py populate {name}' makes one") from None
     if more:
         print(f"{name}: more than {MAX_LOG_ENTRIES} files in {where}: not all were looked at", file=sys.stderr)
     if text is None and not lines:
-        raise none
+        of_that = " of that release" if release else ""
+        raise BentoError(f"{name}: no log{of_that} in {where}: it has not reported one yet")
     for _, line in sorted(lines, key=lambda line: line[0], reverse=True):
         print(line)
     for line in text.splitlines() if text is not None else ():
@@ -3968,7 +3893,8 @@ def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:
     if command == "diff":
         return command_diff(fleet, options.hosts)
     if command == "sign":
-        vow = Vow(options.key, options.days, options.build, options.unsign, read_revoked(options.revoke))
+        revoked = tuple(sorted(client.read_signers(Path(options.revoke)))) if options.revoke else ()
+        vow = Vow(options.key, options.days, options.build, options.unsign, revoked)
         return command_sign(fleet, options.hosts, vow)
     if command == "update":
         return command_update(fleet, options.input)

@@ -7,13 +7,15 @@ proof fails it goes back to the old system. This file works alone, with the stan
 nothing that NixOS' python3Minimal lacks (zlib, bz2, lzma, ssl, ctypes, ...). It is also the home of the formats
 that both sides share: `current.json`, the report, names and times. `bento.py` imports them from here.
 
-Files, all below the state directory (/var/lib/bento, mode 0700):
+Files in the state directory (/var/lib/bento, mode 0700):
   config/         the files of the release last fetched      result         what was last built from them
   state.json      what this machine runs and last tried      pending.json   journal of an activation under way
   deploy.log      log of the deployment under way            outbox/        logs not yet delivered
   partial/        a download under way, to be resumed        lock           held while a run is at work
   id_ed25519      the machine's SSH identity                 known_hosts    the server's keys
   pause.json      until when a person wants nothing deployed
+Elsewhere: /run/bento-proofs, how many proofs have failed since the boot; /nix/var/nix/gcroots/bento-way-back, which keeps
+the system to fall back to; and what the boot loader is told of a trial.
 
 Exit codes: 0 done or nothing to do, 1 the deployment failed, 2 usage, 75 the server could not be reached.
 
@@ -25,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -412,7 +415,7 @@ def parse_time(text: str) -> float:
 
 def log_name(finished_s: float, release: str | None, result: str) -> str:
     stamp = datetime.fromtimestamp(finished_s, UTC).strftime("%Y%m%dT%H%M%SZ")
-    return f"{stamp}_{(release or '0' * 64)[:12]}_{result}.log"
+    return f"{stamp}_{(release or NO_RELEASE)[:12]}_{result}.log"
 
 
 def one_line(text: str, limit: int = 300) -> str:
@@ -738,11 +741,6 @@ def is_ahead(published: str, now_s: float) -> bool:
     return parse_time(published) > now_s + CLOCKS_DIFFER_S
 
 
-def is_odd(current: Current, seen: str | None, now_s: float) -> bool:
-    """Whether another server is to be asked first."""
-    return is_behind(current, seen, now_s) or is_ahead(current.published, now_s)
-
-
 def is_behind(current: Current, seen: str | None, now_s: float) -> bool:
     """Whether a server publishes less than was seen. Signed releases have their serials for that."""
     return current.signer is None and seen is not None and not is_ahead(seen, now_s) and current.published < seen
@@ -879,15 +877,6 @@ def builder_words(lines: Sequence[str], number: int) -> str:
     return f"({said[-1]})" if said else ""
 
 
-def out_of_memory(since_s: float) -> str:
-    """Whether memory ran out since then, as the kernel or systemd-oomd says."""
-    words = "out of memory: Killed process|Killed .* due to memory"
-    argv = ["journalctl", "--quiet", "--boot", "--output=cat", f"--since=@{since_s:.0f}", f"--grep={words}"]
-    done = run(argv, check=False, timeout=60)
-    said = [line for line in done.output.splitlines() if re.search(words, line, re.IGNORECASE)]
-    return f"killed, out of memory: {one_line(said[-1], 120)}" if done.code == 0 and said else ""
-
-
 def failed_units(output: str) -> list[str]:
     """The units that switch-to-configuration names as failed, from its output."""
     found = re.findall(r"the following (?:units|user units) failed: (.*)", output)
@@ -1021,10 +1010,7 @@ def scratch(settings: Settings) -> Iterator[str]:
     try:
         yield name
     finally:
-        with suppress(FileNotFoundError):  # not `remove`: it would load shutil in each poll
-            for left in (settings.state / name).iterdir():
-                left.unlink()
-            (settings.state / name).rmdir()
+        remove(settings.state / name)
 
 
 def name_holder(settings: Settings, text: str, contact: str = "") -> None:
@@ -1178,9 +1164,6 @@ class Log:
         except FileNotFoundError:
             return ""
 
-    def size(self) -> int:
-        return self.path.stat().st_size if self.path.exists() else 0
-
     def cause(self, find: Callable[[str], str] = find_cause) -> str:
         """Why what was last run failed, from what programs, not Bento, wrote here."""
         said = self.tail(1 << 18).splitlines()
@@ -1209,7 +1192,7 @@ class Log:
 
 NAMESPACE, PRINCIPAL = "bento-release", "bento"
 SIGNED_1 = "bento-release 1"
-PUBLIC_KEY = r"(?:^|\s)((?:ssh|ecdsa|sk)-[!-~]+) +(AAAA[A-Za-z0-9+/]+=*)(?:\s+(.*))?$"
+PUBLIC_KEY = r"(?:^|\s)((?:ssh|ecdsa|sk)-[!-~]+) +(AAAA[A-Za-z0-9+/]+=*)(?:\s|$)"
 
 
 def format_signed(signed: Signed) -> str:
@@ -1251,14 +1234,13 @@ def parse_signed(text: str, what: str) -> Signed:
 def fingerprint(blob: str) -> str:
     """A public key's name, as ssh-keygen shows it. ValueError for what is no key."""
     import base64
-    import hashlib
 
     digest = hashlib.sha256(base64.b64decode(blob, validate=True)).digest()
     return f"SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
 
 
-def read_signers(path: Path) -> dict[str, tuple[str, str]]:
-    """The public keys in a file, one a line: by fingerprint, the key and its comment."""
+def read_signers(path: Path) -> dict[str, str]:
+    """The public keys in a file, one a line, by fingerprint."""
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -1267,9 +1249,9 @@ def read_signers(path: Path) -> dict[str, tuple[str, str]]:
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        key = re.search(PUBLIC_KEY, line.strip())
+        kind, blob = match.groups() if (match := re.search(PUBLIC_KEY, line)) else ("", "?")
         try:
-            found[fingerprint(key[2] if key else "?")] = (f"{key[1]} {key[2]}", key[3] or "") if key else ("", "")
+            found[fingerprint(blob)] = f"{kind} {blob}"
         except ValueError:
             raise UsageError(f"{path}:{number}: not a public key") from None
     if not found:
@@ -1280,7 +1262,7 @@ def read_signers(path: Path) -> dict[str, tuple[str, str]]:
 def find_signer(text: str, signature: str, signers: Path, directory: Path) -> str:
     """The fingerprint of the signer whose signature this is. BentoError when it is nobody's that is trusted."""
     keys = read_signers(signers)
-    allowed = "".join(f'{PRINCIPAL} namespaces="{NAMESPACE}" {key}\n' for key, _ in keys.values())
+    allowed = "".join(f'{PRINCIPAL} namespaces="{NAMESPACE}" {key}\n' for key in keys.values())
     for name, content in (("allowed", allowed), ("signature", signature), ("text", text)):
         (directory / name).write_text(content, "utf-8")
     argv = ["ssh-keygen", "-Y", "verify", "-f", "allowed", "-I", PRINCIPAL, "-n", NAMESPACE, "-s", "signature"]
@@ -1618,7 +1600,8 @@ def ask_all(
         except BentoError as error:
             failures.append(error)
             continue
-        if len(settings.server) == 1 or not is_odd(current, seen, time.time()):
+        now_s = time.time()
+        if len(settings.server) == 1 or not (is_behind(current, seen, now_s) or is_ahead(current.published, now_s)):
             if behind is not None:
                 behind[0].close()
             return (session, current), failures
@@ -1774,9 +1757,9 @@ class Loader:
     def armed(self) -> Armed:
         return Armed()
 
-    def prefer(self, system: str) -> str:
-        """Makes the system the one that is started, until `clear`; whatever is made the default meanwhile. Returns
-        what was preferred before: to be written down before, from `armed`, and given to `clear` in the end."""
+    def prefer(self, system: str) -> None:
+        """Makes the system the one that is started, until `clear`; whatever is made the default meanwhile. What `armed`
+        said before is to be written down, and given to `clear` in the end."""
         raise BentoError(self.trial_way())
 
     def try_once(self, system: str) -> None:
@@ -1835,10 +1818,8 @@ class SystemdBoot(Loader):
         )
         return Armed(*(name.partition("\0")[0] for name in names))
 
-    def prefer(self, system: str) -> str:
-        before = self.armed().default
+    def prefer(self, system: str) -> None:
         self.tell("set-default", self.entry_of(system))
-        return before
 
     def try_once(self, system: str) -> None:
         self.tell("set-oneshot", self.entry_of(system))
@@ -1892,7 +1873,8 @@ class Grub(Loader):
         """Why GRUB there would not follow us. Where it cannot write, each boot would be the one trial."""
         try:
             text, env = (place / "grub.cfg").read_text("utf-8", "replace"), (place / "grubenv")
-            if env.is_symlink() or (env.exists() and not is_grubenv(env.read_bytes())):
+            # An empty one is fine, too.
+            if env.is_symlink() or (env.exists() and not (env.read_bytes() or GRUBENV_HEAD).startswith(GRUBENV_HEAD)):
                 return f"{env} is not what GRUB makes it"
             if os.statvfs(place).f_flag & os.ST_RDONLY:
                 return f"{place} cannot be written"
@@ -1925,15 +1907,14 @@ class Grub(Loader):
         once = [each.get(GRUB_TRY, "") for each in told]
         return Armed(max((each.get(GRUB_GOOD, "") for each in told), default=""), min(once, default=""))
 
-    def prefer(self, system: str) -> str:
-        """There is no before: nobody else writes these."""
+    def prefer(self, system: str) -> None:
         self.tell({GRUB_GOOD: self.entry_of(system)})
-        return ""
 
     def try_once(self, system: str) -> None:
         self.tell({GRUB_TRY: self.entry_of(system)})
 
     def clear(self, before: str) -> None:
+        """There is no before: nobody else writes these."""
         self.tell({GRUB_GOOD: "", GRUB_TRY: ""})
 
     def tell(self, values: Mapping[str, str]) -> None:
@@ -1996,10 +1977,6 @@ def mount_of(settings: Settings, path: Path) -> Mount | None:
     device = os.path.realpath(root / f"sys/dev/block/{best[2]}")
     plain = os.path.exists(f"{device}/partition") and "/devices/virtual/block/" not in device
     return Mount(best[0], best[1], plain)
-
-
-def is_grubenv(data: bytes) -> bool:
-    return not data or data.startswith(GRUBENV_HEAD)
 
 
 def read_grubenv(path: Path) -> dict[str, str]:
@@ -2108,8 +2085,6 @@ class Machine:
     @property
     def mark(self) -> str | None:
         """A hash of what no other machine has: of the system's id, and of the board's, for a disk may be a copy."""
-        import hashlib
-
         places = ("/etc/machine-id", "/sys/class/dmi/id/product_uuid", "/proc/device-tree/serial-number")
         ids = []
         for place in places:
@@ -2166,7 +2141,7 @@ class Machine:
         return find_loader(self.settings._replace(boot_loader=tuple(map(str, asked))))
 
     def notice_forgotten(self) -> None:
-        """Whether what a trial rests on is still there after a boot. The boot loader takes only the one shot."""
+        """Looks whether what a trial rests on is still there after a boot. The boot loader takes only the one shot."""
         if self.on_trial is not None and self.state.armed and self.state.boot != self.boot_id:
             with best_effort(self.log):
                 self.remember(forgets=not self.loader.armed().default)
@@ -2184,10 +2159,12 @@ class Machine:
             s.system: (s.release, s.revision),
         }
 
-    def asked(self, setting: str, system: str) -> Sequence[str]:
-        """The commands that a system has in a setting; where it does not say, those that we run with."""
-        asked = settings_of(system).get(setting)
-        return [str(each) for each in asked] if isinstance(asked, list) else getattr(self.settings, setting)
+    def asked(self, setting: str, system: str) -> Any:
+        """What a system has in a setting; where it does not say, what we run with."""
+        ours, asked = getattr(self.settings, setting), settings_of(system).get(setting)
+        if isinstance(ours, tuple) and isinstance(asked, list):
+            return [str(each) for each in asked]
+        return asked if isinstance(asked, type(ours)) else ours
 
     @property
     def needs_reboot(self) -> bool:
@@ -2226,7 +2203,7 @@ class Machine:
         Under systemd in a transient unit: the switch may stop, restart or kill whatever it likes, us included.
         """
         self.log.say(f"switch-to-configuration {action}: {system}")
-        before = self.log.size()
+        before = size_of(self.log.path)
         argv = [f"{system}/bin/switch-to-configuration", action]
         limit_s = self.settings.activation_timeout
         with self.log.output() as out:
@@ -2234,7 +2211,7 @@ class Machine:
                 code = run(argv, check=False, output=out, timeout=limit_s).code
             else:
                 code = run_in_unit(argv, f"bento-switch-{token}-{os.urandom(3).hex()}", out, limit_s)
-        return Done(code, self.log.tail(max(0, min(self.log.size() - before, 1 << 18))))
+        return Done(code, self.log.tail(max(0, min(size_of(self.log.path) - before, 1 << 18))))
 
     def has_begun(self) -> bool:
         """Whether the last switch got as far as to change anything, by its own words. True where there are none left."""
@@ -2408,6 +2385,11 @@ def runs_bento(system: str) -> bool:
     return Path(system, "sw/bin/bento-client").exists()
 
 
+def has_left(system: str) -> bool:
+    """Whether a system says that its owner no longer wants Bento on it."""
+    return Path(system, "etc/bento/left").exists()
+
+
 def settings_of(system: str) -> dict[str, Any]:
     """What a system has in its /etc/bento/client.json; nothing, where that cannot be read."""
     try:
@@ -2517,7 +2499,7 @@ def heartbeat(machine: Machine) -> Iterator[None]:
 
 
 def look_for_twin(machine: Machine) -> None:
-    """Whether the last report there is another machine's: a clone's. That is told, and nobody fights it.
+    """Looks whether the last report there is another machine's: a clone's. That is told, and nobody fights it.
 
     It is remembered if it came after one of this machine's own: else the other may have made way for this one.
     """
@@ -2813,8 +2795,6 @@ def find_parts(tree: Path, parts: Sequence[Part]) -> dict[str, Path]:
 
 
 def hash_file(path: Path) -> str:
-    import hashlib  # only a new release needs it; a poll is mostly start-up
-
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -3012,6 +2992,15 @@ def unchanged_lock(tree: Path) -> Iterator[None]:
                 write_atomic(path, before, 0o644)
                 os.utime(path, (1, 1))
             os.utime(tree, (1, 1))
+
+
+def out_of_memory(since_s: float) -> str:
+    """What the kernel or systemd-oomd has said since then, if memory ran out."""
+    words = "out of memory: Killed process|Killed .* due to memory"
+    argv = ["journalctl", "--quiet", "--boot", "--output=cat", f"--since=@{since_s:.0f}", f"--grep={words}"]
+    done = run(argv, check=False, timeout=60)
+    said = [line for line in done.output.splitlines() if re.search(words, line, re.IGNORECASE)]
+    return f"killed, out of memory: {one_line(said[-1], 120)}" if done.code == 0 and said else ""
 
 
 def make_result(settings: Settings, log: Log, argv: Sequence[str], find: Callable[[str], str] = find_cause) -> str:
@@ -3582,11 +3571,6 @@ def begin(machine: Machine, current: Current) -> Pending:
     return pending
 
 
-def has_left(system: str) -> bool:
-    """Whether a system says that its owner no longer wants Bento on it."""
-    return Path(system, "etc/bento/left").exists()
-
-
 def refuse_to_activate(machine: Machine, pending: Pending, *, force: bool) -> Outcome | None:
     """The outcome where the built system needs no activation, or must not have one."""
     new, facts = pending.new, machine.facts(pending.new)
@@ -3678,7 +3662,7 @@ def reboot_if_due(machine: Machine) -> None:
         machine.remember(rebooted=None)
     due = machine.on_trial is not None or (tried is not None and tried.system == machine.facts().booted != new)
     # What was just deployed may ask for less than we were started with.
-    asked = [machine.settings.reboot, str(settings_of(machine.running).get("reboot", machine.settings.reboot))]
+    asked = (machine.settings.reboot, machine.asked("reboot", machine.running))
     allowed = all(may_reboot(each, now.tm_hour, now.tm_min) for each in asked)
     if before == new or not (allowed and due and machine.needs_reboot):
         return
@@ -3872,9 +3856,8 @@ def lock_holder(settings: Settings) -> int:
         words = line.split()
         if words[1] == "FLOCK" and words[5] == where:
             return int(words[4])
-    return int(
-        (settings.state / "lock").read_text().split()[0]
-    )  # a file system whose device the kernel names otherwise
+    # A file system whose device the kernel names otherwise.
+    return int((settings.state / "lock").read_text().split()[0])
 
 
 def command_rollback(settings: Settings, *, token: str | None) -> int:
@@ -4054,8 +4037,8 @@ def command_status(settings: Settings) -> int:
         raise BentoError(f"{settings.state} cannot be read: run this as root")
     machine = Machine(settings, log="no-log")
     waiting = len(list((settings.state / "outbox").glob("*.log")))
-    print(format_status(make_report(machine), load_pending(machine), waiting))
-    print(f"{'contact':<10} {last_contact(settings, time.time())}")
+    contact = last_contact(settings, time.time())
+    print(format_status(make_report(machine), load_pending(machine), waiting, contact))
     return 0
 
 
@@ -4071,43 +4054,31 @@ def last_contact(settings: Settings, now_s: float) -> str:
     return f"{when}, {duration(ago_s)} ago, {server}" + (f": lost since then: {why}" if lost else "")
 
 
-def format_status(report: Report, pending: Pending | None, waiting: int) -> str:
-    last = report.last
+def format_status(report: Report, pending: Pending | None, waiting: int, contact: str) -> str:
+    last, over = report.last, report.expires is not None and parse_time(report.expires) <= parse_time(report.polled)
     rows = [
         ("host", report.host),
         ("client", report.client),
         ("release", report.release or "none of Bento's"),
         ("system", report.system),
-    ]
-    if last is not None:
-        rows.append(
-            ("last", f"{last.result}, release {(last.release or '?')[:12]}, attempt {last.attempt}, {last.finished}")
-        )
-        rows += [("reason", last.reason)] if last.reason else []
-    rows += [("paused", f"until {report.paused_until}")] if report.paused_until else []
-    if pending is not None:
-        rows.append(("under way", f"release {pending.release[:12]}, {pending.step}"))
-    rows += [("failed", ", ".join(report.failed_units))] if report.failed_units else []
-    if report.waiting_for_boot is not None:
-        rows.append(("waiting", f"release {report.waiting_for_boot[:12]} runs from the next boot on"))
-    if report.needs_reboot:
-        rows.append(("reboot", "needed"))
-    rows.append(("boot trial", report.boot_trial or "none"))
-    rows.append(("boots", report.known_to_boot or "not known yet"))
-    if report.signer is not None and report.expires is not None:
-        over = parse_time(report.expires) <= parse_time(report.polled)
-        rows.append(("signed", f"by {report.signer}, until {report.expires}"))
-        rows += [("expired", "nobody vouches for this machine's state: sign its release anew")] if over else []
-    if report.twin is not None:
-        words = (
-            f"another machine reported as {report.host}, last seen {report.twin}: give it a name and a key of its own"
-        )
-        rows.append(("twin", words))
-    if report.first_contact is not None:
-        rows.append(("trust", f"the server's key was taken at first contact, {report.first_contact}"))
-    if waiting:
-        rows.append(("outbox", f"{waiting} not delivered yet"))
-    return "\n".join(f"{name:<10} {value}" for name, value in rows)
+        ("last", last and f"{last.result}, release {(last.release or '?')[:12]}, attempt {last.attempt}, {last.finished}"),
+        ("reason", last and last.reason),
+        ("paused", report.paused_until and f"until {report.paused_until}"),
+        ("under way", pending and f"release {pending.release[:12]}, {pending.step}"),
+        ("failed", ", ".join(report.failed_units)),
+        ("waiting", report.waiting_for_boot and f"release {report.waiting_for_boot[:12]} runs from the next boot on"),
+        ("reboot", report.needs_reboot and "needed"),
+        ("boot trial", report.boot_trial or "none"),
+        ("boots", report.known_to_boot or "not known yet"),
+        ("signed", report.signer and f"by {report.signer}, until {report.expires}"),
+        ("expired", over and "nobody vouches for this machine's state: sign its release anew"),
+        ("twin", report.twin and f"another machine reported as {report.host}, last seen {report.twin}: give it a name and"
+         " a key of its own"),
+        ("trust", report.first_contact and f"the server's key was taken at first contact, {report.first_contact}"),
+        ("outbox", waiting and f"{waiting} not delivered yet"),
+        ("contact", contact),
+    ]  # fmt: skip
+    return "\n".join(f"{name:<10} {value}" for name, value in rows if value)
 
 
 # --- command line ---

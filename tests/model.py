@@ -302,12 +302,11 @@ class ModelLoader(Loader):
     def armed(self) -> client.Armed:
         return client.Armed(self.world.preferred, self.world.once)
 
-    def prefer(self, system: str) -> str:
+    def prefer(self, system: str) -> None:
         self.world.effect(f"set-default {name_of(system)}")
         self.must_have(system)
-        before, self.world.preferred = self.world.preferred, name_of(system)
+        self.world.preferred = name_of(system)
         self.world.check()
-        return before
 
     def try_once(self, system: str) -> None:
         self.world.effect(f"set-oneshot {name_of(system)}")

@@ -154,7 +154,7 @@ def test_prune_ends_what_is_open(real_root: None, site: Site, monkeypatch: pytes
     user = types.SimpleNamespace(pw_uid=64321)
     monkeypatch.setattr(pwd, "getpwnam", lambda name: user if name == "bento-gone" else pwd.getpwuid(0))
     monkeypatch.setattr(bento, "GCROOTS", site.top / "roots")
-    monkeypatch.setattr(bento, "find_owner", lambda name: None)
+    monkeypatch.setattr(bento, "find_owner", lambda *_: None)
     sleep = f"import os, time; os.setuid({user.pw_uid}); print(flush=True); time.sleep(600)"
     session = subprocess.Popen([sys.executable, "-c", sleep], stdout=subprocess.PIPE)
     other = subprocess.Popen([sys.executable, "-c", sleep.replace("64321", "64322")], stdout=subprocess.PIPE)
@@ -230,7 +230,7 @@ def test_a_garbage_collection_root_goes_with_its_host(site: Site, tmp_path: Path
     for name in ("a", "gone"):
         (roots / name).symlink_to("/nix/store/x")
     monkeypatch.setattr(bento, "GCROOTS", roots)
-    monkeypatch.setattr(bento, "find_owner", lambda name: None)
+    monkeypatch.setattr(bento, "find_owner", lambda *_: None)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     site.publish("--prune")
     assert os.listdir(roots) == ["a"] and not (site.chroots / "gone").exists()
