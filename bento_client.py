@@ -741,6 +741,11 @@ def is_ahead(published: str, now_s: float) -> bool:
     return parse_time(published) > now_s + CLOCKS_DIFFER_S
 
 
+def is_odd(current: Current, seen: str | None, now_s: float) -> bool:
+    """Whether another server is to be asked first."""
+    return is_behind(current, seen, now_s) or is_ahead(current.published, now_s)
+
+
 def is_behind(current: Current, seen: str | None, now_s: float) -> bool:
     """Whether a server publishes less than was seen. Signed releases have their serials for that."""
     return current.signer is None and seen is not None and not is_ahead(seen, now_s) and current.published < seen
@@ -1600,8 +1605,7 @@ def ask_all(
         except BentoError as error:
             failures.append(error)
             continue
-        now_s = time.time()
-        if len(settings.server) == 1 or not (is_behind(current, seen, now_s) or is_ahead(current.published, now_s)):
+        if len(settings.server) == 1 or not is_odd(current, seen, time.time()):
             if behind is not None:
                 behind[0].close()
             return (session, current), failures
