@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import hashlib
 import io
 import json
 import os
@@ -1239,6 +1238,7 @@ def parse_signed(text: str, what: str) -> Signed:
 def fingerprint(blob: str) -> str:
     """A public key's name, as ssh-keygen shows it. ValueError for what is no key."""
     import base64
+    import hashlib
 
     digest = hashlib.sha256(base64.b64decode(blob, validate=True)).digest()
     return f"SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
@@ -2089,6 +2089,8 @@ class Machine:
     @property
     def mark(self) -> str | None:
         """A hash of what no other machine has: of the system's id, and of the board's, for a disk may be a copy."""
+        import hashlib
+
         places = ("/etc/machine-id", "/sys/class/dmi/id/product_uuid", "/proc/device-tree/serial-number")
         ids = []
         for place in places:
@@ -2799,6 +2801,8 @@ def find_parts(tree: Path, parts: Sequence[Part]) -> dict[str, Path]:
 
 
 def hash_file(path: Path) -> str:
+    import hashlib  # 4 ms of a start, which a probe has no use for
+
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
