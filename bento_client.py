@@ -2298,8 +2298,16 @@ class Machine:
         with best_effort(self.log):
             self.keep_generation(good)
             if self.loader.entry_fault(good) is not None:
+                self.end_trial()  # first: what is written now may be broken, and must not be what is preferred
                 self.write_menu(self.default)
         return self.loader.entry_fault(good) is None
+
+    def end_trial(self) -> None:
+        """Takes back what is ours in the boot loader's variables; tried again at each run until it is done."""
+        if self.state.armed:
+            with best_effort(self.log):
+                self.loader.clear(self.state.set_before)
+                self.remember(armed=False, set_before="")
 
     def write_menu(self, system: str) -> None:
         """The boot menu once more. No unit can be started at a shutdown: there `boot` runs as it is."""
@@ -3247,7 +3255,7 @@ def make_default(machine: Machine, system: str, pending: Pending) -> str | None:
     if fault is None and trial:
         try_once(machine, system, good)
     elif fault is None:
-        end_trial(machine)
+        machine.end_trial()
     return fault
 
 
@@ -3439,7 +3447,7 @@ def align_trial(machine: Machine) -> None:
     """
     new, good = machine.on_trial, machine.good
     if new is None:
-        end_trial(machine)
+        machine.end_trial()
     elif machine.state.armed and machine.can_fall_back(good) and lead_back_to(machine, good):
         try_once(machine, new, good)
 
@@ -3475,19 +3483,11 @@ def try_once(machine: Machine, new: str, good: str) -> None:
     fails, the next boot is that of the old one."""
     if machine.loader.entry_fault(good) is not None:
         machine.log.say("the next boot cannot be a trial: the boot loader has no entry of the last system any more")
-        end_trial(machine)
+        machine.end_trial()
         return
     with best_effort(machine.log):
         machine.loader.prefer(good)  # again: the limit of entries may have taken the one of its older generation
         machine.loader.try_once(new)
-
-
-def end_trial(machine: Machine) -> None:
-    """Takes back what is ours in the boot loader's variables; tried again at each run until it is done."""
-    if machine.state.armed:
-        with best_effort(machine.log):
-            machine.loader.clear(machine.state.set_before)
-            machine.remember(armed=False, set_before="")
 
 
 def judge_boot(machine: Machine, pending: Pending) -> Outcome | None:
@@ -3497,7 +3497,7 @@ def judge_boot(machine: Machine, pending: Pending) -> Outcome | None:
     if failure is None and pending.step == Step.COMMITTING:
         return commit(machine, pending)
     if failure is None:
-        end_trial(machine)  # before it is written down: a cut in between leads back, and is one of the tries
+        machine.end_trial()  # before it is written down: a cut in between leads back, and is one of the tries
         return Outcome(Result.OK, "", pending.new)
     patience = PATIENT_PROOFS if runs_bento(machine.good) else FIRST_PROOFS
     if failure.unreachable and machine.count_proof() < patience:
