@@ -2310,14 +2310,8 @@ class Machine:
                 self.remember(armed=False, set_before="")
 
     def write_menu(self, system: str) -> None:
-        """The boot menu once more. No unit can be started at a shutdown: there `boot` runs as it is."""
-        if (
-            self.has_systemd
-            and run(["systemctl", "is-system-running"], check=False, timeout=30).output.strip() != "stopping"
-        ):
-            self.switch(system, "boot", os.urandom(4).hex())
-        else:
-            run([f"{system}/bin/switch-to-configuration", "boot"], timeout=self.settings.activation_timeout)
+        """The boot menu once more. Without a unit, for it may be the shutdown: `boot` touches no other."""
+        run([f"{system}/bin/switch-to-configuration", "boot"], timeout=self.settings.activation_timeout)
 
     def count_proof(self) -> int:
         """How often a proof has failed since the boot, this one included. In /run: it is of one boot, and a full disk must
