@@ -2141,10 +2141,8 @@ class Machine:
 
     def loader_of(self, system: str) -> Loader:
         """The boot loader that a system writes: a release may bring another one."""
-        asked = settings_of(system).get("boot_loader")
-        if not (self.settings.boot_loader and isinstance(asked, list)) or tuple(asked) == self.settings.boot_loader:
-            return self.loader
-        return find_loader(self.settings._replace(boot_loader=tuple(map(str, asked))))
+        ours, asked = self.settings.boot_loader, tuple(self.asked("boot_loader", system))
+        return find_loader(self.settings._replace(boot_loader=asked)) if ours and asked != ours else self.loader
 
     def notice_forgotten(self) -> None:
         """Looks whether what a trial rests on is still there after a boot. The boot loader takes only the one shot."""
@@ -2224,21 +2222,21 @@ class Machine:
         said = self.log.tail().rpartition("bento: switch-to-configuration test: ")[2]
         return not said or "the following units:" in said or "activating the configuration" in said
 
+    def queue(self) -> list[list[str]]:
+        """systemd's jobs: number, unit, kind and state of each."""
+        if not self.has_systemd:
+            return []
+        said = run(["systemctl", "list-jobs", "--no-legend", "--no-pager"], check=False, timeout=30).output
+        return [words for line in said.splitlines() if len(words := line.split()) == 4]
+
     def waits_for(self) -> str:
         """What systemd is waiting for: of a switch that hangs, the cause."""
-        if not self.has_systemd:
-            return ""
-        said = run(["systemctl", "list-jobs", "--no-legend", "--no-pager"], check=False, timeout=30).output
-        jobs = [words for line in said.splitlines() if (words := line.split())[3:4] == ["running"]]
-        return f"systemd waits for {', '.join(f'{unit} ({kind})' for _, unit, kind, _ in jobs)}" if jobs else ""
+        jobs = [f"{unit} ({kind})" for _, unit, kind, state in self.queue() if state == "running"]
+        return f"systemd waits for {', '.join(jobs)}" if jobs else ""
 
     def jobs(self) -> list[int]:
         """The numbers of the jobs in systemd's queue, those first that wait for others. They grow; a boot's first is 1."""
-        if not self.has_systemd:
-            return []
-        listed = run(["systemctl", "list-jobs", "--no-legend"], check=False, timeout=30).output
-        found = re.findall(r"(?m)^ *([0-9]+) .* (\w+) *$", listed)
-        return [int(number) for number, state in sorted(found, key=lambda job: job[1] == "running")]
+        return [int(words[0]) for words in sorted(self.queue(), key=lambda words: words[3] == "running")]
 
     def end_switches(self, pending: Pending) -> None:
         """Ends what an attempt started and left, with the jobs that were queued since: a unit that waits for one that hangs
@@ -2297,9 +2295,10 @@ class Machine:
         """Whether there is a boot entry to fall back to, and will be. A garbage collection, and the next `boot`, take it."""
         with best_effort(self.log):
             self.keep_generation(good)
-            if self.loader.entry_fault(good) is not None:
-                self.end_trial()  # first: what is written now may be broken, and must not be what is preferred
-                self.write_menu(self.default)
+            if self.loader.entry_fault(good) is None:
+                return True
+            self.end_trial()  # first: what is written now may be broken, and must not be what is preferred
+            self.write_menu(self.default)
         return self.loader.entry_fault(good) is None
 
     def end_trial(self) -> None:
@@ -3743,10 +3742,10 @@ def update(machine: Machine, *, force: bool) -> int:
     forget_other_system(machine, current)
     action, why = choose(machine, current, force=force)
     state, facts = machine.state, machine.facts()
-    # A person's, and known to boot; or what a first trial is to lead back to.
-    sure = facts.running == facts.booted and (facts.booted == facts.default or state.system is None)
-    sure = sure or state.good is state.system is None
-    if sure and facts.booted not in (state.system, state.good):
+    theirs = facts.running == facts.booted == facts.default  # a person's, and known to boot
+    # What a first trial is to lead back to.
+    first = state.system is None and (state.good is None or facts.running == facts.booted)
+    if (theirs or first) and facts.booted not in (state.system, state.good):
         machine.remember(good=facts.booted, good_release=None, good_revision=None)
     assert machine.session is not None
     if action == Action.NOTHING:
