@@ -518,7 +518,8 @@ def make_doors(world: Callable[[], World]) -> dict[str, Any]:
     return {
         "encode": lambda record: record, "read_journal": lambda path, parse, log: world().files.get(path.name),
         "write_atomic": write_atomic, "upgrade": nothing, "clear_pending": clear_pending, "poll": poll, "knock": knock,
-        "FIRST_PROOFS": client.PATIENT_PROOFS, "runs_bento": lambda system: world().systems[name_of(system)].bento, "settings_of": lambda system: {},
+        "runs_bento": lambda system: world().systems[name_of(system)].bento, "settings_of": lambda system: {},
+        "FIRST_PROOFS": client.PATIENT_PROOFS,
         "probe_system": probe_system, "probe_failure": lambda settings: probe_system(None, "", 0),  # type: ignore[arg-type]
         "check_health": check_health, "scratch": scratch, "lock": lock, "heartbeat": heartbeat, "arm": arm, "disarm": nothing,
         "report": say_report, "tell_bug": bug, "deliver": say_report, "announce": nothing, "keep_log": nothing,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
+from lab.conftest import name_event
 from lab.conftest import need as need_lab
 from lab.image import ImageError
 
@@ -93,18 +94,10 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         if report.failed and isinstance(used, Bed):
             report.sections.append(("console", used.tail()))
         if report.when == "call" and isinstance(used, Bed):
-            rows[name_event(item.name), used.kind.name] = (
+            rows[name_event(item.name, *(kind.name for kind in ALL_KINDS)), used.kind.name] = (
                 f"{report.outcome} | {len(used.machine.boots)} | {report.duration / 60:.1f}"
             )
     return report
-
-
-def name_event(test: str) -> str:
-    """From a test's name: its parameter, but for the kind of machine, goes behind a colon."""
-    name, _, parameter = test.removeprefix("test_").removesuffix("]").partition("[")
-    for kind in ALL_KINDS:
-        parameter = parameter.removeprefix(kind.name).lstrip("-")
-    return ": ".join(part for part in (name.replace("_", " "), parameter) if part)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

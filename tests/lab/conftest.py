@@ -23,6 +23,14 @@ def need() -> None:
         pytest.skip(reason)
 
 
+def name_event(test: str, *kinds: str) -> str:
+    """For a table, from a test's name: its parameter, but for the kind of machine, goes behind a colon."""
+    name, _, parameter = test.removeprefix("test_").removesuffix("]").partition("[")
+    for kind in kinds:
+        parameter = parameter.removeprefix(kind).lstrip("-")
+    return ": ".join(part for part in (name.replace("_", " "), parameter) if part)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """A failed test shows the end of its machines' consoles."""

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from toynixos import write_config
 
+from lab.conftest import name_event
 from lab.lab import TESTS, TRIAL, Host, Lab, Layer, Server
 from lab.test_matrix import behaviour, by_force, installed, last, publish, reports, server, settled, wait
 
@@ -46,9 +47,7 @@ def row(request: pytest.FixtureRequest, host: Host, server: Server) -> Iterator[
     yield
     attempts = [name.removesuffix(".log").split("_")[1:] for name in sorted(os.listdir(logs)) if name not in before]
     by_release = (", ".join(result for _, result in group) for _, group in groupby(attempts, lambda each: each[0]))
-    name, _, parameter = request.node.name.removeprefix("test_").removesuffix("]").partition("[")
-    event = name.replace("_", " ") + (f": {parameter}" if parameter else "")
-    rows.append(f"| {event} | {' / '.join(by_release)} | {host.boots} | {(time.monotonic() - began) / 60:.1f} |\n")
+    rows.append(f"| {name_event(request.node.name)} | {' / '.join(by_release)} | {host.boots} | {(time.monotonic() - began) / 60:.1f} |\n")
 
 
 @pytest.fixture
