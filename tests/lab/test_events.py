@@ -265,6 +265,7 @@ def test_jobs_of_a_switch_that_was_ended(host: Host, server: Server) -> None:
     release = publish(server, host, "v2", units=bad, starts=[TRIAL, "hang.service", "bad.service"])
     assert wait(lambda: reports(server, release) != [], 90), told(host, server, release)
     assert which(host) == ("old", "old") and reports(server, release) == ["rolled-back"], told(host, server, release)
+    assert wait(lambda: last(server).get("release") == release, 20), told(host, server, release)  # it follows the log
     assert "hang.service (start)" in last(server)["reason"], told(host, server, release)
     time.sleep(3)
     listed = host.run("systemctl", "list-jobs", "--no-legend").stdout
