@@ -28,10 +28,21 @@ def make_room() -> Path:
     room = Path(tempfile.mkdtemp(prefix="bento-tests-"))
     room.chmod(0o711)
     (room / "home").mkdir()
-    os.environ |= {"TMPDIR": str(room), "HOME": str(room / "home")}
+    make_python(room)
+    os.environ |= {"TMPDIR": str(room), "HOME": str(room / "home"), "PYTHONPYCACHEPREFIX": str(room / "pycache")}
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if os.geteuid() != 0 and not Path("/nix/var/nix/daemon-socket/socket").exists():
         os.environ["NIX_REMOTE"] = str(room / "nix")  # else Nix wants to write to root's store, even to evaluate
     return room
+
+
+def make_python(room: Path) -> None:
+    """An empty virtual environment: this Python, and nothing that anybody has installed into it. What starts a hundred
+    times in a test pays for each of those, and a script's first line takes no path with spaces, as a checkout may have."""
+    program = Path(os.path.realpath(sys.executable))
+    (room / "bin").mkdir()
+    (room / "bin/python3").symlink_to(program)
+    (room / "pyvenv.cfg").write_text(f"home = {program.parent}\ninclude-system-site-packages = false\n", encoding="utf-8")
 
 
 ROOM = make_room()
@@ -54,8 +65,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection() -> None:
-    """What the tests run needs no pytest; and a script's first line takes no path with spaces, as a checkout may have."""
-    sys.executable = os.path.realpath(sys.executable)
+    """From now on: pytest-xdist's workers need its own, and these are there by now."""
+    sys.executable = str(ROOM / "bin/python3")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

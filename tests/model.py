@@ -5,7 +5,9 @@ variables; the boot id. What the real programs do with them is told by nixos-fac
 the programs. Nothing is believed here because the client believes it.
 """
 
+import copy
 import functools
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -268,6 +270,20 @@ class World:
         finally:
             self.left = None
 
+    def copy(self) -> "World":
+        other = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, (dict, set, list)):
+                setattr(other, name, value.copy())
+        return other
+
+    def fingerprint(self) -> str:
+        """All that what comes next can depend on. Not a deployment's token, which is random: it means no more than that a
+        watchdog is of the deployment that the journal is about."""
+        past = ("top", "left", "fault", "trace", "effects")
+        now = {name: sorted(each) if isinstance(each, set) else each for name, each in vars(self).items() if name not in past}
+        return re.sub("token='[0-9a-f]*'", "", repr(sorted(now.items())))
+
     @property
     def journal(self) -> bool:
         return "pending.json" in self.files
@@ -526,5 +542,6 @@ def make_doors(world: Callable[[], World]) -> dict[str, Any]:
         "refuse_volatile": nothing, "name_holder": nothing, "wait_for_units": nothing, "fetch": nothing,
         "is_untouched": lambda tree: True, "adopt": nothing, "build": lambda settings, log: world().path(world().published),
         "unfit_for_boot": nothing, "free_bytes": lambda path: 1 << 40, "sync_directory": nothing, "print": nothing,
+        "Path": functools.lru_cache(None)(Path), "run_hooks": nothing,  # both for speed: nothing here has a hook
         "run": lambda argv, **more: Done(0, ""), "signal": type("Signal", (), {"alarm": staticmethod(lambda s: None)}),
     }  # fmt: skip

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sshd import command, end_sshd, match_block, max_startups, no_penalties
-from toynixos import CLIENT, TOY, ToyMachine, write_config
+from toynixos import CLIENT, TOY, ToyMachine, compiled_client, write_config
 
 SERVER = CLIENT.parent / "bento.py"
 HOSTS = GOOD, FRESH, EVIL, OTHER = "good", "fresh", "evil", "other"
@@ -237,7 +237,7 @@ class Host:
     def client(self, command: str, *flags: str, stall_s: float | None = None) -> Done:
         """Runs the client. `stall_s`: with that instead of the minute that a transfer may stand still."""
         path = f"{self.top / 'programs'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        argv: list[str | Path] = [sys.executable, CLIENT]
+        argv: list[str | Path] = [sys.executable, compiled_client()]
         if stall_s is not None:
             code = f"import sys; sys.path.insert(0, {str(CLIENT.parent)!r}); import bento_client as c; "
             argv = [sys.executable, "-c", f"{code}c.STALL_S = {stall_s}; c.LEAST_RATE = 1 << 30; sys.exit(c.main())"]

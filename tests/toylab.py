@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from accounts import add_user, need_accounts
-from toynixos import CLIENT, PYTHON_FLAGS, ToyMachine, need, write_config
+from toynixos import CLIENT, PYTHON_FLAGS, ToyMachine, compiled_client, need, write_config
 
 import bento
 import bento_client
@@ -117,7 +117,7 @@ class Lab:
         """The client, with settings from a file."""
         config = self.directory / "client.json"
         config.write_text(json.dumps(self.settings))
-        return [sys.executable, *PYTHON_FLAGS, str(CLIENT), "--config", str(config), *words]
+        return [sys.executable, *PYTHON_FLAGS, compiled_client(), "--config", str(config), *words]
 
     def env(self, **more: str) -> dict[str, str]:
         return {"TOY_SERVER": SERVER, "TOY_SERVER_DOWN": str(self.down)} | more

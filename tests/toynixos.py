@@ -25,9 +25,11 @@ Other programs of the machine: nix-env, nix-collect-garbage, bootctl, and `boot`
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import platform
+import py_compile
 import re
 import shlex
 import shutil
@@ -117,6 +119,14 @@ FLAKE = """\
 }
 """
 CHANNELS = "builtins.head (builtins.attrValues (import ./toy.nix))\n"
+
+
+@functools.cache
+def compiled_client() -> str:
+    """As utils/bento.nix installs it: compiling takes longer than most of what it does."""
+    path = os.path.join(tempfile.mkdtemp(prefix="client-"), "bento_client.pyc")
+    py_compile.compile(str(CLIENT), path, doraise=True)
+    return path
 
 
 def need(program: str) -> str:
