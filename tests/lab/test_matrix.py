@@ -159,14 +159,15 @@ def wait(condition: Callable[[], bool], timeout_s: float) -> bool:
                 return True
         except (OSError, ValueError, KeyError, MachineOff):
             pass  # the machine is in the middle of something
-        time.sleep(0.05)
+        time.sleep(0.1)
     return False
 
 
 def at_rest(host: Host) -> bool:
     """No journal, no run at work, and running system, profile and boot default agree."""
-    idle = host.run("systemctl", "is-active", "bento.service", check=False).stdout.strip() in ("inactive", "failed")
-    return idle and not host.exists(f"{host.state}/pending.json") and len(set(labels(host))) == 1
+    if host.exists(f"{host.state}/pending.json") or len(set(labels(host))) != 1:
+        return False
+    return host.run("systemctl", "is-active", "bento.service", check=False).stdout.strip() in ("inactive", "failed")
 
 
 def settled(host: Host, server: Server, label: str, timeout_s: float = 60) -> None:
