@@ -1917,11 +1917,8 @@ class Proven(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """.rollout.json: how far the last `populate` of the whole fleet could go. So many waves are `done`; the next one waits
-    for `blockers`, which hold all hosts in `held`."""
+    """.rollout.json: what the last `populate` of the whole fleet waits for. `blockers` hold all hosts in `held`."""
 
-    waves: tuple[Wave, ...] = ()
-    done: int = 0
     blockers: tuple[Blocker, ...] = ()
     held: tuple[Held, ...] = ()
     proven: tuple[Proven, ...] = ()
@@ -2006,13 +2003,13 @@ def find_blockers(wave: Wave, standings: Mapping[str, Standing], now_s: float) -
 
 def decide(
     waves: Sequence[Wave], standings: Mapping[str, Standing], now_s: float
-) -> tuple[int, tuple[Blocker, ...], list[str]]:
-    """How many waves are done, whom the next one waits for, and who has to wait. A host that has nothing yet never has."""
+) -> tuple[tuple[Blocker, ...], list[str]]:
+    """Whom the first wave that is not done waits for, and who has to wait. A host that has nothing yet never has."""
     for number, wave in enumerate(waves):
         if blockers := find_blockers(wave, standings, now_s):
             later = [name for each in waves[number + 1 :] for name in each.hosts]
-            return number, blockers, [name for name in later if standings[name].changed]
-    return len(waves), (), []
+            return blockers, [name for name in later if standings[name].changed]
+    return (), []
 
 
 def read_rollout(chroot_dir: Path) -> Rollout:
@@ -2020,8 +2017,6 @@ def read_rollout(chroot_dir: Path) -> Rollout:
     with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         data = json.loads((chroot_dir / ".rollout.json").read_bytes())
         return Rollout(
-            tuple(Wave(tuple(each["hosts"]), float(each["soak_s"])) for each in data["waves"]),
-            int(data["done"]),
             tuple(Blocker(**each) for each in data["blockers"]),
             tuple(Held(**each) for each in data["held"]),
             tuple(Proven(**each) for each in data["proven"]),
@@ -2030,7 +2025,7 @@ def read_rollout(chroot_dir: Path) -> Rollout:
 
 
 def write_rollout(chroot_dir: Path, rollout: Rollout) -> None:
-    if rollout.waves:
+    if rollout != Rollout():
         text = json.dumps({"format": client.FORMAT} | client.plain(rollout), indent=1) + "\n"
         client.write_atomic(chroot_dir / ".rollout.json", text.encode(), 0o644)
     else:
@@ -3356,7 +3351,7 @@ def plan_rollout(work: Work, hosts: Sequence[str], good: Sequence[str]) -> Rollo
     before = read_rollout(work.fleet.chroot_dir)
     standings = survey(work, waves, set(good), before.proven)
     work.decided = {name: standing.wanted for name, standing in standings.items()}
-    done, blockers, names = decide(waves, standings, now_s)
+    blockers, names = decide(waves, standings, now_s)
     since_s = {each.host: each.since_s for each in before.held}
     held = [Held(name, since_s.get(name, now_s), standings[name].published, standings[name].wanted) for name in names]
     proven = [
@@ -3364,7 +3359,7 @@ def plan_rollout(work: Work, hosts: Sequence[str], good: Sequence[str]) -> Rollo
         for name, (_, found, since_s) in standings.items()
         if (report := found.report) is not None and report.release is not None
     ]
-    return Rollout(tuple(waves), done, blockers, tuple(held), tuple(proven))
+    return Rollout(blockers, tuple(held), tuple(proven))
 
 
 def roll_out(work: Work, hosts: Sequence[str], good: Sequence[str]) -> list[Failure]:
