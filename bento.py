@@ -3471,8 +3471,9 @@ def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: boo
 
 def gather(
     fleet: Fleet, wanted: Sequence[str], offline_after_s: float, now_s: float, memory: Memory | None = None
-) -> tuple[list[Row], list[str], list[str]]:
-    """The rows that every form of `status` shows, what is wrong with hosts/, and what is the matter with the server.
+) -> tuple[list[Row], list[str], dict[str, str]]:
+    """The rows that every form of `status` shows, what is wrong with hosts/, and what is the matter with the server: what it
+    is about, which stays, and the words.
 
     `memory`: of the time before; only what changed is read.
     """
@@ -3482,7 +3483,7 @@ def gather(
         chroot = f"{fleet.chroot_dir}/{name}"  # a Path takes its time, ten thousand times
         found = read_host(chroot, name) if memory is None else recall_host(chroot, name, memory)
         rows.append(make_row(name, found, now_s, offline_after_s, beside))
-    troubles = [*look_at_disk(fleet.chroot_dir), *([] if wanted else look_at_silence(rows, now_s))]
+    troubles = look_at_disk(fleet.chroot_dir) | ({} if wanted else look_at_silence(rows, now_s))
     return sort_rows(rows), errors, troubles
 
 
@@ -3504,24 +3505,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def look_at_disk(directory: Path) -> list[str]:
+def look_at_disk(directory: Path) -> dict[str, str]:
     """What to say of a disk that has no room for what hosts report."""
     try:
         disk = os.statvfs(directory)
     except OSError:
-        return []
+        return {}
     if disk.f_bavail * disk.f_frsize >= FULL_DISK_BYTES and (disk.f_favail or not disk.f_files):
-        return []
+        return {}
     what = "has no room" if disk.f_bavail * disk.f_frsize < FULL_DISK_BYTES else "has no inodes"
-    return [f"this server's own disk {what} at {directory}: no host can report, and nothing can be published"]
+    words = f"this server's own disk {what} at {directory}: no host can report, and nothing can be published"
+    return {"this server's own disk": words}
 
 
-def look_at_silence(rows: Sequence[Row], now_s: float) -> list[str]:
+def look_at_silence(rows: Sequence[Row], now_s: float) -> dict[str, str]:
     """What to say when all hosts fell silent: that is hardly the fault of each."""
     seen = [row.seen_s for row in rows if row.seen_s is not None and not row.absent]
     if len(seen) < 2 or not all(row.offline for row in rows if row.seen_s is not None and not row.absent):
-        return []
-    return [f"all {len(seen)} hosts are silent {since(max(seen), now_s)}: was this server down, or its disk full?"]
+        return {}
+    words = f"all {len(seen)} hosts are silent {since(max(seen), now_s)}: was this server down, or its disk full?"
+    return {"all hosts are silent": words}
 
 
 def for_stdout(text: str) -> str:
@@ -3548,12 +3551,13 @@ def command_status(fleet: Fleet, wanted: Sequence[str], view: View) -> int:
     rows, errors, troubles = gather(fleet, wanted, view.offline_after_s, now_s)
     terminal = sys.stdout.isatty() and view.output is None
     if view.form == "json":
-        text = format_json(rows, now_s, troubles)
+        text = format_json(rows, now_s, list(troubles.values()))
     elif view.form == "prometheus":
         text = format_prometheus(rows)
     elif view.form == "html":
         url = view.logs_url or fleet.chroot_dir.as_uri()
-        text = format_html(rows, now_s, url, troubles, functools.partial(find_reason, fleet, itertools.count()))
+        why = functools.partial(find_reason, fleet, itertools.count())
+        text = format_html(rows, now_s, url, list(troubles.values()), why)
     else:
         width = shutil.get_terminal_size(fallback=(200, 24)).columns
         text = format_table(rows, now_s, width, decorated=terminal and "NO_COLOR" not in os.environ) + "\n"
@@ -3570,7 +3574,7 @@ def command_status(fleet: Fleet, wanted: Sequence[str], view: View) -> int:
     elif view.output is None:  # cron mails what is on stderr
         silent = not wanted and look_at_silence(rows, now_s)
         wanting = [row for row in rows if row.needs_a_person and not terminal and not (silent and row.offline)]
-        errors = [*troubles, *errors, *group_failures(complaint(row, now_s) for row in wanting)]
+        errors = [*troubles.values(), *errors, *group_failures(complaint(row, now_s) for row in wanting)]
     warn(unknown_keys(fleet, [row.host for row in rows]))
     return max(complain(errors), int(bool(troubles) or any(row.needs_a_person for row in rows)))
 
@@ -3583,12 +3587,12 @@ def find_reason(fleet: Fleet, asked: Iterator[int], host: str, log: str) -> str:
     return ""
 
 
-def tell_changes(path: Path, rows: Sequence[Row], troubles: Sequence[str], now_s: float) -> None:
+def tell_changes(path: Path, rows: Sequence[Row], troubles: Mapping[str, str], now_s: float) -> None:
     """A line on stderr for each problem that has begun since the last call, and one for each that is over. What was
     told lies in a file."""
     before = read_json(path).get("problems", {})
     before = before if isinstance(before, dict) else {}
-    words = {"the server": "; ".join(troubles)} if troubles else {}
+    words = dict(troubles)
     for row in rows:
         for reason in row.reasons:
             what = f"{row.host}: {reason.replace('_', ' ')}"
@@ -3613,7 +3617,7 @@ def command_watch(fleet: Fleet, wanted: Sequence[str], offline_after_s: float) -
             now_s = time.time()
             rows, _, troubles = gather(fleet, wanted, offline_after_s, now_s, memory)
             width, height = size = shutil.get_terminal_size()
-            top = [clip(f"! {trouble}", width) for trouble in troubles]
+            top = [clip(f"! {trouble}", width) for trouble in troubles.values()]
             # The hosts that need a person are on top, the summary stays in sight.
             decorated = "NO_COLOR" not in os.environ
             table = "\n".join(

@@ -228,6 +228,33 @@ def test_changes_are_told_once(site: Site) -> None:
     assert len(told()) == 1
 
 
+def test_each_trouble_of_the_server_is_told(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second begins while the first lasts, which ends before it."""
+    for name in "ab":
+        site.host(name)
+    site.publish()
+    page, memory, silence = site.top / "page", site.top / "memory", "all 2 hosts are silent since"
+
+    def told(*, disk: bool, silent: bool) -> list[str]:
+        for name in "ab":
+            report(site, name, 3 * H if silent else 0)
+        monkeypatch.setattr(bento, "FULL_DISK_BYTES", 1 << 60 if disk else 0)
+        lines = site.run("status", "--html", "--output", str(page), "--changes", str(memory)).errors
+        return [line for line in lines if ": a: " not in line and ": b: " not in line]
+
+    assert told(disk=False, silent=False) == []
+    (line,) = told(disk=True, silent=False)
+    assert line.startswith("bento: begins: this server's own disk has no room at ")
+    (line,) = told(disk=True, silent=True)
+    assert line.startswith(f"bento: begins: {silence}")
+    assert told(disk=True, silent=True) == []
+    (line,) = told(disk=False, silent=True)
+    assert line.startswith("bento: over: this server's own disk (since 20")
+    (line,) = told(disk=False, silent=False)
+    assert line.startswith("bento: over: all hosts are silent (since 20")
+    assert told(disk=False, silent=False) == []
+
+
 def test_status_of_one_host_cuts_nothing(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     site.host("a")
