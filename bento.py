@@ -478,11 +478,11 @@ def check_keys(fleet: Fleet) -> tuple[dict[str, list[tuple[str, str, str]]], dic
     """The keys of the hosts in hosts/, and why a host's cannot be used.
 
     A key that stands for two hosts stands for neither: whoever holds it could read the other's files. But a host that
-    got a new name may be known by the old one, a link to the new, for a while.
+    got a new name may be known by old ones, links that lead to the new, for a while.
     """
     keys: dict[str, list[tuple[str, str, str]]] = {}
     errors: dict[str, str] = {}
-    owners: dict[str, str] = {}
+    holders: dict[str, list[str]] = {}
     names = {entry.name for entry in scan_hosts(fleet)}
     for name in sorted(names):
         if f"{name}.pub" in names and client.HOST_NAME.fullmatch(name):
@@ -491,18 +491,24 @@ def check_keys(fleet: Fleet) -> tuple[dict[str, list[tuple[str, str, str]]], dic
             except BentoError as error:
                 errors[name] = str(error)
     for name, own in keys.items():
-        for _, blob, _ in own:
-            other = owners.setdefault(blob, name)
-            if other != name and not is_alias(fleet, other, name) and not is_alias(fleet, name, other):
-                text = f"hosts/{other}.pub and hosts/{name}.pub have the same key: each host needs its own"
-                errors |= {other: text, name: text}
+        for blob in dict.fromkeys(blob for _, blob, _ in own):
+            holders.setdefault(blob, []).append(name)
+    for first, *others in holders.values():
+        if others and not set.intersection(*(names_of(fleet, name) for name in (first, *others))) & {first, *others}:
+            for other in others:
+                text = f"hosts/{first}.pub and hosts/{other}.pub have the same key: each host needs its own"
+                errors |= {first: text, other: text}
     return keys, errors
 
 
-def is_alias(fleet: Fleet, name: str, other: str) -> bool:
+def names_of(fleet: Fleet, name: str) -> set[str]:
+    """A host's name, and those that it leads to as a link, one after the other."""
+    names = set[str]()
     with suppress(OSError):
-        return os.path.normpath(os.readlink(fleet.host(name))) == other
-    return False
+        while name not in names and "/" not in name:
+            names.add(name)
+            name = os.path.normpath(os.readlink(fleet.host(name)))
+    return names
 
 
 def left_out_keys(fleet: Fleet) -> list[str]:
