@@ -3242,8 +3242,10 @@ def make_default(machine: Machine, system: str, pending: Pending) -> str | None:
         return f"the system profile could not be set: {error}"
     done = machine.switch(system, "boot", pending.token)
     fault = machine.loader_of(system).entry_fault(system)
-    # On a full /boot nothing can be written. On the way back that does no harm, where the menu is as it was.
-    if done.code != 0 and not (system != pending.new and fault is None and machine.loader.starts(system)):
+    # On a full /boot nothing can be written. On the way back that does no harm, where the menu is as it was, whichever
+    # boot loader the new system has.
+    as_it_was = system != pending.new and fault is None and machine.loader_of(pending.new).starts(system)
+    if done.code != 0 and not as_it_was:
         return f"the boot loader could not be written ({how_ended(done.code)}): {machine.log.cause()}"
     if fault is None and trial:
         try_once(machine, system, good)
