@@ -407,7 +407,7 @@ def find_hosts(fleet: Fleet, wanted: Sequence[str]) -> tuple[list[str], list[str
     """The hosts to work on, and an error for each name in hosts/ that no host can have."""
     hosts, errors = [], []
     for entry in scan_hosts(fleet):
-        if entry.name.endswith((".pub", ".sig")) or entry.is_file(follow_symlinks=False):
+        if entry.name.endswith((".pub", ".sig", ".absent")) or entry.is_file(follow_symlinks=False):
             continue
         if entry.name == "waves" and not entry.is_dir():  # a link
             continue

@@ -162,6 +162,8 @@ def test_all_hosts_are_silent(site: Site) -> None:
     report(site, "b")
     assert site.run("status").code == 0
     assert "absent: in the workshop" in site.run("status").out
+    (site.fleet / "hosts/c.absent").symlink_to("a.absent")
+    assert site.run("status").code == 0 and "absent" in site.run("status", "c").out
 
 
 def test_a_full_disk_of_the_server(site: Site, tmp_path: Path) -> None:
