@@ -3140,7 +3140,11 @@ def command_closure(fleet: Fleet, package: str) -> int:
         found = read_report(fleet.chroot(name), name)
         system = found.report.system if found.report else ""
         if system and system not in known:
-            known[system] = find_versions(system, package) if is_here(system) else ""
+            try:
+                known[system] = find_versions(system, package) if is_here(system) else ""
+            except BentoError as error:
+                failures.append(f"{name}: {error}")
+                continue
         missing = (
             f"{one_line(system)} is not in this server's store" if system else found.problem or "it has not reported"
         )

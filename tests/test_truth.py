@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fleet import OTHER, RELEASE, Site, last_data, toy_host
+from fleet import OTHER, RELEASE, Site, last_data, toy_host, write_program
 from toynixos import _missing, need
 
 import bento
@@ -275,6 +275,19 @@ SYSTEM = """{ needs }:
 let make = name: text: derivation { inherit name; system = builtins.currentSystem; builder = "/bin/sh";
   args = [ "-c" "echo ${text} > $out" ]; };
 in make "nixos-system-x" (make needs "") """
+
+
+def test_a_closure_that_cannot_be_read_stops_no_other(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_program(site.top / "bin/nix-store", 'case "$3" in *-good) echo $3-openssl-3.0.14 ;; *) echo error: not valid >&2; exit 1 ;; esac\n')
+    monkeypatch.setenv("PATH", f"{site.top}/bin:{os.environ['PATH']}")
+    monkeypatch.setattr(bento, "is_here", lambda _: True)
+    for name, system in (("a", "bad"), ("b", "good"), ("c", "bad")):
+        site.host(name)
+        site.publish(name)
+        report(site, name, system=f"/nix/store/{'0' * 32}-{system}")
+    ran = site.run("closure", "openssl")
+    assert (ran.code, ran.out) == (1, "b: none\n")
+    assert len(ran.errors) == 2 and all("nix-store" in line and "not valid" in line for line in ran.errors)
 
 
 def test_closure(site: Site) -> None:
