@@ -3264,7 +3264,11 @@ def note_system(fleet: Fleet, name: str, release: str, system: str) -> None:
             return
         with populate_lock(fleet, wait=True):  # or it would undo what populate is about to publish
             current = read_published(fleet.chroot(name), name)
-            if current is not None and current.release == release and current.system != system:
+            if current is None or current.release != release:
+                return
+            # What is signed is what the host takes: another one beside it would keep populate from passing.
+            signed = client.parse_signed(current.signed, "").system if current.signed is not None else None
+            if current.system != system and signed in (None, system):
                 text = client.encode(current._replace(system=system))
                 client.write_atomic(fleet.chroot(name) / "current.json", text, 0o644)
 
