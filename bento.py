@@ -3314,6 +3314,8 @@ def attempt(work: Work, name: str, job: Job | None = None, system: str | None = 
             check_system(check_signature(work.fleet, name, job.release), system)  # files may have changed meanwhile
             current = place(chroot, work.store, job, system, time.time())
             return job._replace(release=job.release._replace(members=())), current
+    except BrokenPipeError:  # whoever reads what we say has gone: no host's failure
+        raise
     except Exception as error:
         work.fail(name, error)
         if job is not None and not work.plan.dry_run:

@@ -138,6 +138,16 @@ def test_a_reader_that_goes_stops_no_publication(site: Site) -> None:
         check_chroot(site.chroots / f"h{number}")
 
 
+@pytest.mark.parametrize("words", [["-v", "populate"], ["populate", "--json"]])
+def test_a_reader_that_goes_is_no_failure_of_a_host(words: list[str], site: Site) -> None:
+    for number in range(6):
+        site.host(f"h{number}")
+    site.publish()
+    done = run_outside(site, *words, shell='"$@" | true; exit "${PIPESTATUS[0]}"')
+    assert (done.returncode, done.stderr) == (1, f"{NOT_ROOT}\n")
+    assert (site.chroots / ".lock").read_text() == ""
+
+
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
 def test_closed_output(closed: str, site: Site) -> None:
     site.host("a")
