@@ -3611,9 +3611,12 @@ def tell_changes(path: Path, rows: Sequence[Row], troubles: Mapping[str, str], n
     words = dict(troubles)
     for row in rows:
         for reason in row.reasons:
-            what = f"{row.host}: {reason.replace('_', ' ')}"
-            release = row.report.last.release if reason == "failed" and row.report and row.report.last else None
-            what += f" {release[:7]}" if release else ""
+            which = ""
+            if reason == "failed" and row.report and row.report.last:
+                which = (row.report.last.release or "")[:7]
+            elif reason == "failed_units" and row.report:
+                which = ", ".join(row.report.failed_units)
+            what = one_line(f"{row.host}: {reason.replace('_', ' ')} {which}", 1000)
             words[what] = f"{row.host}: {complaint(row, now_s).text}"
     for what in [what for what in words if what not in before]:
         print(f"bento: begins: {words[what]}", file=sys.stderr)

@@ -221,9 +221,13 @@ def test_changes_are_told_once(site: Site) -> None:
     (line,) = told()
     assert line.startswith("bento: begins: a: failed units: nginx.service")
     assert told() == []
+    report(site, "a", failed_units=["nginx.service", "sshd.service"])
+    begins, over = told()
+    assert begins.startswith("bento: begins: a: failed units: nginx.service, sshd.service")
+    assert over.startswith("bento: over: a: failed units nginx.service (since 20")
     report(site, "a")
     (line,) = told()
-    assert line.startswith("bento: over: a: failed units (since 20")
+    assert line.startswith("bento: over: a: failed units nginx.service, sshd.service (since 20")
     assert told() == []
     memory.write_text("{")
     report(site, "a", failed_units=["nginx.service"])
