@@ -650,7 +650,7 @@ def read_revision(root: str) -> str | None:
         line = git(root, "rev-list", "--max-count=1", "--format=%h %s", "HEAD", "--").decode(errors="replace")
     except BentoError:
         return None
-    commit, _, subject = line.splitlines()[-1].partition(" ")
+    commit, _, subject = line.rstrip("\n").rpartition("\n")[2].partition(" ")
     staged = git(root, "diff-index", "--cached", "--name-only", "HEAD", "--")
     listed = git(root, "ls-files", "-z", "--stage", "--debug")
     dirty = bool(staged) or any(differs(root, *found.groups()) for found in INDEXED.finditer(listed))

@@ -98,10 +98,10 @@ def test_the_revision(site: Site) -> None:
     directory = site.host("a", CONFIGURATION | {"x": "x\n"})
     (directory / "link").symlink_to("x")
     site.host("b")
-    commit(site.fleet, "make\tit \x1b[31mred\n\nand more")
+    commit(site.fleet, "make\tit \x1b[31mred\u2028again\n\nand more")
     short = git(site.fleet, "rev-parse", "--short", "HEAD").strip()
     site.publish()
-    assert site.current().revision == f"{short} make it [31mred"
+    assert site.current().revision == f"{short} make it [31mred again"
     for path in (directory / "x", directory / "link"):  # only touched
         os.utime(path, (5, 5), follow_symlinks=False)
     site.host("b", CONFIGURATION | {"untracked": "x"})
