@@ -2508,7 +2508,7 @@ def prune_chroots(gone: Sequence[Path], plan: Plan, failures: list[Failure]) -> 
 # --- signatures ---
 
 ARMOR = "-----BEGIN SSH SIGNATURE-----\n"
-VALID_DAYS = 30
+VALID_DAYS, MAX_DAYS = 30, 36_500
 
 
 class Signature(NamedTuple):
@@ -3061,6 +3061,8 @@ def command_sign(fleet: Fleet, wanted: Sequence[str], vow: Vow) -> int:
     """Signs what `hosts/` holds now, wherever the same commit is checked out: a release has the same name everywhere."""
     import tempfile  # most commands need none, and status is mostly start-up
 
+    if abs(vow.days) > MAX_DAYS:
+        raise UsageError(f"--days {vow.days}: at most {MAX_DAYS}, a hundred years")
     hosts, errors = find_hosts(fleet, wanted)
     failures: list[Failure] = []
     with tempfile.TemporaryDirectory(prefix="bento-") as made:
@@ -3920,11 +3922,12 @@ def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:
         return command_populate(fleet, options.hosts, plan_of(options), options.prune)
     if command == "status":
         after_s = options.offline_after * 3600
-        if options.output is not None and Path(options.output).is_dir():
-            raise UsageError(f"--output {options.output}: this is a directory: name a file")
+        for option, file in (("--output", options.output), ("--changes", options.changes)):
+            if file is not None and options.form == "watch":
+                raise UsageError(f"{option} goes with a status that ends, not with --watch")
+            if file is not None and Path(file).is_dir():
+                raise UsageError(f"{option} {file}: this is a directory: name a file")
         if options.form == "watch":
-            if options.output is not None:
-                raise UsageError("--output goes with a status that ends, not with --watch")
             return command_watch(fleet, options.hosts, after_s)
         view = View(options.form or "table", after_s, options.output, options.logs_url, options.changes)
         return command_status(fleet, options.hosts, view)
