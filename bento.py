@@ -651,9 +651,12 @@ def read_revision(root: str) -> str | None:
     except BentoError:
         return None
     commit, _, subject = line.rstrip("\n").rpartition("\n")[2].partition(" ")
-    staged = git(root, "diff-index", "--cached", "--name-only", "HEAD", "--")
-    listed = git(root, "ls-files", "-z", "--stage", "--debug")
-    dirty = bool(staged) or any(differs(root, *found.groups()) for found in INDEXED.finditer(listed))
+    try:
+        staged = git(root, "diff-index", "--cached", "--name-only", "HEAD", "--")
+        listed = git(root, "ls-files", "-z", "--stage", "--debug")
+        dirty = bool(staged) or any(differs(root, *found.groups()) for found in INDEXED.finditer(listed))
+    except BentoError:  # what cannot be compared is something else, and keeps no host from its release
+        dirty = True
     return one_line(f"{commit}{'+' if dirty else ''} {subject}", 200)
 
 
