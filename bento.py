@@ -2894,8 +2894,8 @@ def command_add(fleet: Fleet, name: str, key: str | None, *, flake: bool, link_t
     if not os.path.lexists(host):
         host.parent.mkdir(parents=True, exist_ok=True)
         made = link_host(fleet, host, link_to) if link_to is not None else scaffold(fleet, host, flake)
-    elif not lines:
-        raise BentoError(f"hosts/{name} is there already")
+    elif not lines or flake or link_to is not None:
+        raise BentoError(f"hosts/{name} is there already{': give --key alone' if lines else ''}")
     if lines:
         client.write_atomic(public, ("\n".join(lines) + "\n").encode(), 0o644)
         fleet.source.make_known(*made, public)
