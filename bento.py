@@ -3228,7 +3228,8 @@ def update_host(fleet: Fleet, host: str, name: str | None, work: Path, done: set
     if made.exists() and not (lock.exists() and lock.read_bytes() == made.read_bytes()):
         owner = os.stat(directory)
         client.write_atomic(lock, made.read_bytes(), 0o644)
-        os.chown(lock, owner.st_uid, owner.st_gid, follow_symlinks=False)  # the directory is not ours alone
+        with suppress(PermissionError):  # the directory is not ours alone; only root can give a file away
+            os.chown(lock, owner.st_uid, owner.st_gid, follow_symlinks=False)
         fleet.source.make_known(lock)
     after = read_lock(directory)
     moved = [f"{i} {before.get(i, 'new')} -> {after[i]}" for i in sorted(after) if before.get(i) != after[i]]
