@@ -407,7 +407,7 @@ def find_hosts(fleet: Fleet, wanted: Sequence[str]) -> tuple[list[str], list[str
     """The hosts to work on, and an error for each name in hosts/ that no host can have."""
     hosts, errors = [], []
     for entry in scan_hosts(fleet):
-        if entry.name.endswith((".pub", ".sig")) or entry.is_file(follow_symlinks=False):
+        if entry.name.endswith((".pub", ".sig", ".absent")) or entry.is_file(follow_symlinks=False):
             continue
         if entry.name == "waves" and not entry.is_dir():  # a link
             continue
@@ -478,11 +478,11 @@ def check_keys(fleet: Fleet) -> tuple[dict[str, list[tuple[str, str, str]]], dic
     """The keys of the hosts in hosts/, and why a host's cannot be used.
 
     A key that stands for two hosts stands for neither: whoever holds it could read the other's files. But a host that
-    got a new name may be known by the old one, a link to the new, for a while.
+    got a new name may be known by old ones, links that lead to the new, for a while.
     """
     keys: dict[str, list[tuple[str, str, str]]] = {}
     errors: dict[str, str] = {}
-    owners: dict[str, str] = {}
+    holders: dict[str, list[str]] = {}
     names = {entry.name for entry in scan_hosts(fleet)}
     for name in sorted(names):
         if f"{name}.pub" in names and client.HOST_NAME.fullmatch(name):
@@ -491,18 +491,24 @@ def check_keys(fleet: Fleet) -> tuple[dict[str, list[tuple[str, str, str]]], dic
             except BentoError as error:
                 errors[name] = str(error)
     for name, own in keys.items():
-        for _, blob, _ in own:
-            other = owners.setdefault(blob, name)
-            if other != name and not is_alias(fleet, other, name) and not is_alias(fleet, name, other):
-                text = f"hosts/{other}.pub and hosts/{name}.pub have the same key: each host needs its own"
-                errors |= {other: text, name: text}
+        for blob in dict.fromkeys(blob for _, blob, _ in own):
+            holders.setdefault(blob, []).append(name)
+    for first, *others in holders.values():
+        if others and not set.intersection(*(names_of(fleet, name) for name in (first, *others))) & {first, *others}:
+            for other in others:
+                text = f"hosts/{first}.pub and hosts/{other}.pub have the same key: each host needs its own"
+                errors |= {first: text, other: text}
     return keys, errors
 
 
-def is_alias(fleet: Fleet, name: str, other: str) -> bool:
+def names_of(fleet: Fleet, name: str) -> set[str]:
+    """A host's name, and those that it leads to as a link, one after the other."""
+    names = set[str]()
     with suppress(OSError):
-        return os.path.normpath(os.readlink(fleet.host(name))) == other
-    return False
+        while name not in names and "/" not in name:
+            names.add(name)
+            name = os.path.normpath(os.readlink(fleet.host(name)))
+    return names
 
 
 def left_out_keys(fleet: Fleet) -> list[str]:
@@ -644,10 +650,13 @@ def read_revision(root: str) -> str | None:
         line = git(root, "rev-list", "--max-count=1", "--format=%h %s", "HEAD", "--").decode(errors="replace")
     except BentoError:
         return None
-    commit, _, subject = line.splitlines()[-1].partition(" ")
-    staged = git(root, "diff-index", "--cached", "--name-only", "HEAD", "--")
-    listed = git(root, "ls-files", "-z", "--stage", "--debug")
-    dirty = bool(staged) or any(differs(root, *found.groups()) for found in INDEXED.finditer(listed))
+    commit, _, subject = line.rstrip("\n").rpartition("\n")[2].partition(" ")
+    try:
+        staged = git(root, "diff-index", "--cached", "--name-only", "HEAD", "--")
+        listed = git(root, "ls-files", "-z", "--stage", "--debug")
+        dirty = bool(staged) or any(differs(root, *found.groups()) for found in INDEXED.finditer(listed))
+    except BentoError:  # what cannot be compared is something else, and keeps no host from its release
+        dirty = True
     return one_line(f"{commit}{'+' if dirty else ''} {subject}", 200)
 
 
@@ -1917,11 +1926,8 @@ class Proven(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """.rollout.json: how far the last `populate` of the whole fleet could go. So many waves are `done`; the next one waits
-    for `blockers`, which hold all hosts in `held`."""
+    """.rollout.json: what the last `populate` of the whole fleet waits for. `blockers` hold all hosts in `held`."""
 
-    waves: tuple[Wave, ...] = ()
-    done: int = 0
     blockers: tuple[Blocker, ...] = ()
     held: tuple[Held, ...] = ()
     proven: tuple[Proven, ...] = ()
@@ -2006,13 +2012,13 @@ def find_blockers(wave: Wave, standings: Mapping[str, Standing], now_s: float) -
 
 def decide(
     waves: Sequence[Wave], standings: Mapping[str, Standing], now_s: float
-) -> tuple[int, tuple[Blocker, ...], list[str]]:
-    """How many waves are done, whom the next one waits for, and who has to wait. A host that has nothing yet never has."""
+) -> tuple[tuple[Blocker, ...], list[str]]:
+    """Whom the first wave that is not done waits for, and who has to wait. A host that has nothing yet never has."""
     for number, wave in enumerate(waves):
         if blockers := find_blockers(wave, standings, now_s):
             later = [name for each in waves[number + 1 :] for name in each.hosts]
-            return number, blockers, [name for name in later if standings[name].changed]
-    return len(waves), (), []
+            return blockers, [name for name in later if standings[name].changed]
+    return (), []
 
 
 def read_rollout(chroot_dir: Path) -> Rollout:
@@ -2020,8 +2026,6 @@ def read_rollout(chroot_dir: Path) -> Rollout:
     with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         data = json.loads((chroot_dir / ".rollout.json").read_bytes())
         return Rollout(
-            tuple(Wave(tuple(each["hosts"]), float(each["soak_s"])) for each in data["waves"]),
-            int(data["done"]),
             tuple(Blocker(**each) for each in data["blockers"]),
             tuple(Held(**each) for each in data["held"]),
             tuple(Proven(**each) for each in data["proven"]),
@@ -2030,7 +2034,7 @@ def read_rollout(chroot_dir: Path) -> Rollout:
 
 
 def write_rollout(chroot_dir: Path, rollout: Rollout) -> None:
-    if rollout.waves:
+    if rollout != Rollout():
         text = json.dumps({"format": client.FORMAT} | client.plain(rollout), indent=1) + "\n"
         client.write_atomic(chroot_dir / ".rollout.json", text.encode(), 0o644)
     else:
@@ -2507,7 +2511,7 @@ def prune_chroots(gone: Sequence[Path], plan: Plan, failures: list[Failure]) -> 
 # --- signatures ---
 
 ARMOR = "-----BEGIN SSH SIGNATURE-----\n"
-VALID_DAYS = 30
+VALID_DAYS, MAX_DAYS = 30, 36_500
 
 
 class Signature(NamedTuple):
@@ -2890,8 +2894,8 @@ def command_add(fleet: Fleet, name: str, key: str | None, *, flake: bool, link_t
     if not os.path.lexists(host):
         host.parent.mkdir(parents=True, exist_ok=True)
         made = link_host(fleet, host, link_to) if link_to is not None else scaffold(fleet, host, flake)
-    elif not lines:
-        raise BentoError(f"hosts/{name} is there already")
+    elif not lines or flake or link_to is not None:
+        raise BentoError(f"hosts/{name} is there already{': give --key alone' if lines else ''}")
     if lines:
         client.write_atomic(public, ("\n".join(lines) + "\n").encode(), 0o644)
         fleet.source.make_known(*made, public)
@@ -3060,6 +3064,8 @@ def command_sign(fleet: Fleet, wanted: Sequence[str], vow: Vow) -> int:
     """Signs what `hosts/` holds now, wherever the same commit is checked out: a release has the same name everywhere."""
     import tempfile  # most commands need none, and status is mostly start-up
 
+    if abs(vow.days) > MAX_DAYS:
+        raise UsageError(f"--days {vow.days}: at most {MAX_DAYS}, a hundred years")
     hosts, errors = find_hosts(fleet, wanted)
     failures: list[Failure] = []
     with tempfile.TemporaryDirectory(prefix="bento-") as made:
@@ -3139,7 +3145,11 @@ def command_closure(fleet: Fleet, package: str) -> int:
         found = read_report(fleet.chroot(name), name)
         system = found.report.system if found.report else ""
         if system and system not in known:
-            known[system] = find_versions(system, package) if is_here(system) else ""
+            try:
+                known[system] = find_versions(system, package) if is_here(system) else ""
+            except BentoError as error:
+                failures.append(f"{name}: {error}")
+                continue
         missing = (
             f"{one_line(system)} is not in this server's store" if system else found.problem or "it has not reported"
         )
@@ -3218,7 +3228,8 @@ def update_host(fleet: Fleet, host: str, name: str | None, work: Path, done: set
     if made.exists() and not (lock.exists() and lock.read_bytes() == made.read_bytes()):
         owner = os.stat(directory)
         client.write_atomic(lock, made.read_bytes(), 0o644)
-        os.chown(lock, owner.st_uid, owner.st_gid, follow_symlinks=False)  # the directory is not ours alone
+        with suppress(PermissionError):  # the directory is not ours alone; only root can give a file away
+            os.chown(lock, owner.st_uid, owner.st_gid, follow_symlinks=False)
         fleet.source.make_known(lock)
     after = read_lock(directory)
     moved = [f"{i} {before.get(i, 'new')} -> {after[i]}" for i in sorted(after) if before.get(i) != after[i]]
@@ -3259,7 +3270,11 @@ def note_system(fleet: Fleet, name: str, release: str, system: str) -> None:
             return
         with populate_lock(fleet, wait=True):  # or it would undo what populate is about to publish
             current = read_published(fleet.chroot(name), name)
-            if current is not None and current.release == release and current.system != system:
+            if current is None or current.release != release:
+                return
+            # What is signed is what the host takes: another one beside it would keep populate from passing.
+            signed = client.parse_signed(current.signed, "").system if current.signed is not None else None
+            if current.system != system and signed in (None, system):
                 text = client.encode(current._replace(system=system))
                 client.write_atomic(fleet.chroot(name) / "current.json", text, 0o644)
 
@@ -3305,6 +3320,8 @@ def attempt(work: Work, name: str, job: Job | None = None, system: str | None = 
             check_system(check_signature(work.fleet, name, job.release), system)  # files may have changed meanwhile
             current = place(chroot, work.store, job, system, time.time())
             return job._replace(release=job.release._replace(members=())), current
+    except BrokenPipeError:  # whoever reads what we say has gone: no host's failure
+        raise
     except Exception as error:
         work.fail(name, error)
         if job is not None and not work.plan.dry_run:
@@ -3356,7 +3373,7 @@ def plan_rollout(work: Work, hosts: Sequence[str], good: Sequence[str]) -> Rollo
     before = read_rollout(work.fleet.chroot_dir)
     standings = survey(work, waves, set(good), before.proven)
     work.decided = {name: standing.wanted for name, standing in standings.items()}
-    done, blockers, names = decide(waves, standings, now_s)
+    blockers, names = decide(waves, standings, now_s)
     since_s = {each.host: each.since_s for each in before.held}
     held = [Held(name, since_s.get(name, now_s), standings[name].published, standings[name].wanted) for name in names]
     proven = [
@@ -3364,7 +3381,7 @@ def plan_rollout(work: Work, hosts: Sequence[str], good: Sequence[str]) -> Rollo
         for name, (_, found, since_s) in standings.items()
         if (report := found.report) is not None and report.release is not None
     ]
-    return Rollout(tuple(waves), done, blockers, tuple(held), tuple(proven))
+    return Rollout(blockers, tuple(held), tuple(proven))
 
 
 def roll_out(work: Work, hosts: Sequence[str], good: Sequence[str]) -> list[Failure]:
@@ -3476,8 +3493,9 @@ def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: boo
 
 def gather(
     fleet: Fleet, wanted: Sequence[str], offline_after_s: float, now_s: float, memory: Memory | None = None
-) -> tuple[list[Row], list[str], list[str]]:
-    """The rows that every form of `status` shows, what is wrong with hosts/, and what is the matter with the server.
+) -> tuple[list[Row], list[str], dict[str, str]]:
+    """The rows that every form of `status` shows, what is wrong with hosts/, and what is the matter with the server: what it
+    is about, which stays, and the words.
 
     `memory`: of the time before; only what changed is read.
     """
@@ -3487,7 +3505,7 @@ def gather(
         chroot = f"{fleet.chroot_dir}/{name}"  # a Path takes its time, ten thousand times
         found = read_host(chroot, name) if memory is None else recall_host(chroot, name, memory)
         rows.append(make_row(name, found, now_s, offline_after_s, beside))
-    troubles = [*look_at_disk(fleet.chroot_dir), *([] if wanted else look_at_silence(rows, now_s))]
+    troubles = look_at_disk(fleet.chroot_dir) | ({} if wanted else look_at_silence(rows, now_s))
     return sort_rows(rows), errors, troubles
 
 
@@ -3509,24 +3527,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def look_at_disk(directory: Path) -> list[str]:
+def look_at_disk(directory: Path) -> dict[str, str]:
     """What to say of a disk that has no room for what hosts report."""
     try:
         disk = os.statvfs(directory)
     except OSError:
-        return []
+        return {}
     if disk.f_bavail * disk.f_frsize >= FULL_DISK_BYTES and (disk.f_favail or not disk.f_files):
-        return []
+        return {}
     what = "has no room" if disk.f_bavail * disk.f_frsize < FULL_DISK_BYTES else "has no inodes"
-    return [f"this server's own disk {what} at {directory}: no host can report, and nothing can be published"]
+    words = f"this server's own disk {what} at {directory}: no host can report, and nothing can be published"
+    return {"this server's own disk": words}
 
 
-def look_at_silence(rows: Sequence[Row], now_s: float) -> list[str]:
+def look_at_silence(rows: Sequence[Row], now_s: float) -> dict[str, str]:
     """What to say when all hosts fell silent: that is hardly the fault of each."""
     seen = [row.seen_s for row in rows if row.seen_s is not None and not row.absent]
     if len(seen) < 2 or not all(row.offline for row in rows if row.seen_s is not None and not row.absent):
-        return []
-    return [f"all {len(seen)} hosts are silent {since(max(seen), now_s)}: was this server down, or its disk full?"]
+        return {}
+    words = f"all {len(seen)} hosts are silent {since(max(seen), now_s)}: was this server down, or its disk full?"
+    return {"all hosts are silent": words}
 
 
 def for_stdout(text: str) -> str:
@@ -3553,12 +3573,13 @@ def command_status(fleet: Fleet, wanted: Sequence[str], view: View) -> int:
     rows, errors, troubles = gather(fleet, wanted, view.offline_after_s, now_s)
     terminal = sys.stdout.isatty() and view.output is None
     if view.form == "json":
-        text = format_json(rows, now_s, troubles)
+        text = format_json(rows, now_s, list(troubles.values()))
     elif view.form == "prometheus":
         text = format_prometheus(rows)
     elif view.form == "html":
         url = view.logs_url or fleet.chroot_dir.as_uri()
-        text = format_html(rows, now_s, url, troubles, functools.partial(find_reason, fleet, itertools.count()))
+        why = functools.partial(find_reason, fleet, itertools.count())
+        text = format_html(rows, now_s, url, list(troubles.values()), why)
     else:
         width = shutil.get_terminal_size(fallback=(200, 24)).columns
         text = format_table(rows, now_s, width, decorated=terminal and "NO_COLOR" not in os.environ) + "\n"
@@ -3575,7 +3596,7 @@ def command_status(fleet: Fleet, wanted: Sequence[str], view: View) -> int:
     elif view.output is None:  # cron mails what is on stderr
         silent = not wanted and look_at_silence(rows, now_s)
         wanting = [row for row in rows if row.needs_a_person and not terminal and not (silent and row.offline)]
-        errors = [*troubles, *errors, *group_failures(complaint(row, now_s) for row in wanting)]
+        errors = [*troubles.values(), *errors, *group_failures(complaint(row, now_s) for row in wanting)]
     warn(unknown_keys(fleet, [row.host for row in rows]))
     return max(complain(errors), int(bool(troubles) or any(row.needs_a_person for row in rows)))
 
@@ -3588,17 +3609,20 @@ def find_reason(fleet: Fleet, asked: Iterator[int], host: str, log: str) -> str:
     return ""
 
 
-def tell_changes(path: Path, rows: Sequence[Row], troubles: Sequence[str], now_s: float) -> None:
+def tell_changes(path: Path, rows: Sequence[Row], troubles: Mapping[str, str], now_s: float) -> None:
     """A line on stderr for each problem that has begun since the last call, and one for each that is over. What was
     told lies in a file."""
     before = read_json(path).get("problems", {})
     before = before if isinstance(before, dict) else {}
-    words = {"the server": "; ".join(troubles)} if troubles else {}
+    words = dict(troubles)
     for row in rows:
         for reason in row.reasons:
-            what = f"{row.host}: {reason.replace('_', ' ')}"
-            release = row.report.last.release if reason == "failed" and row.report and row.report.last else None
-            what += f" {release[:7]}" if release else ""
+            which = ""
+            if reason == "failed" and row.report and row.report.last:
+                which = (row.report.last.release or "")[:7]
+            elif reason == "failed_units" and row.report:
+                which = ", ".join(row.report.failed_units)
+            what = one_line(f"{row.host}: {reason.replace('_', ' ')} {which}", 1000)
             words[what] = f"{row.host}: {complaint(row, now_s).text}"
     for what in [what for what in words if what not in before]:
         print(f"bento: begins: {words[what]}", file=sys.stderr)
@@ -3618,7 +3642,7 @@ def command_watch(fleet: Fleet, wanted: Sequence[str], offline_after_s: float) -
             now_s = time.time()
             rows, _, troubles = gather(fleet, wanted, offline_after_s, now_s, memory)
             width, height = size = shutil.get_terminal_size()
-            top = [clip(f"! {trouble}", width) for trouble in troubles]
+            top = [clip(f"! {trouble}", width) for trouble in troubles.values()]
             # The hosts that need a person are on top, the summary stays in sight.
             decorated = "NO_COLOR" not in os.environ
             table = "\n".join(
@@ -3902,11 +3926,12 @@ def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:
         return command_populate(fleet, options.hosts, plan_of(options), options.prune)
     if command == "status":
         after_s = options.offline_after * 3600
-        if options.output is not None and Path(options.output).is_dir():
-            raise UsageError(f"--output {options.output}: this is a directory: name a file")
+        for option, file in (("--output", options.output), ("--changes", options.changes)):
+            if file is not None and options.form == "watch":
+                raise UsageError(f"{option} goes with a status that ends, not with --watch")
+            if file is not None and Path(file).is_dir():
+                raise UsageError(f"{option} {file}: this is a directory: name a file")
         if options.form == "watch":
-            if options.output is not None:
-                raise UsageError("--output goes with a status that ends, not with --watch")
             return command_watch(fleet, options.hosts, after_s)
         view = View(options.form or "table", after_s, options.output, options.logs_url, options.changes)
         return command_status(fleet, options.hosts, view)

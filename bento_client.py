@@ -69,8 +69,8 @@ LOG_HEAD_BYTES, LOG_TAIL_BYTES = 64 << 10, 960 << 10
 KEEP_LOGS = 20
 MIN_FREE_BYTES = 8 << 20
 # How long a transfer may stand still, besides what one request takes at the least rate (bytes a second). Slow is fine,
-# dead is not: below the floor it is given up after that time, too.
-STALL_S, LEAST_RATE, FLOOR_RATE = 60.0, 1000, 1000
+# dead is not: below that rate it is given up after that time, too.
+STALL_S, LEAST_RATE = 60.0, 1000
 # In one request of sftp's: as much as OpenSSH's servers take (SFTP_MAX_MSG_LENGTH, less room for a header).
 REQUEST_BYTES = 261120
 # What sftp may say to one command, and have in memory (a ProxyCommand, too): a server can list names without end.
@@ -1454,7 +1454,7 @@ class Sftp:
 
     def do(self, command: str, limit_s: float = STALL_S, grows: Path | None = None, ceiling: int = 0) -> str:
         """Runs one command to its end and returns what sftp said to it. It has `limit_s` seconds; what a download into
-        the file `grows` uses up of them it wins back by growing, at the floor's rate or faster. One that outgrows
+        the file `grows` uses up of them it wins back by growing, at the least rate or faster. One that outgrows
         `ceiling` bytes is broken off."""
         assert self.process.stdin is not None and self.process.stdout is not None
         give_up = time.monotonic() + limit_s
@@ -1473,7 +1473,7 @@ class Sftp:
                 if len(self.answer) > MAX_ANSWER_BYTES:
                     raise self.broken(f"more than {MAX_ANSWER_BYTES} bytes in answer to '{command or 'connect'}'")
             now_s, before, size = time.monotonic(), size, size_of(grows)
-            give_up = min(now_s + limit_s, give_up + max(0, size - before) / FLOOR_RATE)
+            give_up = min(now_s + limit_s, give_up + max(0, size - before) / LEAST_RATE)
             if size > ceiling and grows is not None:
                 end_group(self.process)
                 raise BentoError(f"{self.server}: {command} gave more than the announced {ceiling} bytes")
@@ -3242,8 +3242,10 @@ def make_default(machine: Machine, system: str, pending: Pending) -> str | None:
         return f"the system profile could not be set: {error}"
     done = machine.switch(system, "boot", pending.token)
     fault = machine.loader_of(system).entry_fault(system)
-    # On a full /boot nothing can be written. On the way back that does no harm, where the menu is as it was.
-    if done.code != 0 and not (system != pending.new and fault is None and machine.loader.starts(system)):
+    # On a full /boot nothing can be written. On the way back that does no harm, where the menu is as it was, whichever
+    # boot loader the new system has.
+    as_it_was = system != pending.new and fault is None and machine.loader_of(pending.new).starts(system)
+    if done.code != 0 and not as_it_was:
         return f"the boot loader could not be written ({how_ended(done.code)}): {machine.log.cause()}"
     if fault is None and trial:
         try_once(machine, system, good)

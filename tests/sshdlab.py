@@ -240,7 +240,7 @@ class Host:
         argv: list[str | Path] = [sys.executable, compiled_client()]
         if stall_s is not None:
             code = f"import sys; sys.path.insert(0, {str(CLIENT.parent)!r}); import bento_client as c; "
-            argv = [sys.executable, "-c", f"{code}c.STALL_S = {stall_s}; c.LEAST_RATE = 1 << 30; sys.exit(c.main())"]
+            argv = [sys.executable, "-c", f"{code}c.STALL_S = {stall_s}; c.LEAST_RATE = 1 << 17; sys.exit(c.main())"]
         return self.machine.run(*argv, "--config", self.top / "client.json", command, *flags, env={"PATH": path})
 
     def run(self, *flags: str, stall_s: float | None = None) -> Done:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from fleet import Site, key, snapshot
+from fleet import Site, key, snapshot, write_key
 
 import bento_client as client
 
@@ -104,4 +104,8 @@ def test_add_takes_what_a_key_file_may_have(site: Site) -> None:
 def test_add_over_a_dangling_link(site: Site) -> None:
     (site.fleet / "hosts/a").symlink_to("gone")
     assert site.run("add", "a").err == "bento: error: hosts/a is there already\n"
+    # What was asked for besides the key would not have been done.
+    for words in (["--flake"], ["--link", str(site.top)]):
+        ran = site.run("add", "a", "--key", str(write_key(site)), *words)
+        assert (ran.code, ran.err) == (1, "bento: error: hosts/a is there already: give --key alone\n")
     assert os.listdir(site.fleet / "hosts") == ["a"]

@@ -24,6 +24,7 @@ from fleet import (
 from toynixos import write_config
 
 import bento
+import bento_client as client
 
 
 @pytest.mark.parametrize("action", ["--check", "--build"])
@@ -163,6 +164,20 @@ def test_build_notes_the_system_of_what_is_published(site: Site, toys: Path) -> 
     assert site.run("build").code == 0
     assert site.current().system == system  # of the release that is published, not of this one
     check_tidy(site.chroots / "a", {site.current().release})
+
+
+def test_build_notes_no_other_system_than_the_signed_one(site: Site, toys: Path) -> None:
+    """It would stand in current.json beside a signature of another, and no populate would pass any more."""
+    toy_host(site, "a")
+    release, _ = bento.read_release(bento.Fleet(site.fleet, site.chroots), "a")
+    signed = client.Signed("a", release.id, release.size, "/nix/store/signed", 1, "2040-01-01T00:00:00Z", False, ())
+    (site.fleet / "hosts/a.sig").write_text(client.format_signed(signed) + bento.ARMOR)
+    site.publish()
+    before = site.current()
+    assert before.system == "/nix/store/signed"
+    site.run("build")
+    assert site.current() == before
+    site.publish()
 
 
 def test_build_leaves_current_json_alone_while_populate_is_at_work(site: Site, toys: Path) -> None:

@@ -138,6 +138,16 @@ def test_a_reader_that_goes_stops_no_publication(site: Site) -> None:
         check_chroot(site.chroots / f"h{number}")
 
 
+@pytest.mark.parametrize("words", [["-v", "populate"], ["populate", "--json"]])
+def test_a_reader_that_goes_is_no_failure_of_a_host(words: list[str], site: Site) -> None:
+    for number in range(6):
+        site.host(f"h{number}")
+    site.publish()
+    done = run_outside(site, *words, shell='"$@" | true; exit "${PIPESTATUS[0]}"')
+    assert (done.returncode, done.stderr) == (1, f"{NOT_ROOT}\n")
+    assert (site.chroots / ".lock").read_text() == ""
+
+
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
 def test_closed_output(closed: str, site: Site) -> None:
     site.host("a")
@@ -153,6 +163,22 @@ def test_what_an_unset_variable_gives_is_no_default(option: str, site: Site) -> 
     assert ran.code == 2 and "it is empty" in ran.err
 
 
-def test_output_into_a_directory(site: Site) -> None:
-    ran = site.run("status", "--output", str(site.top))
-    assert (ran.code, ran.err) == (2, f"bento: error: --output {site.top}: this is a directory: name a file\n")
+@pytest.mark.parametrize("option", ["--output", "--changes"])
+@pytest.mark.parametrize("name", [".", "/"])
+def test_a_file_that_is_a_directory(option: str, name: str, site: Site) -> None:
+    ran = site.run("status", option, name)
+    assert (ran.code, ran.err) == (2, f"bento: error: {option} {name}: this is a directory: name a file\n")
+
+
+@pytest.mark.parametrize("option", ["--output", "--changes"])
+def test_what_does_not_go_with_watch(option: str, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bento, "command_watch", lambda *_: 0)
+    ran = site.run("status", "--watch", option, "x")
+    assert (ran.code, ran.err) == (2, f"bento: error: {option} goes with a status that ends, not with --watch\n")
+
+
+@pytest.mark.parametrize("days", ["99999999", "-99999999", "9" * 30])
+def test_days_that_no_calendar_has(days: str, site: Site) -> None:
+    site.host("a")
+    ran = site.run("sign", "--key", str(site.top), "--days", days)
+    assert (ran.code, ran.err) == (2, f"bento: error: --days {days}: at most 36500, a hundred years\n")

@@ -1,5 +1,6 @@
 """The hosts' keys, and the fleet.nix that is made of them."""
 
+import itertools
 import json
 import os
 import re
@@ -91,6 +92,49 @@ def test_a_renamed_host_may_keep_its_key(site: Site) -> None:
     (site.fleet / "hosts/old").unlink()
     (site.fleet / "hosts/old").symlink_to(site.fleet / "hosts/new")
     assert "the same key" in site.run("fleet").err
+
+
+def rename(site: Site, old: str, new: str) -> None:
+    """As README does it. A link that leads to the old name stays."""
+    hosts = site.fleet / "hosts"
+    if (hosts / new).is_symlink():  # back to a name that was kept
+        (hosts / new).unlink()
+    (hosts / old).rename(hosts / new)
+    (hosts / old).symlink_to(new)
+    (hosts / f"{new}.pub").write_text((hosts / f"{old}.pub").read_text())
+
+
+@pytest.mark.parametrize("names", ["a b c", "c b a", "b a c", "a b a", "a b c d"])
+def test_a_host_is_renamed_again(site: Site, names: str) -> None:
+    """Before the first of its old names is removed."""
+    first, *others = names.split()
+    site.host(first)
+    (site.fleet / f"hosts/{first}.pub").write_text(key("x"))
+    site.publish()
+    for old, new in itertools.pairwise((first, *others)):
+        rename(site, old, new)
+        assert (site.run("fleet").code, site.run("fleet").errors) == (0, [])
+        site.publish()
+    assert len({site.current(name).release for name in names.split()}) == 1
+
+
+def test_two_old_names_lead_to_the_new_one(site: Site) -> None:
+    site.host("c")
+    for name in ("a", "b"):
+        (site.fleet / "hosts" / name).symlink_to("c")
+        (site.fleet / f"hosts/{name}.pub").write_text(key("x"))
+    # Without its key at the new name they are two machines, one a copy of the other.
+    assert "hosts/a.pub and hosts/b.pub have the same key" in site.run("fleet").err
+    (site.fleet / "hosts/c.pub").write_text(key("x"))
+    assert (site.run("fleet").code, site.run("fleet").errors) == (0, [])
+    site.publish()
+
+
+def test_names_that_lead_in_a_circle_are_no_host(site: Site) -> None:
+    for name, target in (("a", "b"), ("b", "a"), ("c", "../hosts/a")):
+        (site.fleet / "hosts" / name).symlink_to(target)
+        (site.fleet / f"hosts/{name}.pub").write_text(key("x"))
+    assert "hosts/a.pub and hosts/c.pub have the same key" in site.run("fleet").err
 
 
 def test_two_hosts_with_one_key(site: Site) -> None:

@@ -94,14 +94,32 @@ def test_the_newest_log_is_the_one_that_came_last(hostile: Site) -> None:
 # --- revisions ---
 
 
+def test_what_cannot_be_compared_is_another(site: Site) -> None:
+    """The revision is words for a person: a submodule without a commit keeps no host from what it gets."""
+    site.host("a")
+    other = site.top / "other"
+    other.mkdir()
+    (other / "x").write_text("x\n")
+    commit(other)
+    commit(site.fleet)
+    git(site.fleet, "submodule", "--quiet", "add", str(other), "sub")
+    commit(site.fleet, "with it")
+    site.host("a", {"configuration.nix": "{ } # 2\n"})
+    git(site.fleet, "commit", "-q", "-a", "-m", "with a submodule")
+    git(site.fleet / "sub", "checkout", "-q", "--orphan", "new")
+    site.publish()
+    short = git(site.fleet, "rev-parse", "--short", "HEAD").strip()
+    assert site.current().revision == f"{short}+ with a submodule"
+
+
 def test_the_revision(site: Site) -> None:
     directory = site.host("a", CONFIGURATION | {"x": "x\n"})
     (directory / "link").symlink_to("x")
     site.host("b")
-    commit(site.fleet, "make\tit \x1b[31mred\n\nand more")
+    commit(site.fleet, "make\tit \x1b[31mred\u2028again\n\nand more")
     short = git(site.fleet, "rev-parse", "--short", "HEAD").strip()
     site.publish()
-    assert site.current().revision == f"{short} make it [31mred"
+    assert site.current().revision == f"{short} make it [31mred again"
     for path in (directory / "x", directory / "link"):  # only touched
         os.utime(path, (5, 5), follow_symlinks=False)
     site.host("b", CONFIGURATION | {"untracked": "x"})

@@ -3,6 +3,7 @@
 What GRUB and systemd-boot themselves make of what is written here is for tests/boot/.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ from bento_client import Armed, BentoError, Loader, Settings, find_loader
 REPO = Path(__file__).resolve().parent.parent
 MARKED = f"{bento_client.GRUB_MARK}\nset default=\"${{bento_good}}\"\n"
 SYSTEMD_BOOT_FEATURES = 0x3FFF
+SWITCH = "bin/switch-to-configuration"
 
 
 # --- trees ---
@@ -608,3 +610,33 @@ def test_the_way_back_is_an_entry_that_is_still_there(tmp_path: Path, monkeypatc
     (esp / "loader/entries/nixos-generation-1.conf").unlink()
     bento_client.try_once(bento_client.Machine(settings), new, good)
     assert told == {"set-default": "nixos-generation-2.conf", "set-oneshot": "nixos-generation-3.conf"}
+
+
+@pytest.mark.parametrize("running", ["old", "new"])
+@pytest.mark.parametrize(("started", "fine"), [("new", False), ("old", True)])
+def test_a_way_back_on_a_full_boot_asks_the_boot_loader_that_was_written_last(
+    running: str, started: str, fine: bool, tmp_path: Path
+) -> None:
+    """The old system cannot write its systemd-boot. That does no harm, unless the new one's GRUB starts the new one."""
+    systems = {name: make_system(tmp_path, name) for name in ("old", "new")}
+    loaders = {"old": ("systemd-boot", "/boot"), "new": ("grub", "/boot/grub")}
+    for name, system in systems.items():
+        for file, text in (("etc/bento/client.json", json.dumps({"boot_loader": loaders[name]})), (SWITCH, "#!/bin/sh\nexit 28\n")):
+            path = Path(system, file)
+            path.parent.mkdir(parents=True)
+            path.write_text(text)
+            path.chmod(0o755)
+    write_systemd_boot(tmp_path / "boot", [systems["old"]])
+    (tmp_path / "boot/loader/loader.conf").write_text("default nixos-generation-1.conf\n")
+    write_grub(tmp_path / "boot", [*sorted(systems.values(), key=lambda system: system == systems[started])])
+    profile = tmp_path / "nix/var/nix/profiles/system"
+    profile.parent.mkdir(parents=True)
+    profile.symlink_to(systems["old"])
+    settings = Settings(root=str(tmp_path), state_dir=str(tmp_path / "state"), boot_loader=loaders[running])
+    settings.state.mkdir()
+    machine = bento_client.Machine(settings)
+    machine.state = machine.state._replace(good=systems["old"])
+    when = "2026-11-26T10:00:00Z"
+    pending = bento_client.Pending("a" * 64, when, systems["old"], systems["new"], systems["old"], "rolling back", "x", "y", when, 1)
+    fault = bento_client.make_default(machine, systems["old"], pending)
+    assert (fault is None) == fine, fault

@@ -187,6 +187,24 @@ def test_update_leaves_the_work_tree_alone(site: Site) -> None:
     ]  # fmt: skip
 
 
+def test_who_may_write_a_lock_may_update_it(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a directory of somebody else's that a group shares: only root can give a file away."""
+    site.host("a", {"flake.nix": "{ }\n"})
+    commit(site.fleet)
+    write_program(
+        site.top / "bin/nix", 'for word; do case $word in path:*) echo "{\\"nodes\\": {\\"root\\": {}}}" >${word#path:}/flake.lock;; esac; done\n'
+    )
+    monkeypatch.setenv("PATH", f"{site.top}/bin:{os.environ['PATH']}")
+
+    def refuse(path: Path, *_: int, **__: bool) -> None:
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(os, "chown", refuse)
+    ran = site.run("update")
+    assert (ran.code, ran.out, ran.err) == (0, "hosts/a: nothing moved\n", "")
+    assert git(site.fleet, "ls-files", "hosts/a/flake.lock") == "hosts/a/flake.lock\n"
+
+
 @pytest.mark.parametrize("lock", ["<<<<<<< ours\n", '{"nodes": {"root": {"inputs": {"x": "x"}}, "x": {"locked": []}}}'])
 def test_a_malformed_lock_file_stops_no_other_flake(lock: str, site: Site, tmp_path: Path) -> None:
     nix = tmp_path / "path/nix"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fleet import OTHER, RELEASE, Site, last_data, toy_host
+from fleet import OTHER, RELEASE, Site, last_data, toy_host, write_program
 from toynixos import _missing, need
 
 import bento
@@ -162,6 +162,8 @@ def test_all_hosts_are_silent(site: Site) -> None:
     report(site, "b")
     assert site.run("status").code == 0
     assert "absent: in the workshop" in site.run("status").out
+    (site.fleet / "hosts/c.absent").symlink_to("a.absent")
+    assert site.run("status").code == 0 and "absent" in site.run("status", "c").out
 
 
 def test_a_full_disk_of_the_server(site: Site, tmp_path: Path) -> None:
@@ -219,13 +221,44 @@ def test_changes_are_told_once(site: Site) -> None:
     (line,) = told()
     assert line.startswith("bento: begins: a: failed units: nginx.service")
     assert told() == []
+    report(site, "a", failed_units=["nginx.service", "sshd.service"])
+    begins, over = told()
+    assert begins.startswith("bento: begins: a: failed units: nginx.service, sshd.service")
+    assert over.startswith("bento: over: a: failed units nginx.service (since 20")
     report(site, "a")
     (line,) = told()
-    assert line.startswith("bento: over: a: failed units (since 20")
+    assert line.startswith("bento: over: a: failed units nginx.service, sshd.service (since 20")
     assert told() == []
     memory.write_text("{")
     report(site, "a", failed_units=["nginx.service"])
     assert len(told()) == 1
+
+
+def test_each_trouble_of_the_server_is_told(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second begins while the first lasts, which ends before it."""
+    for name in "ab":
+        site.host(name)
+    site.publish()
+    page, memory, silence = site.top / "page", site.top / "memory", "all 2 hosts are silent since"
+
+    def told(*, disk: bool, silent: bool) -> list[str]:
+        for name in "ab":
+            report(site, name, 3 * H if silent else 0)
+        monkeypatch.setattr(bento, "FULL_DISK_BYTES", 1 << 60 if disk else 0)
+        lines = site.run("status", "--html", "--output", str(page), "--changes", str(memory)).errors
+        return [line for line in lines if ": a: " not in line and ": b: " not in line]
+
+    assert told(disk=False, silent=False) == []
+    (line,) = told(disk=True, silent=False)
+    assert line.startswith("bento: begins: this server's own disk has no room at ")
+    (line,) = told(disk=True, silent=True)
+    assert line.startswith(f"bento: begins: {silence}")
+    assert told(disk=True, silent=True) == []
+    (line,) = told(disk=False, silent=True)
+    assert line.startswith("bento: over: this server's own disk (since 20")
+    (line,) = told(disk=False, silent=False)
+    assert line.startswith("bento: over: all hosts are silent (since 20")
+    assert told(disk=False, silent=False) == []
 
 
 def test_status_of_one_host_cuts_nothing(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,6 +279,19 @@ SYSTEM = """{ needs }:
 let make = name: text: derivation { inherit name; system = builtins.currentSystem; builder = "/bin/sh";
   args = [ "-c" "echo ${text} > $out" ]; };
 in make "nixos-system-x" (make needs "") """
+
+
+def test_a_closure_that_cannot_be_read_stops_no_other(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_program(site.top / "bin/nix-store", 'case "$3" in *-good) echo $3-openssl-3.0.14 ;; *) echo error: not valid >&2; exit 1 ;; esac\n')
+    monkeypatch.setenv("PATH", f"{site.top}/bin:{os.environ['PATH']}")
+    monkeypatch.setattr(bento, "is_here", lambda _: True)
+    for name, system in (("a", "bad"), ("b", "good"), ("c", "bad")):
+        site.host(name)
+        site.publish(name)
+        report(site, name, system=f"/nix/store/{'0' * 32}-{system}")
+    ran = site.run("closure", "openssl")
+    assert (ran.code, ran.out) == (1, "b: none\n")
+    assert len(ran.errors) == 2 and all("nix-store" in line and "not valid" in line for line in ran.errors)
 
 
 def test_closure(site: Site) -> None:
