@@ -1715,7 +1715,7 @@ class Loader:
         return None
 
     def file_fault(self, place: Path, entry: BootEntry) -> str | None:
-        """What is wrong with the kernel or the initrd of an entry. Secrets may be appended to an initrd."""
+        """What is wrong with the kernel or the initrd of an entry. To either something may be appended: a signature, secrets."""
         for name, written in (("kernel", entry.kernel), ("initrd", entry.initrd)):
             original = Path(os.path.realpath(Path(entry.system, name)))
             if not original.exists() and name == "initrd":
@@ -1726,7 +1726,7 @@ class Loader:
             found, wanted = (path.stat().st_size if path.exists() else None for path in (file, original))
             if found is None:
                 return f"{file} is missing"
-            if wanted is None or found < wanted or (found > wanted and name == "kernel"):
+            if wanted is None or found < wanted:
                 return f"{file} has {found} bytes, the system's {name} has {wanted}"
         return None
 
