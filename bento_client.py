@@ -3417,12 +3417,11 @@ def conclude(machine: Machine, pending: Pending, outcome: Outcome) -> None:
     """Writes the end of an attempt down, and only then forgets that it was under way; reports it, and only then lets
     its watchdog go: a client may hang in its report too.
     """
-    ended = False
+    ended = outcome.result != Result.ROLLBACK_FAILED
     try:
         record(machine, pending, outcome)
         left = load_pending(machine)
-        ended = left is None or left.token != pending.token or outcome.result != Result.ROLLBACK_FAILED
-        if left is not None and left.token == pending.token and ended:
+        if ended and left is not None and left.token == pending.token:  # else it is of a way back that is owed
             clear_pending(machine)
     finally:  # on a full disk the journal stays, and the server hears of it at least
         report(machine)
@@ -3499,7 +3498,7 @@ def judge_boot(machine: Machine, pending: Pending) -> Outcome | None:
         raise Unreachable(f"after the boot, {failure.reason}: tried again at the next run")
     result = verdict_of_boot(machine, pending) if failure.unreachable else Result.ROLLED_BACK
     outcome = Outcome(result, f"after the boot, {failure.reason}")
-    return go_back(machine, pending._replace(boot_id=machine.boot_id, job=None), outcome)
+    return go_back(machine, pending, outcome)
 
 
 def verdict_of_boot(machine: Machine, pending: Pending) -> Result:
@@ -3898,9 +3897,6 @@ def go_back_now(machine: Machine, pending: Pending | None, *, by_hand: bool) -> 
         outcome = go_back(machine, pending._replace(by_hand=True), Outcome(Result.ROLLED_BACK, "by hand"))
     else:
         move = settle(pending, machine.state, machine.facts(pending.new, pending.profile))
-        if move == Move.GO_BACK and not pending.verdict:
-            words = f"the client hung while {pending.step}"
-            pending = pending._replace(verdict=Result.INTERRUPTED, reason=words)
         outcome = carry_out(machine, pending, move)
     if outcome is None:
         return 0
@@ -3924,8 +3920,7 @@ def trial_of(machine: Machine) -> Pending:
 
 def reboot_for_want(machine: Machine, pending: Pending) -> None:
     """Where the old system cannot be activated any more (in emergency mode there is no bus), a boot is the way back."""
-    stuck = machine.has_systemd and machine.running != pending.old and machine.default != pending.new
-    if stuck:
+    if machine.running != pending.old and machine.default != pending.new:
         machine.log.say("the watchdog reboots: no other way is left")
         try:
             machine.reboot()

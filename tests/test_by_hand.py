@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from toylab import HOST, Lab, at_any_price, be_patient, inhibited, kill_tree, wait_until
+from toylab import HOST, Lab, Systemd, at_any_price, be_patient, inhibited, kill_tree, wait_until
 from toynixos import CLIENT, _missing, need
 
 from bento_client import Result
@@ -105,7 +105,9 @@ def test_rollback_by_hand_twice(lab: Lab) -> None:
     for label in ("v1", "v2"):
         releases.append(lab.publish(label))
         lab.client("run")
-    lab.client("rollback")
+    lab.down.touch()
+    assert "rolled-back: by hand" in lab.client("rollback"), "whether the server is there, or not"
+    lab.down.unlink()
     assert lab.labels() == ("v1", "v1", "v1")
     assert "was rolled back" in lab.client("run")
     assert lab.report().release == releases[0]
@@ -173,18 +175,19 @@ def test_rollback_by_hand_says_when_the_boot_loader_stays(lab: Lab, rebooted: bo
 
 def test_rollback_by_hand_to_what_cannot_go_live(tmp_path: Path) -> None:
     lab = inhibited(tmp_path)
+    systemd = Systemd(lab)
     lab.publish("v1", inhibitors="dbus 1")
-    lab.client("run")
+    systemd.run("run")
     lab.publish("v2", inhibitors="dbus 2")
-    lab.client("run")
-    lab.machine.power_cycle()
-    lab.client("run")
+    systemd.run("run")
+    systemd.boot()
+    systemd.run("run")
     assert lab.labels() == ("v2", "v2", "v2")
-    said = lab.client("rollback")
-    assert "rolled-back: by hand; the old system takes effect at the next reboot" in said
+    said = systemd.run("rollback")
+    assert "rolled-back: by hand; the old system takes effect at the next reboot" in said and systemd.reboots() == 0
     assert lab.labels() == ("v2", "v1", "v1")
-    lab.client("run")
+    systemd.run("run")
     assert lab.labels() == ("v2", "v1", "v1")
-    lab.machine.power_cycle()
-    lab.client("run")
+    systemd.boot()
+    systemd.run("run")
     assert lab.labels() == ("v1", "v1", "v1")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from test_decisions import CURRENT, state_after
 from test_modules import HOST_MODULE, MINIMAL, analyze, evaluate_host, write_units
-from toylab import NOON, A, B, Lab, Systemd, attempt, wait_until
+from toylab import NOON, A, B, Lab, Systemd, attempt, be_patient, wait_until
 
 import bento_client
 from bento_client import Action, Machine, Result, Settings, decide
@@ -81,6 +81,19 @@ def test_reboots_go_with_it(lab: Lab, reboot: str, reboots: int) -> None:
     systemd.run("run")
     assert lab.labels() == ("v0", "v1", "v1") and systemd.reboots() == reboots
     assert systemd.timers() == []
+
+
+def test_no_reboot_where_it_is_the_server_that_is_away(lab: Lab) -> None:
+    """It is given up after the boot. The old system has the same kernel, and goes live."""
+    systemd = Systemd(lab)
+    lab.settings["activation"] = "boot"
+    lab.publish("v1")
+    systemd.run("run")
+    systemd.boot()
+    lab.down.touch()
+    be_patient(lab)
+    systemd.run("run", code=75)
+    assert lab.labels() == ("v0", "v0", "v0") and systemd.reboots() == 0
 
 
 def test_a_system_that_leaves_at_the_next_boot(lab: Lab) -> None:

@@ -103,6 +103,7 @@ def test_system_that_needs_a_reboot(tmp_path: Path) -> None:
     lab.machine.power_cycle()
     assert lab.labels() == ("v1", "v1", "v1")
     assert "up to date" in lab.client("run")
+    assert "bento: to be settled: prove" in lab.log() and "bento: proof: " in lab.log()
     assert not lab.report().needs_reboot and lab.report().waiting_for_boot is None
     assert lab.report().release == release
     assert not (lab.state / "pending.json").exists()

@@ -231,21 +231,6 @@ def test_server_that_lags_behind(lab: Lab) -> None:
 # --- ways back that fail ---
 
 
-def test_a_server_that_comes_up_after_the_machine_is_waited_for(tmp_path: Path) -> None:
-    """The site has had a power cut."""
-    lab = inhibited(tmp_path)
-    release = lab.publish("v1", inhibitors="dbus 2")
-    lab.client("run")
-    lab.machine.power_cycle()
-    lab.down.touch()
-    be_patient(lab)
-    lab.down.unlink()
-    lab.client("run")
-    assert lab.labels() == ("v1", "v1", "v1") and result(lab) == (Result.OK, release)
-    lab.machine.power_cycle()
-    assert lab.labels() == ("v1", "v1", "v1"), "it has proven itself"
-
-
 def test_a_reboot_is_asked_for_again_when_the_server_was_down(tmp_path: Path) -> None:
     """For longer than anybody waits: nobody is to blame for that either."""
     lab = inhibited(tmp_path)

@@ -6,6 +6,7 @@ has for real. They keep the timers that are armed and the reboots that are asked
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -91,6 +92,16 @@ def test_a_person_who_boots_the_old_generation_is_followed(tmp_path: Path) -> No
     assert "was rolled back" in lab.client("run")
 
 
+def test_a_health_check_after_the_boot_is_no_power_cuts_fault(tmp_path: Path) -> None:
+    lab = Lab.create(tmp_path)
+    release = lab.publish("v1", kernel="6.13", settings={"health_checks": [f"! [ -e {lab.file('ill')} ]"]})
+    lab.client("run")
+    lab.machine.power_cycle()
+    Path(lab.file("ill")).touch()
+    assert "was rolled back (after the boot, health check failed" in lab.client("run")
+    assert lab.labels() == ("v0", "v0", "v0") and result(lab) == (Result.ROLLED_BACK, release)
+
+
 @pytest.mark.parametrize("end", ["rolled back", "power cut"])
 def test_a_newer_release_does_not_hide_the_one_that_waits(tmp_path: Path, end: str) -> None:
     lab = inhibited(tmp_path)
@@ -154,10 +165,13 @@ def test_the_result_of_the_newest_release_is_kept(tmp_path: Path) -> None:
 
 def test_what_a_person_booted_is_left_alone(tmp_path: Path) -> None:
     lab = inhibited(tmp_path)
+    systemd = Systemd(lab)
     lab.publish("v1", inhibitors="dbus 2", kernel="broken")
-    lab.client("run")
+    systemd.run("run")
     config = write_config(tmp_path / "byhand", flake=True, host=HOST, label="byhand", client_json=lab.settings, inhibitors="dbus 1")
-    assert lab.machine.rebuild("switch", config).returncode == 0
+    assert lab.machine.rebuild("switch", config, env={"PATH": systemd.path}).returncode == 0
+    systemd.run("run", "--reboot", "when-needed")
+    assert systemd.reboots() == 0 and lab.report().needs_reboot is False
     lab.machine.power_cycle()
     assert "bento:" not in lab.client("run"), "there is nothing to be said, or to be done"
     assert lab.labels() == ("byhand", "byhand", "byhand")
@@ -338,12 +352,13 @@ def test_an_attempt_after_a_failed_way_back_leads_further_back(lab: Lab) -> None
         assert (pending.old, pending.profile, pending.between, pending.committed) == ("/old", "/old", between, True)
 
 
-def test_a_refused_release_does_not_end_a_way_back_that_is_owed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("refused", [{"inhibitors": "dbus 2", "settings": {"user": "fleet host"}}, {"build": "fail"}], ids=str)
+def test_a_refused_release_does_not_end_a_way_back_that_is_owed(tmp_path: Path, refused: dict[str, Any]) -> None:
     lab = Lab.create(tmp_path, fails_from="bad", fails_from_times=2, inhibitors="dbus 1")
     lab.publish("bad", activation_command="false", broken_client=True, inhibitors="dbus 1")
     lab.client("run", code=1)
     assert lab.labels() == ("bad", "v0", "v0")
-    lab.publish("v2", inhibitors="dbus 2", settings={"user": "fleet host"})
+    lab.publish("v2", **refused)
     for _ in range(3):
         at_any_price(lab, "run")
     assert lab.labels() == ("v0", "v0", "v0")
@@ -380,44 +395,53 @@ def test_a_way_back_that_fails_is_tried_once_a_run(tmp_path: Path) -> None:
 
 
 def test_a_way_back_that_does_not_take_is_no_endless_loop(tmp_path: Path) -> None:
-    """Somebody has pinned the boot default by hand."""
+    """The firmware starts another /boot than the one that is mounted, and written."""
     lab = inhibited(tmp_path)
     systemd = Systemd(lab)
     lab.settings["reboot"] = "when-needed"
     lab.publish("v1", inhibitors="dbus 2", kernel="broken")
     systemd.run("run")
-    lab.machine.run("bootctl", "set-default", "nixos-generation-2.conf").check_returncode()
-    for number in range(7):
-        if number == 5:
-            before = systemd.reboots()
-        systemd.boot()
-        for _ in range(bento_client.PATIENT_PROOFS + 1):
-            at_any_price(lab, "run", PATH=systemd.path)
-    assert systemd.reboots() == before <= 6  # tried twice: each time into it, and back
+    boot, other = lab.machine.root / "boot", tmp_path / "boot"
+    shutil.copytree(boot, other)
+    for _ in range(5):
+        if systemd.is_to_boot():
+            shutil.copytree(other, boot, dirs_exist_ok=True)
+            assert systemd.boot() == ["boots v1"]
+            be_patient(lab)
+        at_any_price(lab, "run", PATH=systemd.path)
+    assert systemd.reboots() == 2, "into it, and back: once"
+
+
+def test_the_watchdog_reboots_where_no_switch_leads_back(tmp_path: Path) -> None:
+    """Even where somebody inhibits it. A person decides for themselves."""
+    lab = Lab.create(tmp_path, fails_from="bad")
+    systemd = Systemd(lab)
+    lab.publish("bad", activation_command="false", broken_client=True)
+    systemd.run("run", code=1)
+    [timer] = systemd.timers()
+    (systemd.top / "no-reboot").touch()
+    systemd.run("rollback", code=1)
+    assert lab.labels() == ("bad", "v0", "v0") and systemd.reboots() == 0
+    lab.machine.run(*timer, env=lab.env(PATH=systemd.path))
+    assert lab.labels() == ("bad", "v0", "v0") and systemd.reboots() == 1
 
 
 @pytest.mark.parametrize(
-    ("asked_for", "by_hand", "result"),
+    ("running", "default"),
     [
-        ("", False, None),
-        ("now", False, None),  # it was refused, or is slow
-        ("before", False, Result.INTERRUPTED),  # it came, and brought the same system up
-        ("", True, Result.ROLLED_BACK),  # a person decides for themselves
+        ("/old", "/old"),  # it is back: only the boot loader could not be written
+        ("/new", "/new"),  # the boot might be that of the new one
     ],
 )
-def test_a_reboot_back_that_does_not_take_is_not_asked_for_again(
-    asked_for: str, by_hand: bool, result: Result | None, lab: Lab, monkeypatch: pytest.MonkeyPatch
+def test_the_watchdog_does_not_reboot_where_it_need_not_or_must_not(
+    running: str, default: str, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Systemd(lab)
-    machine, reboots = bento_client.Machine(bento_client.make_settings(lab.settings, "test")), list[bento_client.Machine]()
-    monkeypatch.setattr(bento_client.Machine, "reboot", lambda self: reboots.append(self))
-    rebooting = machine.boot_id if asked_for == "now" else asked_for
-    pending = way_back(machine.boot_id, by_hand=by_hand, rebooting=rebooting)
-    outcome = bento_client.go_back_by_boot(machine, pending, bento_client.Outcome(Result.ROLLED_BACK, "why"))
-    assert (outcome and outcome.result, len(reboots)) == (result, result is None)
-    if outcome is None:
-        written = bento_client.load_pending(machine)
-        assert written is not None and written.rebooting == machine.boot_id
+    machine, asked = bento_client.Machine(bento_client.make_settings(lab.settings, "test")), list[bento_client.Machine]()
+    monkeypatch.setattr(bento_client.Machine, "running", running)
+    monkeypatch.setattr(bento_client.Machine, "default", default)
+    monkeypatch.setattr(bento_client.Machine, "reboot", lambda self: asked.append(self))
+    bento_client.reboot_for_want(machine, way_back("boot"))
+    assert asked == []
 
 
 @pytest.mark.parametrize(
@@ -430,19 +454,6 @@ def test_a_boot_that_came_to_nothing_counts_for_its_own_release(
     machine = bento_client.Machine(bento_client.make_settings(lab.settings, "test"))
     machine.remember(interruptions=interruptions, tried=attempt(Result.INTERRUPTED, release=release))
     assert bento_client.verdict_of_boot(machine, way_back("boot")) == verdict
-
-
-def test_what_waited_for_a_boot_is_not_booted_once_a_person_chose_otherwise(tmp_path: Path) -> None:
-    lab = inhibited(tmp_path)
-    systemd = Systemd(lab)
-    lab.publish("v1", inhibitors="dbus 2")
-    systemd.run("run")
-    by_hand = write_config(
-        tmp_path / "by-hand", flake=True, host=HOST, label="by-hand", client_json=lab.settings, inhibitors="dbus 1"
-    )
-    assert lab.machine.rebuild("switch", by_hand, env={"PATH": systemd.path}).returncode == 0
-    systemd.run("run", "--reboot", "when-needed")
-    assert systemd.reboots() == 0 and lab.report().needs_reboot is False
 
 
 def test_a_reboot_is_asked_for_again_after_one_for_another_release(tmp_path: Path) -> None:
@@ -474,15 +485,6 @@ def test_a_journal_of_words_nobody_knows_is_set_aside(lab: Lab, field: str) -> N
     lab.publish("v2")
     lab.client("run")
     assert lab.labels() == ("v2", "v2", "v2") and (lab.state / "pending.json.damaged").exists()
-
-
-def test_the_log_of_a_recovery_says_what_was_done(tmp_path: Path) -> None:
-    lab = inhibited(tmp_path)
-    lab.publish("v1", inhibitors="dbus 2")
-    lab.client("run")
-    lab.machine.power_cycle()
-    lab.client("run")
-    assert "bento: to be settled: prove" in lab.log() and "bento: proof: " in lab.log()
 
 
 @pytest.mark.parametrize("flags", [PYTHON_FLAGS, ("-I",)], ids=["as the module starts it", "by hand"])

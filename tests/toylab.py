@@ -250,23 +250,31 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "", **pax: st
 
 SYSTEMD_RUN = """\
 #!{python}
-import json, subprocess, sys
+import json, os, subprocess, sys
 at = sys.argv.index("--")
-options, command = dict(o.partition("=")[::2] for o in sys.argv[1:at]), sys.argv[at + 1:]
+options, command = dict(word.partition("=")[::2] for word in sys.argv[1:at]), sys.argv[at + 1:]
 if "--on-active" in options:
     with open("{top}/timers/" + options["--unit"], "w") as file:
         json.dump(command, file)
     sys.exit(0)
-sink = [o.split("append:", 1)[1] for o in sys.argv[1:at] if "StandardOutput=append:" in o]
-with open(sink[0] if sink else "/dev/null", "ab") as out:
+sinks = [word.split("append:", 1)[1] for word in sys.argv[1:at] if "StandardOutput=append:" in word]
+with open(sinks[0] if sinks else os.devnull, "ab") as out:
     process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
-    open("{top}/units/" + options["--unit"], "w").write(str(process.pid))
-    sys.exit(process.wait())
+open("{top}/units/" + options["--unit"], "w").write(str(process.pid))
+sys.exit(process.wait() if "--wait" in options else 0)
 """
 SYSTEMCTL = """\
 #!{python}
-import fnmatch, os, sys
+import fnmatch, os, signal, sys
 verb, *units = [word for word in sys.argv[1:] if not word.startswith("-")]
+
+def alive(name):
+    try:
+        state = open("/proc/" + open("{top}/units/" + name).read() + "/stat").read()
+    except OSError:
+        return False
+    return state.rpartition(")")[2].split()[0] != "Z"
+
 if verb == "stop":
     for unit in units:
         timer = "{top}/timers/" + unit.removesuffix(".timer")
@@ -274,14 +282,15 @@ if verb == "stop":
             os.unlink(timer)
         elif unit.endswith(".timer"):
             sys.exit(5)  # not loaded: gone with the boot, or with its client
-if verb == "is-active":
-    for name in fnmatch.filter(os.listdir("{top}/units"), units[0]):
-        pid = open("{top}/units/" + name).read()
-        if os.path.exists("/proc/" + pid) and " Z " not in open("/proc/" + pid + "/stat").read():
-            sys.exit(0)
-    sys.exit(0 if units[0] == "bento.timer" else 3)
-if verb == "reboot":
-    if os.path.exists("{top}/no-reboot"):
+        for name in filter(alive, fnmatch.filter(os.listdir("{top}/units"), unit.removesuffix(".service"))):
+            os.killpg(int(open("{top}/units/" + name).read()), signal.SIGKILL)
+elif verb == "is-active":
+    found = fnmatch.filter(os.listdir("{top}/units"), units[0].removesuffix(".service"))
+    sys.exit(0 if units[0] == "bento.timer" or any(map(alive, found)) else 3)
+elif verb == "is-system-running":
+    print("running")
+elif verb == "reboot":
+    if os.path.exists("{top}/no-reboot") and "--force" not in sys.argv:
         print("Operation inhibited")
         sys.exit(1)
     open("{top}/reboots", "a").write("x")
@@ -289,12 +298,16 @@ if verb == "reboot":
 
 
 class Systemd:
+    """systemd-run and systemctl of a toy machine, where no systemd runs: the lab has the real ones. They keep the timers
+    that are armed and the reboots that are asked for; nothing fires by itself. What systemd-run starts outlives the client.
+    """
+
     def __init__(self, lab: Lab) -> None:
-        self.lab, self.top = lab, lab.directory / "systemd"
+        self.lab, self.top, self.seen = lab, lab.directory / "systemd", 0
         for name in ("timers", "units"):
             (self.top / name).mkdir(parents=True)
         for name, text in (("systemd-run", SYSTEMD_RUN), ("systemctl", SYSTEMCTL)):
-            (self.top / name).write_text(text.format(python=sys.executable, top=self.top))
+            (self.top / name).write_text(text.format(python=sys.executable, top=self.top), encoding="utf-8")
             (self.top / name).chmod(0o755)
         self.path = f"{self.top}:{lab.machine.env()['PATH']}"
         self.come_up()
@@ -302,11 +315,14 @@ class Systemd:
     def come_up(self) -> None:
         (self.lab.machine.root / "run/systemd/system").mkdir(parents=True, exist_ok=True)
 
-    def boot(self) -> None:
+    def boot(self, pick: str | None = None) -> list[str]:
+        """A power cut and a boot; or the reboot that was asked for."""
         for timer in (self.top / "timers").iterdir():
             timer.unlink()
-        self.lab.machine.power_cycle()
+        self.seen = self.reboots()
+        starts = self.lab.machine.power_cycle(pick=pick)
         self.come_up()
+        return starts
 
     def run(self, *words: str, code: int = 0, **env: str) -> str:
         return self.lab.client(*words, code=code, PATH=self.path, **env)
@@ -322,6 +338,10 @@ class Systemd:
     def reboots(self) -> int:
         path = self.top / "reboots"
         return len(path.read_text()) if path.exists() else 0
+
+    def is_to_boot(self) -> bool:
+        """Whether a reboot was asked for since the last one."""
+        return self.reboots() > self.seen
 
 
 def at_any_price(lab: Lab, *words: str, **env: str) -> str:
