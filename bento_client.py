@@ -1663,6 +1663,8 @@ GRUB_WRITES = ("ext2", "ext3", "ext4", "vfat")
 GRUBENV_HEAD, GRUBENV_BYTES = b"# GRUB Environment Block\n", 1024
 GRUB_BLOCK = r"""\s*(menuentry|submenu)\s+(["'])(.*?)\2"""
 BOOTCTL_LIMIT_S = 60
+# What an entry says of the generation that it was made of; to GRUB's name also belongs the day on which that was made.
+GENERATION = re.compile(r"(?:Generation|Configuration) ([0-9]+)(?:.*?\(([0-9]{4}-[0-9]{2}-[0-9]{2}) - )?")
 
 
 class Armed(NamedTuple):
@@ -1673,12 +1675,14 @@ class Armed(NamedTuple):
 
 
 class BootEntry(NamedTuple):
-    """An entry of a boot loader's menu. `system` is empty for what is not NixOS; kernel and initrd as written there."""
+    """An entry of a boot loader's menu. `system` is empty for what is not NixOS; kernel and initrd as written there, and
+    so the version, which tells the generation."""
 
     name: str
     system: str = ""
     kernel: str = ""
     initrd: str = ""
+    version: str = ""
     top: bool = False
 
 
@@ -1730,16 +1734,26 @@ class Loader:
                 return f"{file} has {found} bytes, the system's {name} has {wanted}"
         return None
 
-    def entry_of(self, system: str) -> str:
-        """The name of the system's entry, which stays its own whatever is made the default."""
+    def entry_of(self, system: str) -> BootEntry:
+        """The system's entry, which stays its own whatever is made the default."""
         try:
             entries = self.entries(self.places[0]) if self.places else []
         except OSError as error:
             raise BentoError(f"{error.filename or self.places[0]}: {error.strerror}") from None
         for entry in entries:
             if entry.system == system and not entry.top:
-                return entry.name
+                return entry
         raise BentoError(f"the boot loader has no entry for {system}: run 'nixos-rebuild boot'")
+
+    def generation_of(self, system: str) -> tuple[int, int]:
+        """What makes the name of the system's entry: the number of its generation (0: none that can be seen), and the end of
+        the day on which that was made, in nanoseconds since 1970 (0: any will do)."""
+        with suppress(BentoError, ValueError):
+            entry = self.entry_of(system)
+            if found := GENERATION.search(entry.version or entry.name):
+                day = datetime.fromisoformat(f"{found[2]}T23:59:59").timestamp() if found[2] else 0
+                return int(found[1]), int(day) * 10**9
+        return 0, 0
 
     def default_of(self, place: Path) -> str:
         """The system that the menu starts by itself, where that can be seen."""
@@ -1823,10 +1837,10 @@ class SystemdBoot(Loader):
         return Armed(*(name.partition("\0")[0] for name in names))
 
     def prefer(self, system: str) -> None:
-        self.tell("set-default", self.entry_of(system))
+        self.tell("set-default", self.entry_of(system).name)
 
     def try_once(self, system: str) -> None:
-        self.tell("set-oneshot", self.entry_of(system))
+        self.tell("set-oneshot", self.entry_of(system).name)
 
     def clear(self, before: str) -> None:
         # An entry of another name is another's wish: to start Windows once, say.
@@ -1857,7 +1871,8 @@ def parse_loader_entry(file: str, text: str) -> BootEntry:
             continue
         fields[key] = value.strip()
     name = re.sub(r"\+[0-9]+(-[0-9]+)?\.conf$", ".conf", file)
-    return BootEntry(name, system_of(fields.get("options", "")), fields.get("linux", ""), fields.get("initrd", ""))
+    paths = fields.get("linux", ""), fields.get("initrd", "")
+    return BootEntry(name, system_of(fields.get("options", "")), *paths, fields.get("version", ""))
 
 
 def system_of(options: str) -> str:
@@ -1912,10 +1927,10 @@ class Grub(Loader):
         return Armed(max((each.get(GRUB_GOOD, "") for each in told), default=""), min(once, default=""))
 
     def prefer(self, system: str) -> None:
-        self.tell({GRUB_GOOD: self.entry_of(system)})
+        self.tell({GRUB_GOOD: self.entry_of(system).name})
 
     def try_once(self, system: str) -> None:
-        self.tell({GRUB_TRY: self.entry_of(system)})
+        self.tell({GRUB_TRY: self.entry_of(system).name})
 
     def clear(self, before: str) -> None:
         """There is no before: nobody else writes these."""
@@ -2276,20 +2291,26 @@ class Machine:
 
     def keep_generation(self, system: str) -> None:
         """Brings back the generation of a system to fall back to, which a garbage collection has taken. By hand: nix-env
-        would make it the default meanwhile. Below the default's, for `nixos-rebuild --rollback` goes down."""
+        would make it the default meanwhile. As its entry has it: the next `boot` writes one of that name again, and no moment
+        is without. Else below the default's, for `nixos-rebuild --rollback` goes down."""
         generations = self.generations()
-        if system not in generations.values():
+        number, latest_ns = self.loader.generation_of(system)
+        if number in (0, *generations):
+            if system in generations.values():
+                return
             ours = max((number for number, found in generations.items() if found == self.default), default=1)
             free = [number for number in range(1, ours) if number not in generations]
-            self.link_generation(free[-1] if free else max(generations, default=0) + 1, system)
+            number, latest_ns = free[-1] if free else max(generations, default=0) + 1, 0
+        self.link_generation(number, system, latest_ns)
 
-    def link_generation(self, number: int, system: str) -> None:
-        """As old as the one above it: Nix aborts, for whatever is to be deleted by age, where a lower one is younger."""
-        link, above = (self.profile.with_name(f"{self.profile.name}-{each}-link") for each in (number, number + 1))
+    def link_generation(self, number: int, system: str, latest_ns: int) -> None:
+        """Not younger than the one above it: Nix aborts, for whatever is to be deleted by age, where a lower one is."""
+        above = min((each for each in self.generations() if each > number), default=None)
+        link, other = (self.profile.with_name(f"{self.profile.name}-{each}-link") for each in (number, above))
         link.symlink_to(system)
-        if os.path.lexists(above):
-            made_ns = above.lstat().st_mtime_ns
-            os.utime(link, ns=(made_ns, made_ns), follow_symlinks=False)
+        times_ns = [latest_ns] if latest_ns else []
+        if times_ns := times_ns + ([other.lstat().st_mtime_ns] if above is not None else []):
+            os.utime(link, ns=(min(times_ns), min(times_ns)), follow_symlinks=False)
 
     def can_fall_back(self, good: str) -> bool:
         """Whether there is a boot entry to fall back to, and will be. A garbage collection, and the next `boot`, take it."""
@@ -3461,7 +3482,7 @@ def can_try(machine: Machine, system: str, *, must: bool) -> bool:
 def lead_back_to(machine: Machine, good: str) -> bool:
     """Makes the system that is known to boot the standing default, before another becomes it. False: no trial here."""
     try:
-        before, ours = machine.loader.armed().default, machine.loader.entry_of(good)
+        before, ours = machine.loader.armed().default, machine.loader.entry_of(good).name
         # Before it is changed: what a person had set is put back. Ours, of a lost state, not.
         if not machine.state.armed:
             machine.remember(armed=True, set_before=before if before != ours else "")

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import bento_client as client
-from bento_client import BentoError, Current, Done, Loader, Machine, Pending, Unreachable
+from bento_client import BentoError, BootEntry, Current, Done, Loader, Machine, Pending, Unreachable
 
 SERVER = "server.example"
 NOON_S = 1_700_000_000.0
@@ -61,7 +61,8 @@ class Lost(BaseException):
 @dataclass
 class World:
     """One machine and its site. `trials`: the boot loader can be told to start a system once. `rebuild_s`: a release that
-    is fine is built again after that, and may have become another system."""
+    is fine is built again after that, and may have become another system. The boot loader's entries are named by their
+    generations: where names are made of the content, the number is in there."""
 
     top: Path
     trials: bool = True
@@ -75,9 +76,9 @@ class World:
     specialisation: str = ""
     generations: dict[int, str] = field(default_factory=lambda: {1: "v0"})
     profile: int = 1
-    entries: set[str] = field(default_factory=lambda: {"v0"})
+    entries: dict[str, str] = field(default_factory=dict)  # name -> system
     truncated: set[str] = field(default_factory=set)
-    loader_conf: str = "v0"
+    loader_conf: str = ""
     preferred: str = ""  # LoaderEntryDefault
     once: str = ""  # LoaderEntryOneShot
     boot: int = 0
@@ -98,6 +99,10 @@ class World:
     effects: int = 0
     files: dict[str, Any] = field(default_factory=dict)  # the client's records, by name
 
+    def __post_init__(self) -> None:
+        self.loader_conf = "1"
+        self.entries = {self.loader_conf: "v0"}
+
     # -- the machine --
 
     def say(self, text: str) -> None:
@@ -109,8 +114,8 @@ class World:
 
     @property
     def standing(self) -> str:
-        """What the loader starts, when nothing is to be started once."""
-        return self.preferred if self.preferred in self.entries else self.loader_conf
+        """The system that the loader starts, when nothing is to be started once."""
+        return self.entries[self.preferred if self.preferred in self.entries else self.loader_conf]
 
     @property
     def network(self) -> bool:
@@ -139,7 +144,7 @@ class World:
         self.boot += 1
         self.proofs = 0
         for _ in range(3):
-            chosen, self.once = pick or (self.once if self.once in self.entries else self.standing), ""
+            chosen, self.once = self.entries.get(pick or self.once, self.standing), ""
             pick = ""
             self.say(f"boot {self.boot}: {chosen}" + (" (truncated)" if chosen in self.truncated else ""))
             if self.systems[chosen].boots != "panics" and chosen not in self.truncated:
@@ -173,15 +178,15 @@ class World:
     def write_loader(self, name: str) -> tuple[int, str]:
         if self.lock_held:
             return 11, "Could not acquire lock"
-        wanted = [self.generations[number] for number in sorted(self.generations, reverse=True)]
-        wanted = [self.default, *[each for each in wanted if each != self.default]][: self.limit]
-        new = set(wanted) - self.entries
+        numbers = [self.profile, *sorted(self.generations.keys() - {self.profile}, reverse=True)][: self.limit]
+        entries = {str(number): self.generations[number] for number in numbers}
+        new, wanted = {*entries.values()} - {*self.entries.values()}, {*entries.values()}
         if self.boot_full == 2 or (self.boot_full and new):
             return 1, "No space left on device"
         if self.lies:
             self.truncated |= new
-        self.truncated &= set(wanted)
-        self.entries, self.loader_conf = set(wanted), self.default
+        self.truncated &= wanted
+        self.entries, self.loader_conf = entries, str(self.profile)
         self.check()
         self.effect(f"(after switch boot {name})")
         return 0, ""
@@ -289,7 +294,7 @@ class World:
         return "pending.json" in self.files
 
     def is_well(self) -> bool:
-        agree = self.running == self.default == self.standing == self.loader_conf
+        agree = self.running == self.default == self.standing == self.entries[self.loader_conf]
         return self.network and agree and not self.journal and not (self.preferred or self.once)
 
 
@@ -304,34 +309,31 @@ class ModelLoader(Loader):
         name = name_of(system)
         if name in self.world.truncated:
             return f"the kernel of {name} is truncated"
-        return None if name in self.world.entries else f"no entry for {name}"
+        return None if self.shows(system) else f"no entry for {name}"
 
-    def entry_of(self, system: str) -> str:
-        return name_of(system)
+    def entry_of(self, system: str) -> BootEntry:
+        for entry, name in self.world.entries.items():
+            if name == name_of(system):
+                return BootEntry(entry, version=f"Generation {entry}")
+        raise BentoError(f"no entry for {name_of(system)}")
 
     def starts(self, system: str) -> bool:
-        return name_of(system) == self.world.loader_conf and name_of(system) in self.world.entries
+        return name_of(system) == self.world.entries[self.world.loader_conf]
 
     def shows(self, system: str) -> bool:
-        return name_of(system) in self.world.entries
+        return name_of(system) in self.world.entries.values()
 
     def armed(self) -> client.Armed:
         return client.Armed(self.world.preferred, self.world.once)
 
     def prefer(self, system: str) -> None:
         self.world.effect(f"set-default {name_of(system)}")
-        self.must_have(system)
-        self.world.preferred = name_of(system)
+        self.world.preferred = self.entry_of(system).name
         self.world.check()
 
     def try_once(self, system: str) -> None:
         self.world.effect(f"set-oneshot {name_of(system)}")
-        self.must_have(system)
-        self.world.once = name_of(system)
-
-    def must_have(self, system: str) -> None:
-        if name_of(system) not in self.world.entries:
-            raise BentoError(f"no entry for {name_of(system)}")
+        self.world.once = self.entry_of(system).name
 
     def clear(self, before: str) -> None:
         self.world.effect("clear the loader's variables")
@@ -409,7 +411,7 @@ class ModelMachine(Machine):
     def generations(self) -> dict[int, str]:
         return {number: self.world.path(name) for number, name in sorted(self.world.generations.items())}
 
-    def link_generation(self, number: int, system: str) -> None:
+    def link_generation(self, number: int, system: str, latest_ns: int) -> None:
         self.world.effect(f"generation {number}: {name_of(system)}")
         assert number not in self.world.generations
         self.world.generations[number] = name_of(system)

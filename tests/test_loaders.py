@@ -210,7 +210,7 @@ def test_systemd_boot_entries(names: str, tmp_path: Path) -> None:
     write_systemd_boot(tmp_path / "boot", [old, new], names=names)
     loader = make_loader(tmp_path, "systemd-boot", "/boot")
     assert (loader.entry_fault(old), loader.entry_fault(new)) == (None, None)
-    assert loader.entry_of(new) == re.sub(r"\+[0-9-]+", "", names.format(2))
+    assert loader.entry_of(new).name == re.sub(r"\+[0-9-]+", "", names.format(2))
 
 
 @pytest.mark.parametrize("file", ["a-initrd-linux-initrd.efi", "a-linux-6.12-bzImage.efi"])
@@ -334,7 +334,7 @@ def test_systemd_boot_told(before: str, tmp_path: Path, bootctl: Path) -> None:
     assert loader.armed() == Armed(before, "")
     loader.prefer(old)
     loader.try_once(new)
-    assert loader.armed() == Armed(loader.entry_of(old), loader.entry_of(new))
+    assert loader.armed() == Armed(loader.entry_of(old).name, loader.entry_of(new).name)
     assert loader.armed() == Armed("nixos-generation-1.conf", "nixos-generation-2.conf")
     for _ in range(2):
         loader.clear(before)
@@ -382,7 +382,7 @@ def test_grub_entries(copy: bool, tmp_path: Path) -> None:
     assert [loader.entry_fault(system) for system in systems] == [None, None, None]
     # Not the first entry, "NixOS - Default": that is another system soon.
     names = [f"NixOS - All configurations>NixOS - Configuration {n} (2026-11-25 - 25.11)" for n in (1, 2, 3)]
-    assert [loader.entry_of(system) for system in systems] == names
+    assert [loader.entry_of(system).name for system in systems] == names
     assert "no entry for /nix/store/x" in str(loader.entry_fault("/nix/store/x"))
 
 
@@ -393,10 +393,10 @@ def test_grub_specialisations(tmp_path: Path) -> None:
     write_grub(tmp_path / "boot", [system, other])
     loader = make_loader(tmp_path, "grub", "/boot/grub")
     outer = "NixOS - All configurations>NixOS - Configuration 1 (2026-11-25 - 25.11)"
-    assert loader.entry_of(system) == f"{outer}>NixOS - Configuration 1 - Default (2026-11-25 - 25.11)"
+    assert loader.entry_of(system).name == f"{outer}>NixOS - Configuration 1 - Default (2026-11-25 - 25.11)"
     work = str(Path(system, "specialisation/work").resolve())
-    assert loader.entry_of(work) == f"{outer}>NixOS - Configuration 1 - (work - 2026-11-25 - 25.11)"
-    assert loader.entry_of(other) == "NixOS - All configurations>NixOS - Configuration 2 (2026-11-25 - 25.11)"
+    assert loader.entry_of(work).name == f"{outer}>NixOS - Configuration 1 - (work - 2026-11-25 - 25.11)"
+    assert loader.entry_of(other).name == "NixOS - All configurations>NixOS - Configuration 2 (2026-11-25 - 25.11)"
 
 
 def test_grub_names() -> None:
@@ -545,7 +545,7 @@ def test_grub_told(tmp_path: Path) -> None:
     inode = envs[0].stat().st_ino
     loader = make_loader(tmp_path, "grub", "/boot/grub", "/boot-b/grub")
     assert loader.armed() == Armed()
-    good, new = (loader.entry_of(system) for system in systems)
+    good, new = (loader.entry_of(system).name for system in systems)
     for _ in range(2):
         loader.prefer(systems[0])
         loader.try_once(systems[1])

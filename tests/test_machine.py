@@ -2,12 +2,13 @@
 
 import os
 import subprocess
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from toynixos import need
 
-from bento_client import Machine, make_settings
+from bento_client import Grub, Machine, make_settings
 
 LISTED = """\
  338 hang.service   start running
@@ -49,6 +50,31 @@ def test_a_generation_that_was_brought_back(machine: Machine, tmp_path: Path, mo
     assert machine.default == systems[1]
     ask("nix-env", "-p", str(machine.profile), "--delete-generations", "30d")
     assert systems[1] in machine.generations().values()
+
+
+@pytest.mark.parametrize(
+    ("days", "wanted"),
+    [({1: "03", 3: "05"}, "04"), ({1: "04", 3: "04"}, "04"), ({1: "01"}, "04")],
+    ids=["between", "all on one day", "nothing above"],
+)
+def test_a_generation_is_brought_back_as_its_entry_has_it(machine: Machine, days: dict[int, str], wanted: str) -> None:
+    """GRUB's names have its number and its day. It is not younger than the one above it, nor older than the one below."""
+    machine.profile.parent.mkdir(parents=True)
+    (machine.profile.parent / "grub").mkdir()
+    machine.loader = Grub(machine.settings, [machine.profile.parent / "grub"])
+    entry = 'menuentry "NixOS - Configuration 2 (2026-11-04 - 25.11)" {\n linux /k init=/nix/store/good/init\n initrd /i\n}\n'
+    (machine.profile.parent / "grub/grub.cfg").write_text(f'submenu "NixOS - All configurations" {{\n{entry}}}\n')
+    links = {number: machine.profile.with_name(f"system-{number}-link") for number in (1, 2, 3)}
+    for number, day in days.items():
+        links[number].symlink_to(f"/nix/store/{number}")
+        made_s = datetime.fromisoformat(f"2026-11-{day}T12:00:00").timestamp()
+        os.utime(links[number], (made_s, made_s), follow_symlinks=False)
+    machine.profile.symlink_to(links[max(days)].name)
+    machine.keep_generation("/nix/store/good")
+    assert os.readlink(links[2]) == "/nix/store/good"
+    times = [links[number].lstat().st_mtime for number in sorted({2, *days})]
+    assert times == sorted(times)
+    assert datetime.fromtimestamp(links[2].lstat().st_mtime).strftime("%d") == wanted
 
 
 def test_jobs(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

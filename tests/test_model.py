@@ -208,7 +208,7 @@ class Walk:
             case "reboot":
                 world.start()
             case "menu":
-                world.start(pick=chance.choice(sorted(e for e in world.entries if world.systems[e].boots == "well") or [""]))
+                world.start(pick=chance.choice(sorted(e for e in world.entries if world.systems[world.entries[e]].boots == "well") or [""]))
             case "garbage":
                 world.say("-- nix-collect-garbage -d")
                 world.lies = False  # or there may be no system left that can be fallen back to
