@@ -3918,6 +3918,8 @@ def go_back_now(machine: Machine, pending: Pending | None, *, by_hand: bool) -> 
         outcome = go_back(machine, pending._replace(by_hand=True), Outcome(Result.ROLLED_BACK, "by hand"))
     else:
         move = settle(pending, machine.state, machine.facts(pending.new, pending.profile))
+        if move == Move.GO_BACK and not pending.verdict:
+            pending = pending._replace(verdict=Result.INTERRUPTED, reason=f"the client hung while {pending.step}")
         outcome = carry_out(machine, pending, move)
     if outcome is None:
         return 0

@@ -180,6 +180,19 @@ def test_what_a_person_booted_is_left_alone(tmp_path: Path) -> None:
     assert not any((lab.state / name).exists() for name in ("pending.json", "waiting.json"))
 
 
+def test_the_watchdog_says_that_the_client_hung(lab: Lab) -> None:
+    systemd = Systemd(lab)
+    release = lab.publish("v1", switch_touch=lab.file("at-switch"), switch_wait=lab.file("never"))
+    process = systemd.start("run")
+    wait_until(Path(lab.file("at-switch")).exists)
+    [timer] = systemd.timers()
+    process.send_signal(signal.SIGSTOP)
+    lab.machine.run(*timer, env=lab.env(PATH=systemd.path))
+    assert process.wait(10) == -signal.SIGKILL
+    assert result(lab) == (Result.INTERRUPTED, release) and lab.last().reason == "the client hung while activating"
+    assert lab.labels() == ("v0", "v0", "v0")
+
+
 def test_the_watchdog_guards_a_build_while_another_system_waits(tmp_path: Path) -> None:
     lab = inhibited(tmp_path)
     systemd = Systemd(lab)
