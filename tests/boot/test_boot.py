@@ -226,6 +226,24 @@ def test_entry_collected(bed: Bed) -> None:
     assert bed.booted() == "v0"
 
 
+@whole
+@on(SYSTEMD_BOOT, GRUB_EXT4)
+def test_generation_collected(bed: Bed) -> None:
+    """It comes back under the number, and with GRUB of the day, that its entry is named by: the next `boot` keeps the entry."""
+    bed.publish("v1", kernel="panic-6.13", settings={"reboot": "never"})
+    bed.boot()
+    bed.wait(lambda seen: seen.once == "v1", "armed")
+    bed.publish("v2", kernel="panic-6.14", settings={"reboot": "never"})
+    bed.wait(lambda seen: seen.once == "v2", "armed again")
+    bed.machine.run("touch -hd '2020-02-02 12:00' /nix/var/nix/profiles/system-1-link; /run/current-system/bin/switch-to-configuration boot")
+    bed.update()
+    bed.machine.run("nix-collect-garbage -d")
+    bed.update()
+    bed.machine.run("/run/current-system/bin/switch-to-configuration boot; sync")
+    bed.power_cycle()
+    assert bed.booted() == "v0"
+
+
 # --- a person's hand ---
 
 
