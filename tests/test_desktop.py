@@ -96,6 +96,16 @@ def test_no_reboot_where_it_is_the_server_that_is_away(lab: Lab) -> None:
     assert lab.labels() == ("v0", "v0", "v0") and systemd.reboots() == 0
 
 
+def test_no_reboot_where_the_server_went_away_during_the_proof(lab: Lab) -> None:
+    """What ran before has a kernel that waits for its boot: that is not why nothing is reached."""
+    systemd = Systemd(lab)
+    lab.publish("v1", kernel="6.13")
+    systemd.run("run")
+    lab.publish("v2", kernel="6.13", activation_command=f"touch {lab.down}")
+    systemd.run("run", code=75)
+    assert lab.labels()[:2] == ("v1", "v1") and systemd.reboots() == 0
+
+
 def test_a_system_that_leaves_at_the_next_boot(lab: Lab) -> None:
     """The last report is from before."""
     lab.settings |= AT_BOOT

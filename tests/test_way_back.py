@@ -193,6 +193,20 @@ def test_the_watchdog_says_that_the_client_hung(lab: Lab) -> None:
     assert lab.labels() == ("v0", "v0", "v0")
 
 
+def test_the_watchdog_leaves_a_persons_system_alone(lab: Lab) -> None:
+    systemd = Systemd(lab)
+    lab.publish("v1", settings={"health_checks": [f"touch {lab.file('proving')}; sleep 60"]})
+    process = systemd.start("run")
+    wait_until(Path(lab.file("proving")).exists)
+    [timer] = systemd.timers()
+    process.send_signal(signal.SIGSTOP)
+    config = write_config(lab.directory / "own", flake=True, host=HOST, label="own", client_json=lab.settings)
+    assert lab.machine.rebuild("switch", config, env={"PATH": systemd.path}).returncode == 0
+    lab.machine.run(*timer, env=lab.env(PATH=systemd.path))
+    assert process.wait(10) == -signal.SIGKILL
+    assert lab.labels() == ("own", "own", "own") and systemd.reboots() == 0
+
+
 def test_the_watchdog_guards_a_build_while_another_system_waits(tmp_path: Path) -> None:
     lab = inhibited(tmp_path)
     systemd = Systemd(lab)
