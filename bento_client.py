@@ -1772,6 +1772,11 @@ class Loader:
         except OSError:
             return True
 
+    def shows_others(self, system: str) -> bool:
+        with suppress(OSError):
+            return any(entry.system not in ("", system) for place in self.places[:1] for entry in self.entries(place))
+        return False
+
     def armed(self) -> Armed:
         return Armed()
 
@@ -2311,6 +2316,17 @@ class Machine:
         times_ns = [latest_ns] if latest_ns else []
         if times_ns := times_ns + ([other.lstat().st_mtime_ns] if above is not None else []):
             os.utime(link, ns=(min(times_ns), min(times_ns)), follow_symlinks=False)
+
+    def raise_generation(self, good: str) -> None:
+        """A limit of entries has taken the one of the system to fall back to, after releases that have not been booted: its
+        generation becomes the newest but one. With a limit of one there is no place for it."""
+        default, generations = self.default, self.generations()
+        if self.loader.shows_others(default):
+            current = max(number for number, system in generations.items() if system == default)
+            self.link_generation(max(generations) + 1, good, 0)
+            self.nix_env("--set", default)
+            self.nix_env("--delete-generations", str(current))
+            self.write_menu(default)
 
     def can_fall_back(self, good: str) -> bool:
         """Whether there is a boot entry to fall back to, and will be. A garbage collection, and the next `boot`, take it."""
@@ -3496,6 +3512,9 @@ def lead_back_to(machine: Machine, good: str) -> bool:
 def try_once(machine: Machine, new: str, good: str) -> None:
     """The other half. Where the way back is no entry any more, the new system is a plain default; where only this half
     fails, the next boot is that of the old one."""
+    if not machine.loader.shows(good):
+        with best_effort(machine.log):
+            machine.raise_generation(good)
     if machine.loader.entry_fault(good) is not None:
         machine.log.say("the next boot cannot be a trial: the boot loader has no entry of the last system any more")
         machine.end_trial()

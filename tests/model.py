@@ -193,8 +193,9 @@ class World:
 
     def nix_env(self, verb: str, value: str) -> None:
         self.effect(f"nix-env {verb} {name_of(value)}")
-        if verb == "--set" and name_of(value) != self.default:
-            self.profile = max(self.generations) + 1
+        if verb == "--set":
+            newest = max(self.generations)
+            self.profile = newest if self.generations[newest] == name_of(value) else newest + 1
             self.generations[self.profile] = name_of(value)
         elif verb == "--switch-generation":
             self.profile = int(value)
@@ -322,6 +323,9 @@ class ModelLoader(Loader):
 
     def shows(self, system: str) -> bool:
         return name_of(system) in self.world.entries.values()
+
+    def shows_others(self, system: str) -> bool:
+        return set(self.world.entries.values()) != {name_of(system)}
 
     def armed(self) -> client.Armed:
         return client.Armed(self.world.preferred, self.world.once)

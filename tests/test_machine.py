@@ -50,6 +50,11 @@ def test_a_generation_that_was_brought_back(machine: Machine, tmp_path: Path, mo
     assert machine.default == systems[1]
     ask("nix-env", "-p", str(machine.profile), "--delete-generations", "30d")
     assert systems[1] in machine.generations().values()
+    monkeypatch.setattr(machine.loader, "shows_others", lambda system: True)
+    monkeypatch.setattr(machine, "write_menu", lambda system: None)
+    machine.raise_generation(systems[0])
+    assert list(machine.generations().values())[-2:] == [systems[0], machine.default]
+    assert list(machine.generations().values()).count(machine.default) == 1
 
 
 @pytest.mark.parametrize(

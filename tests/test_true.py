@@ -598,6 +598,19 @@ def test_an_entry_that_goes_with_its_generation(tmp_path: Path) -> None:
     assert lab.machine.power_cycle()[-1] == "boots v0"
 
 
+@pytest.mark.parametrize("limit", [2, 3])
+def test_a_limit_of_entries_does_not_take_the_way_back(tmp_path: Path, limit: int) -> None:
+    """Release after release without a boot: the system that is known to boot stays in the menu."""
+    lab = create(tmp_path, configuration_limit=limit)
+    for number in range(1, 6):
+        lab.publish(f"v{number}", kernel="panic", configuration_limit=limit)
+        assert run(lab)[0] == 0
+        assert (lab.labels()[:2], lab.report().boot_trial) == ((f"v{number}",) * 2, "systemd-boot")
+        assert (lab.machine.fallback_label(), len(lab.machine.entries())) == ("v0", min(number + 1, limit))
+    assert lab.machine.generations().count("v5") == 1
+    assert lab.machine.power_cycle()[-1] == "boots v0"
+
+
 def test_a_trial_that_is_none_is_said(tmp_path: Path) -> None:
     """With a limit of one entry there is nothing to fall back to, though the boot loader could."""
     lab = create(tmp_path, configuration_limit=1)
