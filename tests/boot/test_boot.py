@@ -34,6 +34,10 @@ def rests(bed: Bed, label: str, result: str) -> Callable[[Seen], bool]:
     return lambda seen: seen.settled == at_rest(label) and bed.result()[0] == result
 
 
+def arms(label: str) -> Callable[[Seen], bool]:
+    return lambda seen: seen.once == label
+
+
 def is_given_up(bed: Bed, *, once_is_enough: bool = False) -> None:
     """Back by itself, tried once more, back again, and not tried a third time. `once_is_enough`: in CI, where another kind
     of machine shows what comes after the first way back, which takes minutes."""
@@ -214,11 +218,24 @@ def test_configuration_limit(bed: Bed) -> None:
 
 
 @whole
+@on(SYSTEMD_BOOT, GRUB_EXT4)
+def test_limit_of_two_entries(bed: Bed) -> None:
+    """The second release that waits for a boot would take the entry of the system that is known to boot."""
+    bed.boot()
+    for label in ("v1", "v2"):
+        bed.publish(label, kernel="panic-6.13", settings={"reboot": "never"}, configuration_limit=2)
+        seen = bed.wait(arms(label), f"{label} armed")
+    assert (seen.default, seen.entries) == ("v0", ["v0", "v2"])
+    bed.power_cycle()
+    assert bed.booted() == "v0"
+
+
+@whole
 def test_entry_collected(bed: Bed) -> None:
     """The system that is known to boot keeps its entry, also from nix-collect-garbage -d in the meantime."""
     bed.publish("v1", kernel="panic-6.13", settings={"reboot": "never"})
     bed.boot()
-    armed = bed.wait(lambda seen: seen.once == "v1", "armed")
+    armed = bed.wait(arms("v1"), "armed")
     assert (armed.running, armed.booted, armed.default) == ("v1", "v0", "v0")
     bed.machine.run("nix-collect-garbage -d; /run/current-system/bin/switch-to-configuration boot")
     bed.machine.order("systemctl reboot")
@@ -232,9 +249,9 @@ def test_generation_collected(bed: Bed) -> None:
     """It comes back under the number, and with GRUB of the day, that its entry is named by: the next `boot` keeps the entry."""
     bed.publish("v1", kernel="panic-6.13", settings={"reboot": "never"})
     bed.boot()
-    bed.wait(lambda seen: seen.once == "v1", "armed")
+    bed.wait(arms("v1"), "armed")
     bed.publish("v2", kernel="panic-6.14", settings={"reboot": "never"})
-    bed.wait(lambda seen: seen.once == "v2", "armed again")
+    bed.wait(arms("v2"), "armed again")
     bed.machine.run("touch -hd '2020-02-02 12:00' /nix/var/nix/profiles/system-1-link; /run/current-system/bin/switch-to-configuration boot")
     bed.update()
     bed.machine.run("nix-collect-garbage -d")
@@ -252,7 +269,7 @@ def test_reboot_never(bed: Bed) -> None:
     """It waits for a person's reboot, which is the trial."""
     bed.publish("v1", kernel="6.13", settings={"reboot": "never"})
     bed.boot()
-    seen = bed.wait(lambda seen: seen.once == "v1", "armed")
+    seen = bed.wait(arms("v1"), "armed")
     assert (seen.running, seen.booted, seen.profile, seen.default) == ("v1", "v0", "v1", "v0")
     bed.machine.order("systemctl reboot")
     bed.machine.wait_boot(timeout_s=300)
@@ -264,12 +281,12 @@ def test_the_old_entry_is_picked(bed: Bed) -> None:
     """During a trial it is a fallback; long after, it is theirs."""
     bed.publish("v1", kernel="6.13", settings={"reboot": "never"})
     bed.boot()
-    bed.wait(lambda seen: seen.once == "v1", "armed")
+    bed.wait(arms("v1"), "armed")
     pick = "bootctl set-oneshot nixos-generation-1.conf && systemctl reboot"  # the loader cannot tell it from its menu
     bed.machine.order(pick)
     bed.machine.wait_boot(timeout_s=300)
     bed.wait(lambda seen: bed.result()[0] == "interrupted" and seen.running == "v0", "a fallback")
-    bed.wait(lambda seen: seen.once == "v1", "armed again", timeout_s=900)
+    bed.wait(arms("v1"), "armed again", timeout_s=900)
     bed.machine.order("systemctl reboot")
     bed.machine.wait_boot(timeout_s=300)
     bed.wait(lambda seen: seen.settled == at_rest("v1"), "v1 at rest")
@@ -285,7 +302,7 @@ def test_nixos_rebuild_by_hand_while_armed(bed: Bed) -> None:
     """Theirs is the default at the next run at the latest; nothing of ours stays."""
     bed.publish("v1", kernel="6.13", settings={"reboot": "never"})
     bed.boot()
-    bed.wait(lambda seen: seen.once == "v1", "armed")
+    bed.wait(arms("v1"), "armed")
     place = bed.write_config("own", kernel="6.15", settings={"reboot": "never"})
     bed.machine.run(f"PATH=/opt/lab/bin:$PATH TOY_ROOT=/ nixos-rebuild switch --flake path:{place}#toy", timeout_s=300)
     bed.update()
@@ -301,7 +318,7 @@ def test_another_system_from_the_menu(bed: Bed) -> None:
     """The loader has used up the one shot: one of the tries, not a verdict."""
     bed.publish("v1", kernel="6.13", settings={"reboot": "never"})
     bed.boot()
-    bed.wait(lambda seen: seen.once == "v1", "armed")
+    bed.wait(arms("v1"), "armed")
     bed.machine.run("bootctl set-oneshot auto-reboot-to-firmware-setup; sync")
     bed.machine.power_cut()
     bed.machine.power_on()
@@ -317,7 +334,7 @@ def test_variables_that_forget(bed: Bed) -> None:
     """Fresh NVRAM in a trial: the boot is proven all the same, and it is said."""
     bed.publish("v1", kernel="6.13", settings={"reboot": "never"})
     bed.boot()
-    bed.wait(lambda seen: seen.once == "v1", "armed")
+    bed.wait(arms("v1"), "armed")
     bed.machine.run("sync")
     bed.machine.power_cut()
     bed.machine.forget_variables()
