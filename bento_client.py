@@ -2285,7 +2285,7 @@ class Machine:
 
     def undo_default(self, system: str, failed: str) -> None:
         """Back to an earlier generation; the failed one goes, for it would push a good one out of the boot menu."""
-        numbers = {found: number for number, found in self.generations().items()}
+        numbers = newest(self.generations())
         try:
             self.nix_env("--switch-generation", str(numbers[system]))
         except (KeyError, BentoError):
@@ -2303,29 +2303,31 @@ class Machine:
         if number in (0, *generations):
             if system in generations.values():
                 return
-            ours = max((number for number, found in generations.items() if found == self.default), default=1)
+            ours = newest(generations).get(self.default, 1)
             free = [number for number in range(1, ours) if number not in generations]
             number, latest_ns = free[-1] if free else max(generations, default=0) + 1, 0
         self.link_generation(number, system, latest_ns)
 
     def link_generation(self, number: int, system: str, latest_ns: int) -> None:
         """Not younger than the one above it: Nix aborts, for whatever is to be deleted by age, where a lower one is."""
-        above = min((each for each in self.generations() if each > number), default=None)
-        link, other = (self.profile.with_name(f"{self.profile.name}-{each}-link") for each in (number, above))
-        link.symlink_to(system)
+        link, *above = (self.link_of(each) for each in (number, *self.generations()) if each >= number)
         times_ns = [latest_ns] if latest_ns else []
-        if times_ns := times_ns + ([other.lstat().st_mtime_ns] if above is not None else []):
+        times_ns += [other.lstat().st_mtime_ns for other in above[:1]]
+        link.symlink_to(system)
+        if times_ns:
             os.utime(link, ns=(min(times_ns), min(times_ns)), follow_symlinks=False)
+
+    def link_of(self, number: int) -> Path:
+        return self.profile.with_name(f"{self.profile.name}-{number}-link")
 
     def raise_generation(self, good: str) -> None:
         """A limit of entries has taken the one of the system to fall back to, after releases that have not been booted: its
         generation becomes the newest but one. With a limit of one there is no place for it."""
         default, generations = self.default, self.generations()
         if self.loader.shows_others(default):
-            current = max(number for number, system in generations.items() if system == default)
             self.link_generation(max(generations) + 1, good, 0)
             self.nix_env("--set", default)
-            self.nix_env("--delete-generations", str(current))
+            self.nix_env("--delete-generations", str(newest(generations)[default]))
             self.write_menu(default)
 
     def can_fall_back(self, good: str) -> bool:
@@ -2371,6 +2373,11 @@ class Machine:
         if self.session is not None:
             self.session.close()
             self.session = None
+
+
+def newest(generations: Mapping[int, str]) -> dict[str, int]:
+    """The number of each system's newest generation."""
+    return {system: number for number, system in sorted(generations.items())}
 
 
 def owner_of(system: str, owners: Sequence[str]) -> tuple[str, str]:
