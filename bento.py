@@ -84,6 +84,8 @@ SHOWN_PERSONS, MANY_HOSTS = 30, 1000
 # So many logs are opened for a page, to say why an attempt failed.
 MAX_REASONS = 2000
 FULL_DISK_BYTES = 1 << 20
+# The same key as long as it lasts; its words tell since when.
+SILENCE = "all hosts are silent"
 WATCH_PAUSE_S = 2.0
 BUILD_LIMIT_S = 12 * 3600.0
 # A host that keeps more than this in logs/ is named in `status`. A client keeps 20 logs there, each at most 1 MB.
@@ -3546,7 +3548,7 @@ def look_at_silence(rows: Sequence[Row], now_s: float) -> dict[str, str]:
     if len(seen) < 2 or not all(row.offline for row in rows if row.seen_s is not None and not row.absent):
         return {}
     words = f"all {len(seen)} hosts are silent {since(max(seen), now_s)}: was this server down, or its disk full?"
-    return {"all hosts are silent": words}
+    return {SILENCE: words}
 
 
 def for_stdout(text: str) -> str:
@@ -3594,7 +3596,7 @@ def command_status(fleet: Fleet, wanted: Sequence[str], view: View) -> int:
     if view.changes is not None:
         tell_changes(Path(view.changes), rows, troubles, now_s)
     elif view.output is None:  # cron mails what is on stderr
-        silent = not wanted and look_at_silence(rows, now_s)
+        silent = SILENCE in troubles
         wanting = [row for row in rows if row.needs_a_person and not terminal and not (silent and row.offline)]
         errors = [*troubles.values(), *errors, *group_failures(complaint(row, now_s) for row in wanting)]
     warn(unknown_keys(fleet, [row.host for row in rows]))
