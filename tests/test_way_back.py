@@ -11,6 +11,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -180,15 +182,23 @@ def test_what_a_person_booted_is_left_alone(tmp_path: Path) -> None:
     assert not any((lab.state / name).exists() for name in ("pending.json", "waiting.json"))
 
 
+@contextmanager
+def hung(systemd: Systemd, mark: str) -> Iterator[None]:
+    """A run that hangs as soon as there is this file, until its watchdog has ended it."""
+    process = systemd.start("run")
+    wait_until(Path(mark).exists)
+    [timer] = systemd.timers()
+    process.send_signal(signal.SIGSTOP)
+    yield
+    systemd.lab.machine.run(*timer, env=systemd.lab.env(PATH=systemd.path))
+    assert process.wait(10) == -signal.SIGKILL
+
+
 def test_the_watchdog_says_that_the_client_hung(lab: Lab) -> None:
     systemd = Systemd(lab)
     release = lab.publish("v1", switch_touch=lab.file("at-switch"), switch_wait=lab.file("never"))
-    process = systemd.start("run")
-    wait_until(Path(lab.file("at-switch")).exists)
-    [timer] = systemd.timers()
-    process.send_signal(signal.SIGSTOP)
-    lab.machine.run(*timer, env=lab.env(PATH=systemd.path))
-    assert process.wait(10) == -signal.SIGKILL
+    with hung(systemd, lab.file("at-switch")):
+        pass
     assert result(lab) == (Result.INTERRUPTED, release) and lab.last().reason == "the client hung while activating"
     assert lab.labels() == ("v0", "v0", "v0")
 
@@ -196,14 +206,9 @@ def test_the_watchdog_says_that_the_client_hung(lab: Lab) -> None:
 def test_the_watchdog_leaves_a_persons_system_alone(lab: Lab) -> None:
     systemd = Systemd(lab)
     lab.publish("v1", settings={"health_checks": [f"touch {lab.file('proving')}; sleep 60"]})
-    process = systemd.start("run")
-    wait_until(Path(lab.file("proving")).exists)
-    [timer] = systemd.timers()
-    process.send_signal(signal.SIGSTOP)
-    config = write_config(lab.directory / "own", flake=True, host=HOST, label="own", client_json=lab.settings)
-    assert lab.machine.rebuild("switch", config, env={"PATH": systemd.path}).returncode == 0
-    lab.machine.run(*timer, env=lab.env(PATH=systemd.path))
-    assert process.wait(10) == -signal.SIGKILL
+    with hung(systemd, lab.file("proving")):
+        config = write_config(lab.directory / "own", flake=True, host=HOST, label="own", client_json=lab.settings)
+        assert lab.machine.rebuild("switch", config, env={"PATH": systemd.path}).returncode == 0
     assert lab.labels() == ("own", "own", "own") and systemd.reboots() == 0
 
 
@@ -214,12 +219,8 @@ def test_the_watchdog_guards_a_build_while_another_system_waits(tmp_path: Path) 
     systemd.run("run")
     assert systemd.timers() == []
     lab.publish("v2", inhibitors="dbus 2", build_touch=lab.file("building"), build_wait=lab.file("never"))
-    process = systemd.start("run")
-    wait_until(Path(lab.file("building")).exists)
-    [timer] = systemd.timers()
-    process.send_signal(signal.SIGSTOP)
-    lab.machine.run(*timer, env=lab.env(PATH=systemd.path))
-    assert process.wait(10) == -signal.SIGKILL
+    with hung(systemd, lab.file("building")):
+        pass
     systemd.run("run", "--build-timeout", "1", code=1)
     assert lab.labels() == ("v0", "v1", "v1")
     systemd.boot()
