@@ -1662,7 +1662,7 @@ GRUB_GOOD, GRUB_TRY = "bento_good", "bento_try"
 GRUB_WRITES = ("ext2", "ext3", "ext4", "vfat")
 GRUBENV_HEAD, GRUBENV_BYTES = b"# GRUB Environment Block\n", 1024
 GRUB_BLOCK = r"""\s*(menuentry|submenu)\s+(["'])(.*?)\2"""
-BOOTCTL_LIMIT_S = 60
+LOADER_LIMIT_S = 60
 # What an entry says of the generation that it was made of; to GRUB's name also belongs the day on which that was made.
 GENERATION = re.compile(r"(?:Generation|Configuration) ([0-9]+)(?:.*?\(([0-9]{4}-[0-9]{2}-[0-9]{2}) - )?")
 
@@ -1777,6 +1777,14 @@ class Loader:
             return any(entry.system not in ("", system) for place in self.places[:1] for entry in self.entries(place))
         return False
 
+    def flush(self) -> None:
+        """To disk, what a `boot` has written: before a variable names it, and a power cut finds half of it, on FAT less. For
+        install-grub.pl flushes nothing, and switch-to-configuration the store's file system only."""
+        flushed = os.stat(self.settings.system_path("/nix/store")).st_dev
+        for place in self.places:
+            if os.stat(place).st_dev != flushed:
+                run(["sync", "--file-system", str(place)], timeout=LOADER_LIMIT_S)
+
     def armed(self) -> Armed:
         return Armed()
 
@@ -1860,7 +1868,7 @@ class SystemdBoot(Loader):
         which = ("set-default", "set-oneshot").index(verb)
         if self.armed()[which] == name:
             return
-        run(["bootctl", verb, name], timeout=BOOTCTL_LIMIT_S)
+        run(["bootctl", verb, name], timeout=LOADER_LIMIT_S)
         if self.armed()[which] != name:
             raise BentoError(f"bootctl {verb} had no effect: the firmware does not keep EFI variables")
 
@@ -2350,6 +2358,7 @@ class Machine:
     def write_menu(self, system: str) -> None:
         """The boot menu once more. Without a unit, for it may be the shutdown: `boot` touches no other."""
         run([f"{system}/bin/switch-to-configuration", "boot"], timeout=self.settings.activation_timeout)
+        self.loader.flush()
 
     def count_proof(self) -> int:
         """How often a proof has failed since the boot, this one included. In /run: it is of one boot, and a full disk must
@@ -3285,6 +3294,8 @@ def make_default(machine: Machine, system: str, pending: Pending) -> str | None:
     except BentoError as error:
         return f"the system profile could not be set: {error}"
     done = machine.switch(system, "boot", pending.token)
+    with best_effort(machine.log):
+        machine.loader_of(system).flush()
     fault = machine.loader_of(system).entry_fault(system)
     # On a full /boot nothing can be written. On the way back that does no harm, where the menu is as it was, whichever
     # boot loader the new system has.

@@ -327,6 +327,9 @@ class ModelLoader(Loader):
     def shows_others(self, system: str) -> bool:
         return set(self.world.entries.values()) != {name_of(system)}
 
+    def flush(self) -> None:
+        self.world.effect("flush /boot")
+
     def armed(self) -> client.Armed:
         return client.Armed(self.world.preferred, self.world.once)
 

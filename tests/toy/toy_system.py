@@ -190,6 +190,13 @@ def sync_directory(path: Path) -> None:
         os.close(directory)
 
 
+def flush(root: Path, path: str) -> None:
+    """Fact: flush. switch-to-configuration flushes the store's file system, systemd-boot's builder that of /boot, and
+    GRUB's nothing. Not for a toy in a directory: that has no file system of its own."""
+    if root == Path("/"):
+        subprocess.run(["sync", "--file-system", path], check=True)
+
+
 def replace_link(path: Path, target: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.parent / f".{path.name}.{os.getpid()}"
@@ -431,7 +438,10 @@ def install_boot_loader(root: Path, top: Path, toy: Toy) -> None:
     code = int(toy.get("boot_exit", 0))
     try:
         if code == 0 and toy.get("loader", "systemd-boot") == "systemd-boot":
-            Esp(root, toy).install(top)
+            try:
+                Esp(root, toy).install(top)
+            finally:
+                flush(root, "/boot")
         elif code == 0:
             install_extlinux(root, toy, top)
     except OSError as error:
@@ -607,6 +617,7 @@ def switch(root: Path, top: Path, toy: Toy, action: str) -> int:
         return 0
     if action in ("boot", "switch"):
         install_boot_loader(root, top, toy)
+    flush(root, "/nix/store")
     if action == "boot":
         return 0
     if action == "dry-activate":
