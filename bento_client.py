@@ -2346,6 +2346,8 @@ class Machine:
                 return True
             self.end_trial()  # first: what is written now may be broken, and must not be what is preferred
             self.write_menu(self.default)
+            if not self.loader.shows(good):
+                self.raise_generation(good)
         return self.loader.entry_fault(good) is None
 
     def end_trial(self) -> None:
@@ -3530,16 +3532,12 @@ def lead_back_to(machine: Machine, good: str) -> bool:
 def try_once(machine: Machine, new: str, good: str) -> None:
     """The other half. Where the way back is no entry any more, the new system is a plain default; where only this half
     fails, the next boot is that of the old one."""
-    if not machine.loader.shows(good):
-        with best_effort(machine.log):
-            machine.raise_generation(good)
-    if machine.loader.entry_fault(good) is not None:
+    if not machine.can_fall_back(good):
         machine.log.say("the next boot cannot be a trial: the boot loader has no entry of the last system any more")
         machine.end_trial()
-        return
-    with best_effort(machine.log):
-        machine.loader.prefer(good)  # again: the limit of entries may have taken the one of its older generation
-        machine.loader.try_once(new)
+    elif lead_back_to(machine, good):  # again: the limit of entries may have taken the one of its older generation
+        with best_effort(machine.log):
+            machine.loader.try_once(new)
 
 
 def judge_boot(machine: Machine, pending: Pending) -> Outcome | None:

@@ -58,6 +58,11 @@ class Lost(BaseException):
     """A machine that no software brings back."""
 
 
+class Taken(BaseException):
+    """So is one without power in the seconds between a `boot` that takes the preferred entry, for the limit, and the next one,
+    which has it again. That is known, and no news."""
+
+
 @dataclass
 class World:
     """One machine and its site. `trials`: the boot loader can be told to start a system once. `rebuild_s`: a release that
@@ -92,7 +97,7 @@ class World:
     published: str = "v0"
     release: str = "0" * 63 + "1"
     proven: set[str] = field(default_factory=lambda: {"v0"})  # has booted, and has network then; or is a person's
-    plain: bool = False  # a default that has never booted is there because no trial was possible
+    taken: bool = False  # the limit of entries has taken the preferred one; to be put right before the run ends
     left: int | None = None  # effects until the fault
     fault: str = ""
     trace: list[str] = field(default_factory=list)
@@ -136,7 +141,7 @@ class World:
 
     def check(self) -> None:
         """At any moment: what boots when all else fails is known to boot, where the loader can do trials."""
-        if self.trials and not self.plain and self.standing not in self.proven:
+        if self.trials and not self.taken and self.standing not in self.proven:
             raise Lost(f"{self.standing} would be booted for good, and has never booted")
 
     def start(self, pick: str = "") -> None:
@@ -150,7 +155,7 @@ class World:
             if self.systems[chosen].boots != "panics" and chosen not in self.truncated:
                 break
         else:
-            raise Lost(f"{chosen} panics for ever")
+            raise Taken if self.taken else Lost(f"{chosen} panics for ever")
         self.running = self.booted = chosen
         self.specialisation = ""
         if self.systems[chosen].boots == "well":
@@ -186,6 +191,7 @@ class World:
         if self.lies:
             self.truncated |= new
         self.truncated &= wanted
+        self.taken |= self.limit < 100 and self.preferred not in entries
         self.entries, self.loader_conf = entries, str(self.profile)
         self.check()
         self.effect(f"(after switch boot {name})")
@@ -267,7 +273,10 @@ class World:
                 return client.command_rollback(self.settings, token=None)
             if how == "pause":
                 return client.command_pause(self.settings, 1.0)
-            return client.command_run(self.settings, force=False)
+            ended = client.command_run(self.settings, force=False)
+            self.taken &= self.journal  # then it is tried again
+            self.check()
+            return ended
         except Killed as error:
             return type(error).__name__
         except BentoError as error:
@@ -335,7 +344,7 @@ class ModelLoader(Loader):
 
     def prefer(self, system: str) -> None:
         self.world.effect(f"set-default {name_of(system)}")
-        self.world.preferred = self.entry_of(system).name
+        self.world.preferred, self.world.taken = self.entry_of(system).name, False
         self.world.check()
 
     def try_once(self, system: str) -> None:
