@@ -1055,6 +1055,13 @@ class Done(NamedTuple):
     output: str
 
 
+def start(argv: Sequence[str], **how: Any) -> subprocess.Popen[bytes]:
+    """Starts a program, never through a shell, in a process group of its own, to be ended with all that it has started."""
+    if verbose:
+        print(f"+ {shlex.join(argv)}", file=sys.stderr)
+    return subprocess.Popen(argv, stderr=subprocess.STDOUT, start_new_session=True, **how)
+
+
 def end_group(process: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -1082,27 +1089,16 @@ def run(
     *,
     check: bool = True,
     timeout: float | None = None,
+    given: IO[bytes] | None = None,
     output: IO[bytes] | None = None,
     cwd: Path | None = None,
-    env: Mapping[str, str] | None = None,
 ) -> Done:
-    """Runs a program to its end, with its output kept, or in the file `output`; never through a shell.
+    """Runs a program to its end, with its input from the file `given`, and its output kept, or in the file `output`.
 
-    It gets a process group of its own, which ends with it at the time limit (seconds) or when we are interrupted.
+    Its process group ends at the time limit (seconds), or when we are interrupted.
     """
-    if verbose:
-        print(f"+ {shlex.join(argv)}", file=sys.stderr)
-    out = output or subprocess.PIPE
     try:
-        process = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            cwd=cwd,
-            env=env,
-            start_new_session=True,
-        )
+        process = start(argv, stdin=given or subprocess.DEVNULL, stdout=output or subprocess.PIPE, cwd=cwd)
     except OSError as error:
         if check:
             raise BentoError(f"cannot run {argv[0]}: {error.strerror}; is it on PATH?") from None
@@ -1271,17 +1267,13 @@ def find_signer(text: str, signature: str, signers: Path, directory: Path) -> st
     for name, content in (("allowed", allowed), ("signature", signature), ("text", text)):
         (directory / name).write_text(content, "utf-8")
     argv = ["ssh-keygen", "-Y", "verify", "-f", "allowed", "-I", PRINCIPAL, "-n", NAMESPACE, "-s", "signature"]
-    try:
-        with open(directory / "text", "rb") as file:
-            done = subprocess.run(
-                argv, cwd=directory, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                timeout=60, check=False,
-            )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BentoError(f"the signature cannot be checked: {one_line(str(error))}") from None
-    said = done.stdout.decode(errors="replace").strip()
+    with open(directory / "text", "rb") as file:
+        done = run(argv, check=False, timeout=60, given=file, cwd=directory)
+    said = done.output.strip()
+    if done.code in (None, 127):
+        raise BentoError(f"the signature cannot be checked: {one_line(said) or how_ended(done.code)}")
     found = re.search(rf"^Good .* key ({FINGERPRINT.pattern})$", said, re.MULTILINE)
-    if done.returncode != 0 or found is None or found[1] not in keys:
+    if done.code != 0 or found is None or found[1] not in keys:
         raise BentoError(f"its signature is of nobody in {signers} ({one_line(said.splitlines()[-1] if said else '')})")
     return found[1]
 
@@ -1432,19 +1424,11 @@ class Sftp:
         self.directory = settings.state
         self.mark = f"# {os.urandom(16).hex()}".encode()
         self.answer = bytearray()
-        argv = sftp_argv(settings, server)
-        if verbose:
-            print(f"+ {shlex.join(argv)}", file=sys.stderr)
+        pipe = subprocess.PIPE
+        env = os.environ | {"LC_ALL": "C"}
         try:
-            self.process = subprocess.Popen(
-                argv,
-                cwd=self.directory,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"LC_ALL": "C"},
-                bufsize=0,
-                start_new_session=True,
+            self.process = start(
+                sftp_argv(settings, server), cwd=self.directory, stdin=pipe, stdout=pipe, env=env, bufsize=0
             )
         except OSError as error:
             raise Unreachable(f"cannot run sftp: {error.strerror}; is OpenSSH on PATH?", passing=False) from None
@@ -2652,9 +2636,7 @@ def run_hooks(machine: Machine, pending: Pending, outcome: Outcome) -> None:
     env = os.environ | {f"BENTO_{name}": str(value) for name, value in told.items()}
     for command in machine.asked("after_deployment", machine.running):
         with open(2, "wb", buffering=0, closefd=False) as journal, best_effort(machine.log):
-            started = subprocess.Popen(
-                ["sh", "-c", command], stdin=subprocess.DEVNULL, stdout=journal, env=env, start_new_session=True
-            )
+            started = start(["sh", "-c", command], stdin=subprocess.DEVNULL, stdout=journal, env=env)
             code, _ = finish(started, HOOK_LIMIT_S)
             end_group(started)  # with what it has left
             if code != 0:
