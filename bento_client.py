@@ -203,14 +203,6 @@ class Signed(NamedTuple):
     revoked: tuple[str, ...] = ()
 
 
-class Trust(NamedTuple):
-    """What a signed release is held against: the file of the public keys, and the highest serials that were seen, each
-    behind the fingerprint of its signer."""
-
-    signers: Path
-    serials: tuple[str, ...] = ()
-
-
 class Recipe(NamedTuple):
     """`bento.json`: how a release is built for a host. Both sides read it, so that they build the same.
 
@@ -280,9 +272,9 @@ class State(NamedTuple):
     `unpacked` is the release in config/, `tried` the last attempt at a release (`last` may be a later failure to
     read `current.json`), `interruptions` how often that release was cut short, `doubts` how often it was blamed for a
     server that was out of reach, `costly`: its failure costs more than a poll; `published` its publication, `rebooted` the
-    system that a reboot was last asked for. `serials`: see Trust; `signed` is the text that was last accepted, and
-    `signer` whose it was. `machine`: which one wrote this file; `twin`: see Report; `looked`: when it
-    was looked for.
+    system that a reboot was last asked for. `serials`: the highest ones that were seen, each behind the fingerprint of its
+    signer; `signed` is the text that was last accepted, and `signer` whose it was. `machine`: which one wrote this file;
+    `twin`: see Report; `looked`: when it was looked for.
     """
 
     release: str | None = None
@@ -1278,14 +1270,14 @@ def find_signer(text: str, signature: str, signers: Path, directory: Path) -> st
     return found[1]
 
 
-def verify(current: Current, trust: Trust, directory: Path, what: str) -> Current:
+def verify(current: Current, signers: Path, serials: Sequence[str], directory: Path, what: str) -> Current:
     """The same release with what was signed of it, and by whom. BentoError when nobody who is trusted vouches for it, or
     when this is an older one than was seen: a server can keep silent, and do nothing else."""
     where = f"{what}: release {current.release[:12]}"
     if not current.signed or not current.signature:
         raise BentoError(f"{where} is not signed, as this machine wants it: 'bento.py sign', then publish it again")
     try:
-        signer = find_signer(current.signed, current.signature, trust.signers, directory)
+        signer = find_signer(current.signed, current.signature, signers, directory)
         signed = parse_signed(current.signed, "its signed text")
     except UsageError:
         raise
@@ -1294,20 +1286,16 @@ def verify(current: Current, trust: Trust, directory: Path, what: str) -> Curren
     if (signed.host, signed.release, signed.size) != (current.host, current.release, current.size):
         about = f"release {signed.release[:12]} ({signed.size} bytes) for host {signed.host!r}"
         raise BentoError(f"{where}: its signed text is about another one: {about}")
-    seen = highest_serial(trust, signed.revoked)
+    seen = highest_serial(signers, serials, signed.revoked)
     if signed.serial < seen:
         raise BentoError(f"{where}: it was signed with serial {signed.serial}, and {seen} was seen: sign it anew")
     return current._replace(signer=signer, system=signed.system)
 
 
-def highest_serial(trust: Trust, revoked: Sequence[str] = ()) -> int:
+def highest_serial(signers: Path, serials: Sequence[str], revoked: Sequence[str]) -> int:
     """Of the signers that are trusted now: a stolen key's serials go with it."""
-    counting = read_signers(trust.signers).keys() - set(revoked)
-    return max((serial for signer, serial in map(parse_serial, trust.serials) if signer in counting), default=0)
-
-
-def trust_of(settings: Settings, state: State) -> Trust | None:
-    return Trust(Path(settings.signers), state.serials) if settings.signers else None
+    counting = read_signers(signers).keys() - set(revoked)
+    return max((serial for signer, serial in map(parse_serial, serials) if signer in counting), default=0)
 
 
 def accepted(state: State, current: Current) -> dict[str, Any]:
@@ -1563,13 +1551,14 @@ def read_current(session: Sftp, settings: Settings, directory: str) -> Current:
     return parse_current(path.read_bytes(), f"{session.server}: current.json", settings.host)
 
 
-def ask(settings: Settings, server: str, directory: str, log: Log, trust: Trust | None) -> tuple[Sftp, Current]:
+def ask(settings: Settings, server: str, directory: str, log: Log, state: State | None) -> tuple[Sftp, Current]:
     """A connection to one server, and what it publishes."""
     session = connect(settings, server, log)
     try:
         current = read_current(session, settings, directory)
-        if trust is not None:
-            current = verify(current, trust, settings.state / directory, f"{server}: current.json")
+        if state is not None and settings.signers:
+            aside, what = settings.state / directory, f"{server}: current.json"
+            current = verify(current, Path(settings.signers), state.serials, aside, what)
     except BaseException:
         session.close()
         raise
@@ -1577,7 +1566,7 @@ def ask(settings: Settings, server: str, directory: str, log: Log, trust: Trust 
 
 
 def ask_all(
-    settings: Settings, directory: str, log: Log, seen: str | None, trust: Trust | None
+    settings: Settings, directory: str, log: Log, state: State | None
 ) -> tuple[tuple[Sftp, Current] | None, list[BentoError]]:
     """The first server with something usable, and what was wrong with those before it. With several, one that seems to
     be behind is taken only when there is no other."""
@@ -1585,11 +1574,11 @@ def ask_all(
     behind: tuple[Sftp, Current] | None = None
     for server in settings.server:
         try:
-            session, current = ask(settings, server, directory, log, trust)
+            session, current = ask(settings, server, directory, log, state)
         except BentoError as error:
             failures.append(error)
             continue
-        if len(settings.server) == 1 or not is_odd(current, seen, time.time()):
+        if len(settings.server) == 1 or not is_odd(current, state and state.published, time.time()):
             if behind is not None:
                 behind[0].close()
             return (session, current), failures
@@ -1602,24 +1591,18 @@ def ask_all(
 
 
 def poll(
-    settings: Settings,
-    directory: str,
-    log: Log,
-    *,
-    seen: str | None = None,
-    patience_s: float = 0.0,
-    trust: Trust | None = None,
+    settings: Settings, directory: str, log: Log, state: State | None = None, patience_s: float = 0.0
 ) -> tuple[Sftp, Current]:
     """A connection to the first server that has a usable `current.json`, and what it says.
 
-    Tries again for `patience_s` seconds: at boot and after a resume, names and routes come late. `seen`: the latest
-    publication that was seen. `trust`: what is not signed is no release at all.
+    Tries again for `patience_s` seconds: at boot and after a resume, names and routes come late. With a
+    `state`, what is to be deployed is asked for: signed by who is trusted, and not older than what was seen.
     """
     if not settings.identity_file.exists():
         raise Unreachable(f"no SSH key at {settings.identity_file}: make one with 'bento-client key'", passing=False)
     give_up, pause_s = time.monotonic() + patience_s, 1.0
     while True:
-        found, failures = ask_all(settings, directory, log, seen, trust)
+        found, failures = ask_all(settings, directory, log, state)
         if found is not None:
             return found
         for failure in failures:
@@ -3723,10 +3706,8 @@ def poll_once(machine: Machine) -> Current:
     """What the server publishes for this machine. Raises what is wrong with it, after it was recorded and reported."""
     state, settings = machine.state, machine.settings
     try:
-        machine.session, current = poll(
-            settings, machine.directory, machine.log, seen=state.published, patience_s=settings.connect_timeout,
-            trust=trust_of(settings, state),
-        )  # fmt: skip
+        patience_s = settings.connect_timeout
+        machine.session, current = poll(settings, machine.directory, machine.log, state, patience_s)
         machine.remember(**accepted(state, current))
         return current
     except Unreachable:
@@ -3983,28 +3964,20 @@ def step_back(machine: Machine) -> Pending:
     )  # fmt: skip
 
 
-def probe(settings: Settings) -> None:
-    """Unreachable when this client, with these settings, cannot read its `current.json` over a new connection."""
+def probe_failure(settings: Settings) -> str | None:
+    """Why this client, with these settings, cannot read its `current.json` over a new connection; None when it can."""
     with scratch(settings) as directory:
         try:
             session, _ = poll(settings, directory, Log(settings.state / "no-log"))
-        except Unreachable:
-            raise
         except BentoError as error:
-            raise Unreachable(str(error)) from None
+            return str(error)
         session.close()
-
-
-def probe_failure(settings: Settings) -> str | None:
-    try:
-        probe(settings)
-    except Unreachable as error:
-        return str(error)
     return None
 
 
 def command_probe(settings: Settings) -> int:
-    probe(settings)
+    if (failure := probe_failure(settings)) is not None:
+        raise Unreachable(failure)
     print("the server is reached, and publishes a release for this machine")
     return 0
 

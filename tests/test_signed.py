@@ -18,7 +18,7 @@ from toynixos import write_config
 
 import bento
 import bento_client as client
-from bento_client import BentoError, Signed, State, Trust, format_signed, format_time, parse_signed
+from bento_client import BentoError, Signed, State, format_signed, format_time, parse_signed
 
 A = "a" * 64
 BULK = 1_000_000
@@ -512,17 +512,17 @@ def test_who_vouches_for_what(
     """Alice and bob may, and have. What else there is to sign with, or in the place of what they signed, is nothing."""
     signers = tmp_path / "signers"
     signers.write_text((keys / "alice.pub").read_text() + (keys / "bob.pub").read_text())
-    trust = Trust(signers, tuple(f"{signer} {ALICE.serial}" for signer in client.read_signers(signers)))
+    serials = [f"{signer} {ALICE.serial}" for signer in client.read_signers(signers)]
     text = format_signed(signed)
     current = client.Current("toy", A, 10240, ALICE.expires, "/nix/store/evil", signed=text)
     current = current._replace(**{"signature": make_signature(keys / key, text, namespace)} | changes)
     if words is None:
-        found = client.verify(current, trust, tmp_path, "test")
+        found = client.verify(current, signers, serials, tmp_path, "test")
         signer = client.fingerprint((keys / f"{key}.pub").read_text().split()[1])
         assert found == current._replace(signer=signer, system=None), "what was not signed says nothing"
         return
     with pytest.raises(BentoError, match=words):
-        client.verify(current, trust, tmp_path, "test")
+        client.verify(current, signers, serials, tmp_path, "test")
 
 
 BLOBS = ("AAAAaaaa", "AAAAbbbb", "AAAAcccc")
@@ -548,7 +548,7 @@ def write_signers(path: Path, *signers: str) -> Path:
     ],
 )
 def test_the_highest_serial_that_counts(serials: tuple[str, ...], revoked: tuple[str, ...], seen: int, tmp_path: Path) -> None:
-    assert client.highest_serial(Trust(write_signers(tmp_path / "signers", S1, S2), serials), revoked) == seen
+    assert client.highest_serial(write_signers(tmp_path / "signers", S1, S2), serials, revoked) == seen
 
 
 @pytest.mark.parametrize(
