@@ -1281,7 +1281,7 @@ def verify(current: Current, signers: Path, serials: Sequence[str], directory: P
         signed = parse_signed(current.signed, "its signed text")
     except UsageError:
         raise
-    except BentoError as error:
+    except (BentoError, UnicodeEncodeError) as error:
         raise BentoError(f"{where}: {error}") from None
     if (signed.host, signed.release, signed.size) != (current.host, current.release, current.size):
         about = f"release {signed.release[:12]} ({signed.size} bytes) for host {signed.host!r}"

@@ -504,6 +504,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ("alice", "bento-release", LATER, {"signature": signature}, NOBODY)
             for signature in ("x", bento.ARMOR, "\0" * 1000, bento.ARMOR + "A" * 40_000)
         ),
+        ("alice", "bento-release", LATER, {"signature": "\ud800"}, "surrogates not allowed"),  # which JSON can spell
     ],
 )
 def test_who_vouches_for_what(
