@@ -395,6 +395,15 @@ class Job(NamedTuple):
 NO_HOST_NAME = "no host name: letters, digits, _ and -, at most 25, a letter or digit first"
 
 
+def read_limited(path: Path, limit: int) -> bytes:
+    """A file's content. BentoError when it is larger than can be."""
+    with open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise BentoError(f"{path}: larger than {limit} bytes")
+    return data
+
+
 def scan_hosts(fleet: Fleet) -> list[os.DirEntry[str]]:
     """What lies in hosts/, by name, but for what is hidden. BentoError when that cannot be told: it is not nothing."""
     directory = fleet.directory / "hosts"
@@ -1973,7 +1982,7 @@ def read_waves(fleet: Fleet, hosts: Sequence[str]) -> list[Wave]:
     if not os.path.lexists(path) or path.is_dir():
         return []
     try:
-        return parse_waves(client.read_limited(path, MAX_WAVES_BYTES).decode("utf-8"), hosts)
+        return parse_waves(read_limited(path, MAX_WAVES_BYTES).decode("utf-8"), hosts)
     except (OSError, UnicodeDecodeError) as error:
         raise BentoError(f"hosts/waves: cannot be read: {one_line(str(error))}") from None
 
@@ -2528,7 +2537,7 @@ def read_signature(fleet: Fleet, name: str) -> Signature | None:
     """What the administrator signed for a host; None where nothing is."""
     where = f"hosts/{name}.sig"
     try:
-        content = client.read_limited(fleet.directory / where, client.MAX_JSON_BYTES).decode("utf-8")
+        content = read_limited(fleet.directory / where, client.MAX_JSON_BYTES).decode("utf-8")
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:

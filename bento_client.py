@@ -153,12 +153,6 @@ class Step(StrEnum):
     ROLLING_BACK = "rolling-back"
 
 
-class Action(StrEnum):
-    NOTHING = "nothing"
-    FETCH = "fetch"
-    RETRY = "retry"
-
-
 class Part(NamedTuple):
     """A stretch of a release's archive: a large file, or what lies between two. `size` in bytes."""
 
@@ -440,7 +434,7 @@ FIELDS: dict[str, type | re.Pattern[str]] = {
     "since": TIME, "until": TIME, "machine": re.compile(r"[0-9a-f]{16}"), "twin": TIME, "looked": TIME,
 }  # fmt: skip
 SIMPLE: dict[str, type] = {"str": str, "int": int, "bool": bool, "float": float}
-Record = TypeVar("Record", "Current", "Part", "Last", "Report", "State", "Pending", "Pause")
+Record = TypeVar("Record", "Current", "Signed", "Part", "Last", "Report", "State", "Pending", "Pause")
 
 
 def refuse_constant(name: str) -> float:
@@ -602,7 +596,7 @@ def encode(record: Current | Report | State | Pending | Pause) -> bytes:
 # --- settings ---
 
 DEFAULT_CONFIG = "/etc/bento/client.json"
-REBOOT_WINDOW = re.compile(r"([01][0-9]|2[0-3]):([0-5][0-9])-([01][0-9]|2[0-3]):([0-5][0-9])")
+REBOOT_WINDOW = re.compile(r"([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]")
 # The settings that are one of a few words.
 FORMS = {
     "reboot": (re.compile(f"never|when-needed|{REBOOT_WINDOW.pattern}"), "'never', 'when-needed' or 'HH:MM-HH:MM'"),
@@ -693,38 +687,34 @@ def is_due_again(state: State, now_s: float, rebuild_s: int) -> bool:
 
 def decide(
     current: Current, state: State, now_s: float, *, force: bool = False, replica: bool = False, rebuild_s: int = 0
-) -> tuple[Action, str]:
-    """What to do about `current`, and why, in words for a person.
+) -> tuple[bool, str]:
+    """Whether `current` is to be deployed now, and why, or why not, in words for a person.
 
     `replica`: one of several servers answered, and it may lag behind the others.
     """
-    fetched = Action.RETRY if state.unpacked == current.release else Action.FETCH
-    tried = state.tried
+    tried, release = state.tried, f"release {current.release[:12]}"
     if replica and is_behind(current, state.published, now_s):
-        return Action.NOTHING, f"the server is behind: it publishes a release of {current.published}"
+        return False, f"the server is behind: it publishes a release of {current.published}"
     if tried is None or tried.release != current.release:
-        return fetched, f"new release {current.release[:12]}"
+        return True, f"new {release}"
     if force:
-        return fetched, f"release {current.release[:12]}, by force"
+        return True, f"{release}, by force"
     if is_due_again(state, now_s, rebuild_s):
-        return fetched, f"release {current.release[:12]}: built again, every {duration(rebuild_s)}"
+        return True, f"{release}: built again, every {duration(rebuild_s)}"
     if tried.result == Result.OK:
-        return Action.NOTHING, f"up to date with release {current.release[:12]}"
+        return False, f"up to date with {release}"
     # Nobody can tell an outage that ended in time for the old system from a release that cut the line.
     doubtful = tried.result == Result.ROLLED_BACK and state.doubts == 1
     pause_s = LONGEST_PAUSE_S if doubtful else retry_pause_s(tried.result, tried.attempt, costly=state.costly)
     wait_s = parse_time(tried.finished) + pause_s - now_s
     if tried.result in (Result.ROLLED_BACK, Result.ROLLBACK_FAILED) and not (doubtful and wait_s <= 0):
-        return (
-            Action.NOTHING,
-            f"release {current.release[:12]} was rolled back ({tried.reason}): waiting for a new release",
-        )
+        return False, f"{release} was rolled back ({tried.reason}): waiting for a new release"
     if tried.result == Result.INTERRUPTED and state.interruptions > 1:
-        return Action.NOTHING, f"release {current.release[:12]} was interrupted twice: waiting for a new release"
+        return False, f"{release} was interrupted twice: waiting for a new release"
     # A wait longer than the longest pause means that the clock was set back: then it says nothing.
     if 0 < wait_s <= LONGEST_PAUSE_S:
-        return Action.NOTHING, f"release {current.release[:12]}: {tried.result}, next attempt in {duration(wait_s)}"
-    return fetched, f"release {current.release[:12]}: {tried.result} before, attempt {tried.attempt + 1}"
+        return False, f"{release}: {tried.result}, next attempt in {duration(wait_s)}"
+    return True, f"{release}: {tried.result} before, attempt {tried.attempt + 1}"
 
 
 def is_ahead(published: str, now_s: float) -> bool:
@@ -744,11 +734,9 @@ def is_behind(current: Current, seen: str | None, now_s: float) -> bool:
 
 def may_reboot(setting: str, hour: int, minute: int) -> bool:
     """Whether the setting `reboot` allows one at this local time. A window may cross midnight."""
-    window = REBOOT_WINDOW.fullmatch(setting)
-    if window is None:
+    if not REBOOT_WINDOW.fullmatch(setting):
         return setting == "when-needed"
-    first_h, first_m, last_h, last_m = (int(part) for part in window.groups())
-    first, last, now = first_h * 60 + first_m, last_h * 60 + last_m, hour * 60 + minute
+    (first, last), now = setting.split("-"), f"{hour:02}:{minute:02}"
     return first <= now < last if first <= last else now >= first or now < last
 
 
@@ -962,15 +950,6 @@ def size_of(path: Path | None) -> int:
         return path.stat().st_size if path is not None else 0
     except FileNotFoundError:
         return 0
-
-
-def read_limited(path: Path, limit: int) -> bytes:
-    """A file's content. BentoError when it is larger than can be."""
-    with open(path, "rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise BentoError(f"{path}: larger than {limit} bytes")
-    return data
 
 
 def free_bytes(path: Path) -> int:
@@ -1209,18 +1188,9 @@ def parse_signed(text: str, what: str) -> Signed:
     for name in ("size", "serial"):
         if re.fullmatch("[0-9]{1,16}", fields.get(name, "")):
             fields[name] = int(fields[name])
-    if fields.get("system") == "-":
-        fields["system"] = None
-    return Signed(
-        host=take(fields, "host", HOST_NAME, what),
-        release=take(fields, "release", RELEASE_ID, what),
-        size=take(fields, "size", int, what),
-        system=take(fields, "system", STORE_PATH, what, null="system" in fields),
-        serial=take(fields, "serial", int, what),
-        expires=take(fields, "expires", TIME, what),
-        unsign=fields.get("unsign") == "yes",
-        revoked=revoked,
-    )
+    system = fields.get("system", "")  # which is no path: the line has to be there
+    fields |= {"system": None if system == "-" else system, "unsign": fields.get("unsign") == "yes"}
+    return read_record(Signed, fields, what)._replace(revoked=revoked)
 
 
 def fingerprint(blob: str) -> str:
@@ -3631,7 +3601,7 @@ def unfit_for_boot(machine: Machine, pending: Pending) -> str | None:
     return None
 
 
-def obtain(machine: Machine, pending: Pending, current: Current, action: Action) -> Outcome | Pending:
+def obtain(machine: Machine, pending: Pending, current: Current) -> Outcome | Pending:
     """Fetches a release and builds it, or fetches what was built of it. Raises Unreachable where the line broke in the middle."""
     settings, session = machine.settings, machine.session
     assert session is not None
@@ -3641,7 +3611,7 @@ def obtain(machine: Machine, pending: Pending, current: Current, action: Action)
         if settings.build == "server":
             machine.hang_up()
             return pending._replace(new=realise(settings, machine.log, current))
-        if action == Action.FETCH or not is_untouched(settings.state / "config"):
+        if machine.state.unpacked != current.release or not is_untouched(settings.state / "config"):
             # What failed once is fetched whole: the fault may lie in the parts.
             fetch(session, settings, current, thrifty=pending.attempt == 1)
             adopt(machine, current.release)
@@ -3734,17 +3704,17 @@ def what_stands(machine: Machine, current: Current) -> str | None:
     return f"release {current.release[:12]} is deployed, but another system runs: {running}"
 
 
-def choose(machine: Machine, current: Current, *, force: bool) -> tuple[Action, str]:
-    """What to do about `current` on this machine, and why."""
-    action, why = decide(
+def choose(machine: Machine, current: Current, *, force: bool) -> tuple[bool, str]:
+    """Whether `current` is to be deployed on this machine now, and why, or why not."""
+    wanted, why = decide(
         current, machine.state, time.time(), force=force, replica=len(machine.settings.server) > 1,
         rebuild_s=machine.settings.rebuild_every,
     )  # fmt: skip
-    if action == Action.NOTHING:
+    if not wanted:
         why = what_stands(machine, current) or why
     if not force and (until := paused_until(machine)) is not None:
-        return Action.NOTHING, f"paused until {until}: {why}"
-    return action, why
+        return False, f"paused until {until}: {why}"
+    return wanted, why
 
 
 def forget_other_system(machine: Machine, current: Current) -> None:
@@ -3760,7 +3730,7 @@ def update(machine: Machine, *, force: bool) -> int:
     """Polls, decides, and does what is to be done. Raises Unreachable when the poll fails: nothing has changed then."""
     current = poll_once(machine)
     forget_other_system(machine, current)
-    action, why = choose(machine, current, force=force)
+    wanted, why = choose(machine, current, force=force)
     state, facts = machine.state, machine.facts()
     theirs = facts.running == facts.booted == facts.default  # a person's, and known to boot
     # What a first trial is to lead back to.
@@ -3768,7 +3738,7 @@ def update(machine: Machine, *, force: bool) -> int:
     if (theirs or first) and facts.booted not in (state.system, state.good):
         machine.remember(good=facts.booted, good_release=None, good_revision=None)
     assert machine.session is not None
-    if action == Action.NOTHING:
+    if not wanted:
         print(why)
         if state.last is not None and state.last.release is None:  # the server's files are in order again
             machine.remember(last=state.tried)
@@ -3779,7 +3749,7 @@ def update(machine: Machine, *, force: bool) -> int:
     pending, server = begin(machine, current), machine.session.server
     try:
         with heartbeat(machine):
-            obtained = obtain(machine, pending, current, action)
+            obtained = obtain(machine, pending, current)
     except Unreachable:
         report(machine)
         disarm(machine)

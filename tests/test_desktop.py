@@ -13,7 +13,7 @@ from test_modules import HOST_MODULE, MINIMAL, analyze, evaluate_host, write_uni
 from toylab import NOON, A, B, Lab, Systemd, attempt, be_patient, wait_until
 
 import bento_client
-from bento_client import Action, Machine, Result, Settings, decide
+from bento_client import Machine, Result, Settings, decide
 
 LOADER = {"boot_loader": ["systemd-boot", "/boot"]}
 AT_BOOT = LOADER | {"activation": "boot"}
@@ -365,16 +365,16 @@ def test_a_channel_that_gives_a_bad_system(lab: Lab) -> None:
 )
 def test_when_it_is_built_again(outcome: str, number: int, deployed: str, later_s: float, again: bool) -> None:
     state = state_after(outcome, number, interruptions=2, doubts=2, release=deployed)
-    action, _ = decide(CURRENT, state, NOON + later_s, rebuild_s=WEEK)
-    assert (action != Action.NOTHING) == again
-    assert decide(CURRENT, state, NOON + 10 * WEEK)[0] == Action.NOTHING, "where it is not wanted"
+    wanted, _ = decide(CURRENT, state, NOON + later_s, rebuild_s=WEEK)
+    assert wanted == again
+    assert decide(CURRENT, state, NOON + 10 * WEEK)[0] is False, "where it is not wanted"
 
 
 def test_a_short_time_is_no_reason_to_flap() -> None:
     tried = attempt("rolled-back", 5)
     state = state_after("rolled-back", 5, doubts=2, release=A, tried=tried)
-    assert decide(CURRENT, state, NOON + 3 * 3600, rebuild_s=60)[0] == Action.NOTHING
-    assert decide(CURRENT, state, NOON + 4 * 3600, rebuild_s=60)[0] == Action.RETRY
+    assert decide(CURRENT, state, NOON + 3 * 3600, rebuild_s=60)[0] is False
+    assert decide(CURRENT, state, NOON + 4 * 3600, rebuild_s=60)[0] is True
 
 
 # --- a machine that slept in the middle of it ---
