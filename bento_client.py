@@ -3768,7 +3768,7 @@ def update(machine: Machine, *, force: bool) -> int:
 @contextmanager
 def at_work(settings: Settings) -> Iterator[Machine]:
     """What every command that holds the lock starts and ends with; clears away what killed processes left."""
-    for left in settings.state.glob(".tmp-*"):
+    for left in (*settings.state.glob(".tmp-*"), *settings.state.glob("outbox/.tmp-*")):
         if not Path("/proc", left.name.split("-")[1]).exists():
             remove(left)
     with scratch(settings) as directory:
