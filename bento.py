@@ -50,7 +50,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple
 
 import bento_client as client
 from bento_client import (
@@ -66,8 +66,6 @@ from bento_client import (
     format_time,
     one_line,
 )
-
-T = TypeVar("T")
 
 CHROOT_DIR = "/home/chroot"
 GCROOTS = Path("/nix/var/nix/gcroots/bento")
@@ -2781,15 +2779,19 @@ def check_client(chroot: Path, name: str) -> None:
         )
 
 
-def build_one(work: Work, name: str) -> tuple[Job, str | None] | Exception:
+# A host that has passed, its system after a build, and how long it took.
+Built = tuple[Job, str | None, float]
+
+
+def build_one(work: Work, name: str) -> Built | Exception:
     """One host's check or build, from the very bytes that are published, in a tree of its own."""
-    directory, job = work.store.directory / f".build-{name}", None
+    directory, job, began_s = work.store.directory / f".build-{name}", None, time.monotonic()
     try:
         with work.lock:
             work.progress.set(name, "reading")
             job = examine(work, name)
             if job.unchanged and (work.plan.action != "build" or (job.before is not None and job.before.system)):
-                return job, None
+                return job, None, 0.0
             job = work.add(job)
             found = work.store.find(job.release.id)
             assert found is not None and work.plan.action is not None
@@ -2808,10 +2810,11 @@ def build_one(work: Work, name: str) -> tuple[Job, str | None] | Exception:
             keep_from_collection(name, system)
             if work.plan.after:  # its last word is the system: no shell reads either
                 run_logged(shlex.join(work.plan.after), [*work.plan.after, system], name, work.plan.limit_s)
-        return job, system
+        return job, system, time.monotonic() - began_s
     except Exception as error:
         return error
     finally:
+        work.progress.end(name)
         with suppress(OSError), work.lock:
             client.remove(directory)
             top = os.path.realpath(work.fleet.host(name))
@@ -2820,39 +2823,25 @@ def build_one(work: Work, name: str) -> tuple[Job, str | None] | Exception:
                 work.store.discard(job.release.id)
 
 
-def build_all(work: Work, names: Sequence[str]) -> Generator[tuple[Job, str | None, float], None, None]:
-    """Checks or builds hosts, several at once; each that has passed, with its system and how long it took."""
-    started: dict[str, float] = {}
-
-    def begin(name: str) -> tuple[Job, str | None] | Exception:
-        started[name] = time.monotonic()
-        return build_one(work, name)
-
-    for name, result in in_turn(work, names, begin) if work.plan.jobs == 1 else at_once(work, names, begin):
+def build_all(work: Work, names: Sequence[str]) -> Generator[Built, None, None]:
+    """Checks or builds hosts, several at once; each that has passed."""
+    one_by_one = ((name, build_one(work, name)) for name in names)
+    for name, result in at_once(work, names) if work.plan.jobs > 1 else one_by_one:
         if isinstance(result, Exception):
             work.fail(name, result)
         else:
-            yield *result, time.monotonic() - started[name]
+            yield result
 
 
-def in_turn(work: Work, names: Sequence[str], begin: Callable[[str], T]) -> Iterator[tuple[str, T]]:
-    for name in names:
-        result = begin(name)
-        work.progress.end(name)
-        yield name, result
-
-
-def at_once(work: Work, names: Sequence[str], begin: Callable[[str], T]) -> Iterator[tuple[str, T]]:
+def at_once(work: Work, names: Sequence[str]) -> Iterator[tuple[str, Built | Exception]]:
     from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
     with ThreadPoolExecutor(max_workers=work.plan.jobs) as pool:
-        jobs = {pool.submit(begin, name): name for name in names}
+        jobs = {pool.submit(build_one, work, name): name for name in names}
         waiting = set(jobs)
         try:
             while waiting:
                 done, waiting = wait(waiting, timeout=1 if work.progress.live else None, return_when=FIRST_COMPLETED)
-                for job in done:
-                    work.progress.end(jobs[job])
                 work.progress.draw()
                 yield from ((jobs[job], job.result()) for job in done)
         except BaseException:
