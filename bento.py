@@ -310,11 +310,15 @@ class Row(NamedTuple):
         return self.current.revision if same and self.current is not None else self.report.revision
 
     @property
-    def ahead_s(self) -> float | None:
+    def published_s(self) -> float | None:
+        return client.parse_time(self.current.published) if self.current is not None else None
+
+    @property
+    def ahead_s(self) -> int | None:
         """How far the host's clock was ahead of ours when it reported. A slow line makes it look a little behind."""
         if self.report is None or self.seen_s is None:
             return None
-        return client.parse_time(self.report.polled) - self.seen_s
+        return round(client.parse_time(self.report.polled) - self.seen_s)
 
     def ours_s(self, when: str) -> float | None:
         """A time of the host's, on our clock: as long before its report came as on its own clock."""
@@ -340,7 +344,7 @@ class Row(NamedTuple):
         """Since when the host is in its state, on our clock, as far as anybody knows."""
         report, last = self.report, self.report.last if self.report else None
         if self.state in ("new", "pending", "held"):
-            return client.parse_time(self.current.published) if self.current else None
+            return self.published_s
         if report is None or last is None or self.state in ("building", "left", "unknown"):
             return self.ours_s(report.since) if report is not None and report.since is not None else None
         return self.ours_s(first_failure(last, self.attempts) if self.failed else last.finished)
@@ -1446,7 +1450,7 @@ def format_host(row: Row, now_s: float) -> str:
 
 def clock_error(row: Row) -> str:
     """How wrong the host's clock is; nothing for what may be a slow line."""
-    ahead_s = row.ahead_s or 0.0
+    ahead_s = row.ahead_s or 0
     return f"{age(abs(ahead_s))} {'ahead' if ahead_s > 0 else 'behind'}" if abs(ahead_s) > CLOCK_TOLERANCE_S else ""
 
 
@@ -1496,8 +1500,8 @@ def notes(row: Row, now_s: float) -> list[str]:
     last = row.report.last if row.report else None
     if row.held:
         found.append(row.held)
-    if row.state in ("pending", "building", "new") and row.current is not None:
-        found.append(f"{row.current.release[:7]} published {age(now_s - client.parse_time(row.current.published))} ago")
+    if row.state in ("pending", "building", "new") and row.current is not None and row.published_s is not None:
+        found.append(f"{row.current.release[:7]} published {age(now_s - row.published_s)} ago")
     elif row.current is None and not row.problem:
         found.append("nothing published")
     elif row.state == "up-to-date" and last is not None and last.reason:
@@ -1586,7 +1590,7 @@ def count_shades(rows: Sequence[Row]) -> list[Shade]:
         same = current is not None and current.release == report.release
         label = one_line(row.revision or "") or ("current" if same else "earlier")
         counts[label] += 1
-        when_s = client.parse_time(current.published) if current is not None else 0.0
+        when_s = row.published_s or 0.0
         if same:
             published[label] = max(published.get(label, 0.0), when_s)
         else:  # then before that, whenever a host came to it
@@ -1617,57 +1621,45 @@ def format_bar(rows: Sequence[Row], width: int) -> str:
     return clip(f"{bar}  {'  '.join(words)}", width)
 
 
+# Of what is known of a host: the metric that has it, and what that says.
 GAUGES = {
-    "bento_hosts": "Hosts in each state.",
-    "bento_host_state": "1 for the state that a host is in.",
-    "bento_host_offline": "Whether a host has not been seen for too long.",
-    "bento_host_drift": "Whether a host runs another system than its release's.",
-    "bento_host_needs_reboot": "Whether a host needs a reboot.",
-    "bento_host_other_client": "Whether a host runs another version of the client than the server has.",
-    "bento_host_two_machines": "Whether another machine has reported as a host, too.",
-    "bento_host_failed_units": "Whether units failed when a host's release was activated, and still do.",
-    "bento_host_paused": "Whether a host deploys nothing for now.",
-    "bento_host_expired": "Whether nobody vouches any more for what is published for a host.",
-    "bento_host_absent": "Whether a host is known to be away.",
-    "bento_host_not_published": "Whether a host's configuration failed to be published.",
-    "bento_host_stuck": "Whether a host has been building for longer than any build takes.",
-    "bento_host_needs_attention": "Whether a host needs a person.",
-    "bento_host_last_seen_timestamp_seconds": "When a host reported last, on the server's clock.",
-    "bento_host_state_since_timestamp_seconds": "When a host came into its state.",
-    "bento_host_tries": "How often a host tried the release that it fails to run.",
-    "bento_host_release_info": "The releases that a host runs, is to run, and tried last.",
-    "bento_host_published_timestamp_seconds": "When a host's current release was published.",
-    "bento_host_clock_ahead_seconds": "How far a host's clock was ahead of the server's at its last report.",
+    "offline": ("offline", "Whether a host has not been seen for too long."),
+    "drift": ("drift", "Whether a host runs another system than its release's."),
+    "needs_reboot": ("needs_reboot", "Whether a host needs a reboot."),
+    "other_client": ("other_client", "Whether a host runs another version of the client than the server has."),
+    "two_machines": ("two_machines", "Whether another machine has reported as a host, too."),
+    "failed_units": ("failed_units", "Whether units failed when a host's release was activated, and still do."),
+    "paused": ("paused", "Whether a host deploys nothing for now."),
+    "expired": ("expired", "Whether nobody vouches any more for what is published for a host."),
+    "absent": ("absent", "Whether a host is known to be away."),
+    "not_published": ("not_published", "Whether a host's configuration failed to be published."),
+    "stuck": ("stuck", "Whether a host has been building for longer than any build takes."),
+    "needs_a_person": ("needs_attention", "Whether a host needs a person."),
+    "seen_s": ("last_seen_timestamp_seconds", "When a host reported last, on the server's clock."),
+    "since_s": ("state_since_timestamp_seconds", "When a host came into its state."),
+    "tries": ("tries", "How often a host tried the release that it fails to run."),
+    "published_s": ("published_timestamp_seconds", "When a host's current release was published."),
+    "ahead_s": ("clock_ahead_seconds", "How far a host's clock was ahead of the server's at its last report."),
 }
 
 
 def format_prometheus(rows: Sequence[Row]) -> str:
     """For node_exporter's textfile collector. A host's name is the only text in it, and has no character to escape."""
-    samples: dict[str, list[tuple[str, float]]] = {name: [] for name in GAUGES}
-    counts = count_words(rows)
-    samples["bento_hosts"] += [(f'state="{state}"', counts[state]) for state in URGENCY]
-    for row in rows:
-        host = f'host="{row.host}"'
-        samples["bento_host_state"] += [(f'{host},state="{state}"', row.state == state) for state in URGENCY]
-        for mark in MARKS:
-            samples[f"bento_host_{mark}"].append((host, getattr(row, mark)))
-        samples["bento_host_needs_attention"].append((host, row.needs_a_person))
-        samples["bento_host_tries"].append((host, row.tries))
-        samples["bento_host_release_info"].append((f"{host},{release_labels(row)}", 1))
-        if (since_s := row.since_s) is not None:
-            samples["bento_host_state_since_timestamp_seconds"].append((host, since_s))
-        if row.seen_s is not None:
-            samples["bento_host_last_seen_timestamp_seconds"].append((host, row.seen_s))
-        if row.current is not None:
-            published_s = client.parse_time(row.current.published)
-            samples["bento_host_published_timestamp_seconds"].append((host, published_s))
-        if row.ahead_s is not None:
-            samples["bento_host_clock_ahead_seconds"].append((host, round(row.ahead_s)))
-    lines = []
-    for name, text in GAUGES.items():
-        lines += [f"# HELP {name} {text}", f"# TYPE {name} gauge"]
-        for labels, value in samples[name]:
-            lines.append(f"{name}{{{labels}}} {value if isinstance(value, float) else int(value)}")
+    counts, lines = count_words(rows), list[str]()
+
+    def gauge(name: str, text: str, samples: Iterable[tuple[str, float | None]]) -> None:
+        lines.extend([f"# HELP {name} {text}", f"# TYPE {name} gauge"])
+        for labels, value in samples:
+            if value is not None:
+                lines.append(f"{name}{{{labels}}} {value if isinstance(value, float) else int(value)}")
+
+    gauge("bento_hosts", "Hosts in each state.", [(f'state="{state}"', counts[state]) for state in URGENCY])
+    states = [(f'host="{row.host}",state="{state}"', row.state == state) for row in rows for state in URGENCY]
+    gauge("bento_host_state", "1 for the state that a host is in.", states)
+    releases = [(f'host="{row.host}",{release_labels(row)}', 1) for row in rows]
+    gauge("bento_host_release_info", "The releases that a host runs, is to run, and tried last.", releases)
+    for known, (name, text) in GAUGES.items():
+        gauge(f"bento_host_{name}", text, [(f'host="{row.host}"', getattr(row, known)) for row in rows])
     return "\n".join(lines) + "\n"
 
 
@@ -1851,7 +1843,7 @@ def format_json(rows: Sequence[Row], now_s: float, troubles: Sequence[str] = ())
 
 def row_json(row: Row) -> dict[str, object]:
     """A host in `status --json`. Every string that a host wrote is one line of printable characters."""
-    last, since_s, ahead_s = row.report.last if row.report else None, row.since_s, row.ahead_s
+    last, since_s = row.report.last if row.report else None, row.since_s
     published = row.current._asdict() if row.current else {}
     for name in ("parts", "signed", "signature", "signer"):  # of no interest to whom this is for
         published.pop(name, None)
@@ -1873,7 +1865,7 @@ def row_json(row: Row) -> dict[str, object]:
         "last": None if last is None else last._asdict() | {"reason": one_line(last.reason)},
         "since": None if since_s is None else format_time(since_s),
         "seen": None if row.seen_s is None else format_time(row.seen_s),
-        "clock_ahead_s": None if ahead_s is None else round(ahead_s),
+        "clock_ahead_s": row.ahead_s,
         "problem": row.problem or None,
     }
 
