@@ -350,13 +350,6 @@ class Row(NamedTuple):
         return self.ours_s(first_failure(last, self.attempts) if self.failed else last.finished)
 
 
-class Owner(NamedTuple):
-    """The ids that a host's chroot is given to. None of it when we are not root."""
-
-    uid: int
-    gid: int
-
-
 class Failure(NamedTuple):
     """What went wrong for one host."""
 
@@ -385,7 +378,7 @@ class Job(NamedTuple):
 
     name: str
     release: Release
-    owner: Owner | None
+    owner: tuple[int, int] | None
     before: Current | None
     unchanged: bool
     revision: str | None
@@ -1269,10 +1262,7 @@ def recall_host(chroot: str, name: str, memory: Memory) -> Found:
     return memory[name][1]
 
 
-def make_row(
-    name: str, given: Sequence[Any], now_s: float, offline_after_s: float, beside: Beside = NOTHING_BESIDE
-) -> Row:
-    found = Found(*given)
+def make_row(name: str, found: Found, now_s: float, offline_after_s: float, beside: Beside = NOTHING_BESIDE) -> Row:
     current, report, seen_s = found.current, found.report, found.seen_s
     state, offline, reboot, drift = judge(current, report, seen_s, now_s, patience_s(report, offline_after_s))
     held = "" if current is None else beside.held.get((name, current.release), "")
@@ -2075,12 +2065,12 @@ def populate_lock(fleet: Fleet, *, wait: bool = False) -> Iterator[None]:
         os.close(descriptor)
 
 
-def find_owner(fleet: Fleet, name: str) -> Owner | None:
-    """Whom the host's chroot belongs to; None when we are not root. BentoError when the account is missing."""
+def find_owner(fleet: Fleet, name: str) -> tuple[int, int] | None:
+    """The uid and gid of a host's account; None when we are not root. BentoError when there is none."""
     if os.geteuid() != 0:
         return None
     try:
-        return Owner(pwd.getpwnam(f"bento-{name}").pw_uid, grp.getgrnam("bento").gr_gid)
+        return pwd.getpwnam(f"bento-{name}").pw_uid, grp.getgrnam("bento").gr_gid
     except KeyError as error:
         if not fleet.host(f"{name}.pub").exists():
             raise BentoError(
@@ -2093,9 +2083,9 @@ def find_owner(fleet: Fleet, name: str) -> Owner | None:
         ) from None
 
 
-def prepare_chroot(chroot: Path, owner: Owner | None) -> None:
+def prepare_chroot(chroot: Path, owner: tuple[int, int] | None) -> None:
     """The directories of a host, with the owners and modes that sshd and the host need; and what a kill left is removed."""
-    uid, gid = (owner.uid, owner.gid) if owner else (0, 0)
+    uid, gid = owner or (0, 0)
     wanted = (("", 0o750, (0, gid)), ("/releases", 0o755, (0, 0)), ("/logs", 0o750, (uid, gid)))
     for name, mode, ids in wanted:
         path = f"{chroot}{name}"
@@ -2547,7 +2537,7 @@ def check_signature(fleet: Fleet, name: str, release: Release) -> Signature | No
     about = f"hosts/{name}.sig is for release {found.signed.release[:12]}, and this is {release.id[:12]}"
     if found.signed.host != name:
         about = f"hosts/{name}.sig is for host {found.signed.host!r}"
-    names = differing(fleet.chroot(name) / "releases" / f"{found.signed.release}.tar", release.members)
+    names = differing(fleet.chroot(name) / "releases" / found.signed.release, release.members)
     shown = ", ".join(one_line(name, 80) for name in names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
     differs = f" (they differ in {shown})" if names else ""
     raise BentoError(f"not signed: {about}{differs}: 'bento.py sign {name} --key FILE', where the key is")
@@ -2569,34 +2559,18 @@ def check_system(found: Signature | None, system: str | None) -> str | None:
     return found.signed.system
 
 
-def differing(tar: Path, members: Sequence[Member]) -> list[str]:
+def differing(tree: Path, members: Sequence[Member]) -> list[str]:
     """In which members a release that lies here differs from those of this checkout; none if it does not lie here."""
     try:
-        there = dict(digest_tar(tar))
-        here = {m.name: "directory" if m.is_directory else digest_member(m) for m in members}
-    except (OSError, BentoError):
+        there = {str(path.relative_to(tree)): fingerprint(path) for path in tree.rglob("*")}
+        here = {member.name: fingerprint(Path(member.path)) for member in members} if there else {}
+    except OSError:
         return []
     return sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
 
 
-def digest_tar(tar: Path) -> Iterator[tuple[str, str]]:
-    with open(tar, "rb") as file:
-        while (entry := client.read_entry(file)) is not None:
-            if entry.size is None:
-                yield entry.name, "directory"
-                continue
-            digest, left = hashlib.sha256(), entry.size
-            while left:
-                chunk = client.read_exactly(file, min(left, 1 << 20))
-                digest.update(chunk)
-                left -= len(chunk)
-            client.read_exactly(file, -entry.size % tarfile.BLOCKSIZE)
-            yield entry.name, f"{entry.executable} {digest.hexdigest()}"
-
-
-def digest_member(member: Member) -> str:
-    content = hashlib.sha256(content_of(member.block, member.size)).hexdigest() if member.block else None
-    return f"{member.executable} {content or client.hash_file(Path(member.path))}"
+def fingerprint(path: Path) -> str:
+    return "directory" if path.is_dir() else f"{path.stat().st_mode & 0o100} {client.hash_file(path)}"
 
 
 # --- builds ---

@@ -298,7 +298,7 @@ def test_status_shows_what_runs() -> None:
     up = CURRENT._replace(revision="1a2b3c4 mail: a new certificate, and more")
     report = REPORT._replace(last=LAST, revision="what the host says")
     rows = [
-        bento.make_row(name, (current, report, now_s, ""), now_s, 7200)
+        bento.make_row(name, bento.Found(current, report, now_s, ""), now_s, 7200)
         for name, current in (("same", up), ("other", up._replace(release="b" * 64)))
     ]
     wide = bento.format_table(rows, now_s, 140).splitlines()
