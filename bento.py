@@ -3087,15 +3087,22 @@ def make_signatures(key: str, work: Path, names: Sequence[str]) -> None:
         raise BentoError(f"ssh-keygen could not sign with {key}: exit {done.returncode}: nothing is signed")
 
 
-def command_diff(fleet: Fleet, wanted: Sequence[str]) -> int:
-    """What would change on each host between the system it reports and the one built here from its release."""
-    hosts, failures = find_hosts(fleet, wanted)
+def say_of_each(hosts: Sequence[str], errors: list[str], say: Callable[[str], str], prefix: str = "") -> int:
+    """Prints what there is to say of each host. One host's error stops no other."""
     for name in hosts:
         try:
-            print(f"{name}: {diff_host(fleet, name)}", flush=True)
+            words = say(name)
         except (BentoError, OSError) as error:
-            failures.append(f"{name}: {error}")
-    return complain(failures)
+            errors.append(f"{prefix}{name}: {error}")
+            continue
+        if words:
+            print(f"{prefix}{name}: {words}", flush=True)
+    return complain(errors)
+
+
+def command_diff(fleet: Fleet, wanted: Sequence[str]) -> int:
+    """What would change on each host between the system it reports and the one built here from its release."""
+    return say_of_each(*find_hosts(fleet, wanted), functools.partial(diff_host, fleet))
 
 
 def is_here(system: str) -> bool:
@@ -3105,28 +3112,22 @@ def is_here(system: str) -> bool:
 
 def command_closure(fleet: Fleet, package: str) -> int:
     """Which versions of a package are in the system that each host reports, as far as this server's store has it."""
-    hosts, failures = find_hosts(fleet, [])
-    known: dict[str, str] = {}
-    for name in hosts:
+    versions = functools.cache(functools.partial(find_versions, package))
+
+    def say(name: str) -> str:
         found = read_report(fleet.chroot(name), name)
-        system = found.report.system if found.report else ""
-        if system and system not in known:
-            try:
-                known[system] = find_versions(system, package) if is_here(system) else ""
-            except BentoError as error:
-                failures.append(f"{name}: {error}")
-                continue
-        missing = (
-            f"{one_line(system)} is not in this server's store" if system else found.problem or "it has not reported"
-        )
-        print(f"{name}: {known.get(system) or f'unknown: {missing}'}", flush=True)
-    return complain(failures)
+        if found.report is None or not found.report.system:
+            return f"unknown: {found.problem or 'it has not reported'}"
+        system = found.report.system
+        return versions(system) if is_here(system) else f"unknown: {one_line(system)} is not in this server's store"
+
+    return say_of_each(*find_hosts(fleet, []), say)
 
 
 OUTPUTS = "bin|dev|lib|out|man|doc|info|static|debug|devdoc|data|dist"
 
 
-def find_versions(system: str, package: str) -> str:
+def find_versions(package: str, system: str) -> str:
     """A store path is named after a package and its version, which begins with the first digit behind a dash."""
     paths = client.run(["nix-store", "--query", "--requisites", system], timeout=600).output
     pattern = rf"/nix/store/[a-z0-9]{{32}}-{re.escape(package)}(?:-([0-9].*?))?(?:-(?:{OUTPUTS}))?"
@@ -3159,18 +3160,13 @@ def command_update(fleet: Fleet, name: str | None) -> int:
     """Updates the lock files of the hosts' flakes, each flake once, and says what moved. `name`: of one input."""
     import tempfile
 
-    hosts, failures = find_hosts(fleet, [])
     done: set[str] = set()
-    for host in hosts:
+
+    def say(host: str) -> str:
         with tempfile.TemporaryDirectory(prefix="bento-") as work:
-            try:
-                text = update_host(fleet, host, name, Path(work), done)
-            except (BentoError, OSError) as error:
-                failures.append(f"hosts/{host}: {error}")
-                continue
-        if text:
-            print(f"hosts/{host}: {text}", flush=True)
-    return complain(failures)
+            return update_host(fleet, host, name, Path(work), done)
+
+    return say_of_each(*find_hosts(fleet, []), say, "hosts/")
 
 
 def update_host(fleet: Fleet, host: str, name: str | None, work: Path, done: set[str]) -> str:
