@@ -829,10 +829,9 @@ class Source:
 
     def __init__(self, real: str, real_hosts: str) -> None:
         self.real, self.real_hosts = real, real_hosts
-        self.git = shutil.which("git") is not None
-        self.roots: dict[str, str | None] = {}
-        self.trees: dict[str, WorkTree] = {}
-        self.revisions: dict[str, str | None] = {}
+        self.has_git = shutil.which("git") is not None
+        self.root = functools.cache(self.find_root)
+        self.read_tree, self.read_revision = functools.cache(read_work_tree), functools.cache(read_revision)
         self.tops: dict[str, str] = {}
         self.left_out: dict[tuple[str, str], dict[str, None]] = {}
         self.clear()
@@ -844,28 +843,21 @@ class Source:
         self.blocks: dict[Member, bytes] = {}
         self.blocks_bytes = 0
 
-    def root(self, directory: str) -> str | None:
+    def find_root(self, directory: str) -> str | None:
         """The top of the work tree that a directory lies in; None outside of Git, and without the program."""
-        if directory not in self.roots:
-            if not self.git:
-                self.roots[directory] = None
-            elif is_work_tree(directory):
-                self.roots[directory] = directory
-            else:
-                self.roots[directory] = None if directory == "/" else self.root(os.path.dirname(directory))
-        return self.roots[directory]
+        if not self.has_git:
+            return None
+        if is_work_tree(directory):
+            return directory
+        return None if directory == "/" else self.root(os.path.dirname(directory))
 
     def work_tree(self, directory: str) -> WorkTree | None:
         root = self.root(directory)
-        if root is not None and root not in self.trees:
-            self.trees[root] = read_work_tree(root)
-        return None if root is None else self.trees[root]
+        return None if root is None else self.read_tree(root)
 
     def revision(self, directory: str) -> str | None:
         root = self.root(directory)
-        if root is not None and root not in self.revisions:
-            self.revisions[root] = read_revision(root)
-        return None if root is None else self.revisions[root]
+        return None if root is None else self.read_revision(root)
 
     def make_known(self, *paths: Path) -> None:
         """Tells Git of new files, so that they are published. Their content is for their owner to commit."""
@@ -2128,17 +2120,14 @@ class Store:
         self.new, self.pool = directory / ".new", directory / ".pool"
         self.parts: dict[str, tuple[Part, ...]] = {}
 
-    def find(self, release: str) -> Path | None:
-        """Where a release lies: the path that its names begin with."""
-        for directory in (self.new, self.directory):
-            if (directory / f"{release}.json").exists():
-                return directory / release
-        return None
+    def find(self, release: str) -> Path:
+        """Where a release lies, if it is here: the path that its names begin with."""
+        return (self.new if (self.new / f"{release}.json").exists() else self.directory) / release
 
     def add(self, release: Release) -> Release:
         """Makes sure that a release is here. The one that it is, if files have changed since they were read."""
         found = self.find(release.id)
-        if found is not None and (release.id in self.parts or self.verify(found, release)):
+        if Path(f"{found}.json").exists() and (release.id in self.parts or self.verify(found, release)):
             return release
         self.directory.mkdir(mode=0o700, exist_ok=True)
         if not self.parts:  # the first of this run
@@ -2338,7 +2327,6 @@ def place(chroot: Path, store: Store, job: Job, system: str | None, now_s: float
     if before is not None:
         tidy(chroot, before)
     found = store.find(release.id)
-    assert found is not None
     client.remove(aside)
     aside.mkdir(mode=0o755)
     try:
@@ -2759,14 +2747,14 @@ def build_one(work: Work, name: str) -> Built | Exception:
             if job.unchanged and (work.plan.action != "build" or (job.before is not None and job.before.system)):
                 return job, None, 0.0
             job = work.add(job)
-            found = work.store.find(job.release.id)
-            assert found is not None and work.plan.action is not None
+            assert work.plan.action is not None
             client.remove(directory)
             directory.mkdir(mode=0o755)
             if work.plan.publish:
                 prepare_chroot(work.fleet.chroot(name), job.owner)
             # The tree's name matters: a channel configuration that says ./. gets it into a store path. And Nix may
             # write to a flake.lock.
+            found = work.store.find(job.release.id)
             link_tree(found, directory / "config", job.release.members, private="flake.lock")
         work.progress.set(name, "building" if work.plan.action == "build" else "checking")
         if work.plan.jobs == 1:
