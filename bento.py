@@ -1313,10 +1313,20 @@ def sort_rows(rows: Iterable[Row]) -> list[Row]:
     )
 
 
-MARKS = (
-    "offline", "drift", "needs_reboot", "other_client", "failed_units", "paused", "expired", "absent", "not_published", "stuck",
-    "two_machines",
-)  # fmt: skip
+# What may be the matter with a host besides its state, and what a metric says of that.
+MARKS = {
+    "offline": "Whether a host has not been seen for too long.",
+    "drift": "Whether a host runs another system than its release's.",
+    "needs_reboot": "Whether a host needs a reboot.",
+    "other_client": "Whether a host runs another version of the client than the server has.",
+    "failed_units": "Whether units failed when a host's release was activated, and still do.",
+    "paused": "Whether a host deploys nothing for now.",
+    "expired": "Whether nobody vouches any more for what is published for a host.",
+    "absent": "Whether a host is known to be away.",
+    "not_published": "Whether a host's configuration failed to be published.",
+    "stuck": "Whether a host has been building for longer than any build takes.",
+    "two_machines": "Whether another machine has reported as a host, too.",
+}
 RESULT_MARKS: dict[str, str] = {
     Result.OK: "✓", Result.BUILD_FAILED: "✗", Result.FETCH_FAILED: "↓", Result.ROLLED_BACK: "↶", Result.ROLLBACK_FAILED: "‼",
     Result.POSTPONED: "…", Result.INTERRUPTED: "~",
@@ -1604,18 +1614,7 @@ def format_bar(rows: Sequence[Row], width: int) -> str:
 
 
 # Of what is known of a host: the metric that has it, and what that says.
-GAUGES = {
-    "offline": ("offline", "Whether a host has not been seen for too long."),
-    "drift": ("drift", "Whether a host runs another system than its release's."),
-    "needs_reboot": ("needs_reboot", "Whether a host needs a reboot."),
-    "other_client": ("other_client", "Whether a host runs another version of the client than the server has."),
-    "two_machines": ("two_machines", "Whether another machine has reported as a host, too."),
-    "failed_units": ("failed_units", "Whether units failed when a host's release was activated, and still do."),
-    "paused": ("paused", "Whether a host deploys nothing for now."),
-    "expired": ("expired", "Whether nobody vouches any more for what is published for a host."),
-    "absent": ("absent", "Whether a host is known to be away."),
-    "not_published": ("not_published", "Whether a host's configuration failed to be published."),
-    "stuck": ("stuck", "Whether a host has been building for longer than any build takes."),
+GAUGES = {mark: (mark, text) for mark, text in MARKS.items()} | {
     "needs_a_person": ("needs_attention", "Whether a host needs a person."),
     "seen_s": ("last_seen_timestamp_seconds", "When a host reported last, on the server's clock."),
     "since_s": ("state_since_timestamp_seconds", "When a host came into its state."),
