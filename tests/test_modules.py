@@ -521,8 +521,9 @@ def test_trigger(code: int, last: str, tmp_path: Path) -> None:
     """The requester sees the log as it goes, then the outcome; and the journal's reader ends."""
     script = evaluate_host(HOST_MODULE, FULL)["services"]["bento-trigger@"]["script"]
     programs = {
-        "journalctl": 'echo "$@"\nuntil [ -e started ]; do sleep 0.1; done\necho building\nexec sleep 60',
-        "systemctl": f'[ "$*" = "start --wait bento.service" ] || exit 9\ntouch started\nsleep 1\nexit {code}',
+        "journalctl": 'echo "$@"\nuntil [ -e started ]; do sleep 0.1; done\necho building\ntouch told\nexec sleep 60',
+        "systemctl": '[ "$*" = "start --wait bento.service" ] || exit 9\ntouch started\n'
+        f"until [ -e told ]; do sleep 0.1; done\nexit {code}",
     }
     for name, text in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
