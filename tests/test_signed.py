@@ -454,7 +454,7 @@ sys.exit(bento.main(sys.argv[1:]))
 
 def test_two_clones_sign_the_same_text(site: Site, tmp_path: Path) -> None:
     """With another umask, other times of the files, and another clock: all but the serial is the same."""
-    texts = []
+    texts, midday = [], time.time() // 86400 * 86400 + 43200
     for number, umask in enumerate((0o022, 0o077)):
         clone = tmp_path / f"clone{number}"
         shutil.copytree(site.server.top / "fleet", clone, copy_function=shutil.copyfile, symlinks=True)
@@ -462,8 +462,7 @@ def test_two_clones_sign_the_same_text(site: Site, tmp_path: Path) -> None:
             path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
             os.utime(path, (number + 5, number + 5))
         (clone / f"hosts/{FRESH}.sig").unlink()
-        midday = time.time() // 86400 * 86400 + 43200 - time.time()
-        code = CLOCK.format(path=str(SERVER.parent), ahead=midday + 3600 * number)
+        code = CLOCK.format(path=str(SERVER.parent), ahead=midday + 3600 * number - time.time())
         argv: list[str | Path] = [sys.executable, "-c", code, "--fleet", clone, "sign", FRESH, "--key", site.keys / "alice"]
         done: Done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, umask=umask, check=False)
         assert done.returncode == 0, done.stdout
