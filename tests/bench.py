@@ -47,7 +47,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import accounts
 from lab import image, lab
-from sshd import command, descendants, end_sshd, match_block, max_startups, no_penalties
+from sshd import command, descendants, end_sshd, free_port, match_block, max_startups, no_penalties
 from toynixos import PYTHON_FLAGS, TOY
 
 import bento_client as client
@@ -614,8 +614,7 @@ class Server:
     def create(cls, directory: Path, stack: ExitStack) -> "Server":
         (directory / "server").mkdir(mode=0o755)
         top = accounts.root_owned(directory / "server")
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            server = cls(top, free.getsockname()[1], [f"bench{os.getpid()}-{number}" for number in range(ACCOUNTS)])
+        server = cls(top, free_port(), [f"bench{os.getpid()}-{number}" for number in range(ACCOUNTS)])
         for name in ("authorized", "keys", "machines"):
             (top / name).mkdir()
         make_fleet(top / "fleet", server.hosts)

@@ -52,7 +52,8 @@ accounts.isolate(home=ROOM / "home")
 # Not before: what a module finds when it is imported is to be found there.
 from accounts import add_user, need_accounts, root_owned
 from fleet import Site, last_data
-from sshdlab import BULK, EVIL, FRESH, GOOD, HOSTS, PERSON, SERVER, UNRESTRICTED, WAITING, Host, Server, call, free_port
+from sshd import free_port
+from sshdlab import BULK, EVIL, FRESH, GOOD, HOSTS, PERSON, SERVER, UNRESTRICTED, WAITING, Host, Server, call
 from toybuild import FAKE_CLIENT
 from toylab import Lab
 from toynixos import TOY, ToyMachine, need, need_nix, need_root, told

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import textwrap
 import time
@@ -32,6 +33,30 @@ def command(*argv: str | Path) -> list[str | Path]:
     with the thread that has started it, however that ends."""
     script = 'mount -t tmpfs -o mode=755 tmpfs /run && mkdir -m 755 /run/sshd && exec "$@"'
     return ["unshare", "--mount", "sh", "-c", script, "sh", "setpriv", "--pdeathsig=KILL", *argv]
+
+
+_held: list[socket.socket] = []
+
+
+def free_port() -> int:
+    """A port where nothing listens, and that no program is given, until sshd or another asks for it by its number."""
+    _held.append(socket.socket())
+    _held[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    _held[-1].bind(("", 0))
+    port: int = _held[-1].getsockname()[1]
+    return port
+
+
+def start_sshd(directory: Path, address: str, port: int, *around: str) -> subprocess.Popen[bytes]:
+    """An sshd with the `config` in that directory, started by the program `around`, as soon as it takes connections."""
+    argv = command(*around, "/usr/sbin/sshd", "-D", "-f", directory / "config", "-E", directory / "log")
+    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
+    give_up = time.monotonic() + 60
+    while True:
+        with suppress(ConnectionRefusedError), socket.create_connection((address, port), 5):
+            return process
+        assert time.monotonic() < give_up and process.poll() is None, (directory / "log").read_text()
+        time.sleep(0.05)
 
 
 def no_penalties(sshd: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sshd import command, end_sshd, match_block, max_startups, no_penalties
+from sshd import end_sshd, match_block, max_startups, no_penalties, start_sshd
 from toynixos import CLIENT, TOY, ToyMachine, compiled_client, write_config
 
 SERVER = CLIENT.parent / "bento.py"
@@ -31,12 +31,6 @@ def call(*argv: str | Path, **options: Any) -> Done:
         argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         timeout=60, check=True, **options,
     )  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port: int = found.getsockname()[1]
-    return port
 
 
 @dataclass
@@ -121,14 +115,7 @@ class Server:
 
     def start(self) -> None:
         """Stands in for loginLimits' nofile, which PAM sets for a host alone, with a limit that the listener bears."""
-        sshd: list[str | Path] = ["/usr/sbin/sshd", "-D", "-f", self.top / "sshd/config", "-E", self.top / "sshd/log"]
-        self.process = subprocess.Popen(command("prlimit", "--nofile=512:512", *sshd), stdin=subprocess.DEVNULL)
-        deadline = time.monotonic() + 10
-        while True:
-            with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", self.port), 5):
-                return
-            assert time.monotonic() < deadline and self.process.poll() is None, (self.top / "sshd/log").read_text()
-            time.sleep(0.05)
+        self.process = start_sshd(self.top / "sshd", "127.0.0.1", self.port, "prlimit", "--nofile=512:512")
 
     def stop(self) -> None:
         assert self.process is not None

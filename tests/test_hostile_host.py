@@ -46,7 +46,8 @@ from peer import (
     u32,
     u64,
 )
-from sshdlab import EVIL, GOOD, OTHER, PERSON, UNRESTRICTED, Host, Server, free_port, snapshot
+from sshd import free_port
+from sshdlab import EVIL, GOOD, OTHER, PERSON, UNRESTRICTED, Host, Server, snapshot
 
 
 @pytest.fixture

@@ -12,15 +12,15 @@ import stat
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from rogue_sftp import HARMS, MARKS
-from sshd import command, end_sshd, no_penalties
+from sshd import end_sshd, free_port, no_penalties, start_sshd
+from sshdlab import call
 from toylab import Lab, archive, member
 from toynixos import CLIENT, TOY, need, need_root
 
@@ -51,10 +51,6 @@ def login_limits(hosts: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def call(*argv: str | Path) -> None:
-    subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True, timeout=60)
-
-
 @dataclass
 class Server:
     """An sshd on 127.0.0.2 or so, which serves a directory in its own way."""
@@ -62,7 +58,6 @@ class Server:
     top: Path
     address: str
     port: int
-    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     def start(self, stack: ExitStack, key: Path, directory: Path) -> None:
         self.top.mkdir()
@@ -78,15 +73,7 @@ class Server:
             f"StrictModes no\nAuthorizedKeysFile {self.top}/keys\nPermitRootLogin yes\nBanner {self.top}/banner\n"
             f"Subsystem sftp {serve}\n" + login_limits(hosts=4)
         )
-        argv: list[str | Path] = ["/usr/sbin/sshd", "-D", "-f", self.top / "config", "-E", self.top / "log"]
-        self.process = subprocess.Popen(command(*argv), stdin=subprocess.DEVNULL)
-        stack.callback(end_sshd, self.process)
-        give_up = time.monotonic() + 10
-        while True:
-            with suppress(ConnectionRefusedError), socket.create_connection((self.address, self.port), 5):
-                return
-            assert time.monotonic() < give_up and self.process.poll() is None, (self.top / "log").read_text()
-            time.sleep(0.05)
+        stack.callback(end_sshd, start_sshd(self.top, self.address, self.port))
 
     def does(self, how: str) -> None:
         (self.top / "how").write_text(how)
@@ -120,12 +107,6 @@ class Site:
 
     def client(self, *words: str, code: int = 0) -> str:
         return self.lab.client(*words, code=code, **self.env())
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port: int = found.getsockname()[1]
-    return port
 
 
 @pytest.fixture

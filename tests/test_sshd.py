@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 from peer import Peer, master
-from sshd import command
-from sshdlab import BULK, EVIL, FRESH, GOOD, OTHER, PERSON, WAITING, Host, Line, Server, call, free_port, snapshot
+from sshd import command, free_port
+from sshdlab import BULK, EVIL, FRESH, GOOD, OTHER, PERSON, WAITING, Host, Line, Server, call, snapshot
 
 # --- the loop ---
 
