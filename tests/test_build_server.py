@@ -69,7 +69,7 @@ class Site:
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     need_nix()
     lab = Lab.create(tmp_path, mode="nix")
-    lab.settings |= {"build": "server", "confirm_timeout": 30}
+    lab.settings["build"] = "server"
     monkeypatch.setenv("PATH", f"{TOY}:{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("TOY_MODE", "nix")
     monkeypatch.setenv("NIX_CONFIG", "experimental-features = nix-command flakes\nbuild-users-group =\n")

@@ -7,20 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_states import Server
-from test_states import server as plain_server
+from test_states import Server, server
 from toylab import HOST, Lab
 from toynixos import ToyMachine
 
 import bento_client as client
 
-__all__ = ["plain_server"]  # fixtures
-
-
-@pytest.fixture
-def server(plain_server: Server) -> Server:
-    plain_server.lab.settings["confirm_timeout"] = 30
-    return plain_server
+__all__ = ["server"]  # fixtures
 
 
 def copy_of(lab: Lab, *, state: bool) -> Lab:

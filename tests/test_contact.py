@@ -24,13 +24,14 @@ def test_a_long_build_is_told_again_and_again(lab: Lab) -> None:
     thread = threading.Thread(target=lambda: done.append(lab.run_patched("c.HEARTBEAT_S = 0.3")))
     thread.start()
     wait_until(Path(lab.file("building")).exists)
+    wait_until(lambda: lab.phase() == "building")  # it is told without waiting for the answer
     first, before = lab.report(), status.stat().st_ino
     wait_until(lambda: status.stat().st_ino != before)
     again = lab.report()
     assert (again.phase, again.since) == ("building", first.since) and first.since is not None
     Path(lab.file("go")).touch()
     thread.join()
-    assert done[0].returncode in (0, 1)  # 1 on a machine that is too busy to prove in two seconds
+    assert done[0].returncode == 0
     assert lab.report().since is None
 
 

@@ -40,7 +40,7 @@ def test_killed_twice(lab: Lab, where: str, power_cut: bool) -> None:
         release = lab.publish("v1", settings={"health_checks": [check]})
 
     for interruptions in (1, 2):
-        process = lab.start("run", "--confirm-timeout", "20")
+        process = lab.start("run")
         wait_until(reached.exists)
         kill_tree(process)
         reached.unlink()

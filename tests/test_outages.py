@@ -67,7 +67,7 @@ def test_server_down_during_the_build(lab: Lab) -> None:
 def test_server_down_during_the_proof(lab: Lab) -> None:
     """The old system cannot reach it either: the release is not to blame, and is tried again."""
     lab.publish("v1", switch_touch=lab.file("switching"), switch_wait=lab.file("go"))
-    process = lab.start("run")
+    process = lab.start("run", "--confirm-timeout", "2")
     wait_until(Path(lab.file("switching")).exists)
     wait_until(lambda: lab.phase() == "activating")
     lab.down.touch()

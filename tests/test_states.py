@@ -108,7 +108,7 @@ def other_client(lab: Lab, change: Callable[[str], str], code: int = 0) -> None:
     changed = change(text)
     assert changed != text
     Path(lab.file("other_client.py")).write_text(changed)
-    argv = [sys.executable, *PYTHON_FLAGS, lab.file("other_client.py"), *lab.argv("run")[len(PYTHON_FLAGS) + 2 :]]
+    argv = [sys.executable, *PYTHON_FLAGS, lab.file("other_client.py"), *lab.argv("run", code=code)[len(PYTHON_FLAGS) + 2 :]]
     done = lab.machine.run(*argv, env=lab.env())
     assert done.returncode == code, done.stdout
 
@@ -121,6 +121,7 @@ def test_every_state_by_the_real_client(server: Server) -> None:
 
     process = lab.start("run")
     wait_until(Path(lab.file("building")).exists)
+    wait_until(lambda: lab.phase() == "building")  # it is told without waiting for the answer
     row = server.check("building", note=f"{first[:7]} published ")
     assert row["phase"] == "building" and row["last"] is None
     Path(lab.file("go")).touch()

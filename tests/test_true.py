@@ -29,9 +29,9 @@ def create(directory: Path, **behaviour: Any) -> Lab:
     return made
 
 
-def run(lab: Lab, *words: str, **env: str) -> tuple[int, str]:
-    """`run`, whatever its exit code; a bug never shows."""
-    done = lab.machine.run(*lab.argv("run", *words), env=lab.env(**env))
+def run(lab: Lab, *words: str, doomed: bool = False, **env: str) -> tuple[int, str]:
+    """`run`, whatever its exit code; a bug never shows. `doomed`: what is to be proven cannot be."""
+    done = lab.machine.run(*lab.argv("run", *words, code=None if doomed else 0), env=lab.env(**env))
     assert "Traceback" not in done.stdout, done.stdout
     return done.returncode, done.stdout
 
@@ -101,7 +101,7 @@ def test_the_way_back_is_open_as_long_as_the_old_system_says_so(tmp_path: Path) 
     """Inhibitors that only the booted system had say nothing of the way from the new one to the old one."""
     lab = create(tmp_path, inhibitors={"dbus": "1", "old": "1"})
     lab.publish("v1", inhibitors={"dbus": "1"}, cut_network=True)
-    run(lab)
+    run(lab, doomed=True)
     assert lab.labels() == ("v0", "v0", "v0") and lab.machine.network() == "up"
     assert lab.machine.activations() == ["v0", "v1", "v0"]
 
@@ -138,7 +138,7 @@ def test_what_a_person_switches_to_meanwhile_stays(lab: Lab) -> None:
     config = write_config(Path(lab.file("mine")), flake=True, host=HOST, label="mine", client_json=lab.settings)
     command = f"nixos-rebuild switch --flake path:{config}#{HOST} >/dev/null 2>&1; false"
     lab.publish("v1", settings={"health_checks": [command]})
-    run(lab)
+    run(lab, "--confirm-timeout", "10")  # in which there is a whole rebuild
     assert lab.labels() == ("mine", "mine", "mine")
 
 
@@ -187,7 +187,7 @@ def test_a_kernel_that_was_proven_is_not_proven_again(booting: tuple[Lab, System
     lab.down.touch()
     systemd.boot()
     for _ in range(3):
-        assert run(lab, PATH=systemd.path)[0] == 75
+        assert run(lab, doomed=True, PATH=systemd.path)[0] == 75
         assert not systemd.is_to_boot() and lab.labels() == ("v1", "v1", "v1")
     lab.down.unlink()
     assert run(lab, PATH=systemd.path)[0] == 0
@@ -203,7 +203,7 @@ def test_a_server_that_boots_slower_than_its_hosts(booting: tuple[Lab, Systemd],
     run(lab, PATH=systemd.path)
     lab.down.touch()
     systemd.boot()
-    assert run(lab, PATH=systemd.path)[0] == 75
+    assert run(lab, doomed=True, PATH=systemd.path)[0] == 75
     assert not systemd.is_to_boot() and everything(lab) == ("v1", "v1"), "patience first"
     lab.down.unlink()
     settle(lab, systemd)
@@ -218,7 +218,7 @@ def test_a_kernel_without_network_is_left_for_good(booting: tuple[Lab, Systemd])
     run(lab, PATH=systemd.path)
     for _ in range(6):
         systemd.boot()
-        run(lab, PATH=systemd.path)
+        run(lab, doomed=True, PATH=systemd.path)
     assert lab.labels() == ("v0", "v0", "v0") and lab.machine.network() == "up"
     assert results(lab, release)[-1] == Result.ROLLED_BACK
 
@@ -308,7 +308,7 @@ def test_a_change_of_kernel_parameters_is_proven_by_its_boot(tmp_path: Path) -> 
     lab.machine.power_cycle()
     assert lab.machine.network() == "down"
     for _ in range(3):
-        run(lab)
+        run(lab, doomed=True)
         lab.machine.power_cycle()
     run(lab)
     assert lab.labels() == ("v0", "v0", "v0") and lab.machine.network() == "up"
@@ -372,7 +372,7 @@ def test_back_is_back_to_the_specialisation(tmp_path: Path) -> None:
     lab.machine.power_cycle(pick="nixos-generation-2-specialisation-desk.conf")
     run(lab)
     lab.publish("v2", specialisations={"desk": {"label": "v2-desk", "cut_network": True}})
-    run(lab)
+    run(lab, doomed=True)
     assert everything(lab) == ("v1-desk", "v1") and lab.machine.network() == "up"
     assert lab.machine.boot_label() == "v1"
 
@@ -419,13 +419,13 @@ def test_a_release_that_fails_the_retry_too_is_rolled_back_for_good(tmp_path: Pa
     lab = create(tmp_path)
     release = lab.publish("v1", cut_network=True)
     for _ in range(3):
-        run(lab)
+        run(lab, doomed=True)
         lab.age_attempts(DAY_S)
     assert lab.last().result == Result.ROLLED_BACK
     tried = len(results(lab, release))
     for _ in range(2):
         lab.age_attempts(DAY_S)
-        run(lab)
+        run(lab, doomed=True)
     assert len(results(lab, release)) == tried <= 2 and lab.labels() == ("v0", "v0", "v0")
 
 
@@ -449,9 +449,9 @@ def test_rollback_goes_to_what_ran_before_whoever_made_it(lab: Lab) -> None:
 @pytest.mark.parametrize("live", [False, True], ids=["no systemd", "systemd"])
 def test_a_system_that_leaves_bento(tmp_path: Path, live: bool) -> None:
     lab = create(tmp_path)
-    more = {"PATH": Systemd(lab).path} if live else {}
+    path = Systemd(lab).path if live else lab.machine.env()["PATH"]
     release = lab.publish("v1", leaves=True)
-    assert run(lab, **more)[0] == 0
+    assert run(lab, PATH=path)[0] == 0
     assert lab.labels() == ("v1", "v1", "v1")
     assert os.listdir(lab.machine.root / "etc/bento") == ["left"]
     assert (lab.last().result, lab.last().release) == (Result.OK, release), "after one last report"
@@ -526,7 +526,7 @@ def test_the_boot_loader_itself_leads_back(tmp_path: Path, kernel: str) -> None:
     else:
         assert starts == ["boots v1"] and lab.machine.power_cycle() == ["boots v0"]
     for _ in range(4):
-        run(lab)
+        run(lab, doomed=True)
         lab.age_attempts(DAY_S)
         lab.machine.power_cycle()
     run(lab)
@@ -759,7 +759,7 @@ def test_a_first_release_whose_server_is_away(tmp_path: Path, comes: bool) -> No
     assert lab.machine.power_cycle()[-1] == "boots v1"
     lab.down.touch()
     for _ in range(PATIENT_PROOFS + 1):
-        assert run(lab)[0] == 75
+        assert run(lab, doomed=True)[0] == 75
     assert lab.labels()[:2] == ("v1", "v1")
     if comes:
         lab.down.unlink()
@@ -767,5 +767,5 @@ def test_a_first_release_whose_server_is_away(tmp_path: Path, comes: bool) -> No
         assert lab.machine.power_cycle() == ["boots v1"]
     else:
         Path(lab.machine.root, "run/bento-proofs").write_bytes(b"." * (FIRST_PROOFS - 1))
-        run(lab)
+        run(lab, doomed=True)
         assert lab.labels()[1:] == ("v0", "v0")

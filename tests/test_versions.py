@@ -116,7 +116,7 @@ def test_what_1_0_wants_in_current_json() -> None:
 
 
 def run_1_0(lab: Lab, landed: Path, *words: str, code: int = 0) -> str:
-    argv = [sys.executable, *PYTHON_FLAGS, str(landed / "bento_client.py"), *lab.argv(*words)[len(PYTHON_FLAGS) + 2 :]]
+    argv = [sys.executable, *PYTHON_FLAGS, str(landed / "bento_client.py"), *lab.argv(*words, code=code)[len(PYTHON_FLAGS) + 2 :]]
     done = lab.machine.run(*argv, env=lab.env())
     assert done.returncode == code, done.stdout
     assert "Traceback" not in done.stdout

@@ -302,6 +302,7 @@ def test_a_release_that_mends_a_failed_way_back_may_build_long(tmp_path: Path) -
     lab.publish("bad", activation_command="false", broken_client=True)
     systemd.run("run", code=1)
     assert result(lab)[0] == Result.ROLLBACK_FAILED and len(systemd.timers()) == 1
+    lab.settings |= {"activation_timeout": 20, "confirm_timeout": 30}
     lab.publish("v2", build_touch=lab.file("building"), build_wait=lab.file("go"))
     process = systemd.start("run")
     wait_until(Path(lab.file("building")).exists)
