@@ -76,6 +76,7 @@ def test_server_down_during_the_proof(lab: Lab) -> None:
     assert lab.labels() == ("v0", "v0", "v0")
     assert "last       postponed" in lab.client("status")
     lab.down.unlink()
+    (lab.chroot / "releases").rename(lab.chroot / "away")  # it has been fetched
     lab.client("run")
     assert lab.labels() == ("v1", "v1", "v1")
     assert (lab.last().result, lab.last().attempt) == (Result.OK, 2)
