@@ -89,8 +89,10 @@ def _replace_etc() -> None:
         _mount(aside, "/etc", MS_MOVE)
     finally:
         os.rmdir(aside)
-    if Path("/run/nscd").is_dir():  # its answers are about the other /etc
-        _mount("tmpfs", "/run/nscd", 0, kind="tmpfs")
+    # nscd's answers are about the other /etc; logs and roots of builds are of hosts that have the same names in each run.
+    for place in ("/run/nscd", "/var/log", "/nix/var/nix/gcroots"):
+        if Path(place).is_dir():
+            _mount("tmpfs", place, 0, kind="tmpfs")
     if not any(line.startswith("sshd:") for line in _lines("passwd")):  # what its package makes, for its own use
         add_user("sshd", "sshd", "/run/sshd", "/usr/sbin/nologin")
 

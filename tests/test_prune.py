@@ -151,13 +151,15 @@ def test_prune_ends_what_is_open(real_root: None, site: Site, monkeypatch: pytes
         site.host(name)
     site.publish()
     shutil.rmtree(site.fleet / "hosts/gone")
-    user = types.SimpleNamespace(pw_uid=64321)
+    uid, others = (number + os.getpid() for number in (10_000_000, 20_000_000))  # no other run's
+    user = types.SimpleNamespace(pw_uid=uid)
     monkeypatch.setattr(pwd, "getpwnam", lambda name: user if name == "bento-gone" else pwd.getpwuid(0))
     monkeypatch.setattr(bento, "GCROOTS", site.top / "roots")
     monkeypatch.setattr(bento, "find_owner", lambda *_: None)
-    sleep = f"import os, time; os.setuid({user.pw_uid}); print(flush=True); time.sleep(600)"
-    session = subprocess.Popen([sys.executable, "-c", sleep], stdout=subprocess.PIPE)
-    other = subprocess.Popen([sys.executable, "-c", sleep.replace("64321", "64322")], stdout=subprocess.PIPE)
+    sleep = "import os, sys, time; os.setuid(int(sys.argv[1])); print(flush=True); time.sleep(600)"
+    session, other = (
+        subprocess.Popen([sys.executable, "-c", sleep, str(number)], stdout=subprocess.PIPE) for number in (uid, others)
+    )
     try:
         for process in (session, other):
             assert process.stdout is not None

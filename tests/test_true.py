@@ -408,7 +408,7 @@ def test_an_outage_that_ends_with_the_way_back(tmp_path: Path) -> None:
     lab = create(tmp_path, activation_command=f"rm -f {tmp_path}/down")
     once = lab.file("once")
     release = lab.publish("v1", activation_command=f"[ -e {once} ] || touch {once} {lab.down}")
-    run(lab)
+    run(lab, doomed=True)
     assert lab.labels() == ("v0", "v0", "v0")
     lab.age_attempts(DAY_S)
     run(lab)

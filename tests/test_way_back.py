@@ -100,6 +100,7 @@ def test_a_health_check_after_the_boot_is_no_power_cuts_fault(tmp_path: Path) ->
     lab.client("run")
     lab.machine.power_cycle()
     Path(lab.file("ill")).touch()
+    lab.settings["confirm_timeout"] = 2
     assert "was rolled back (after the boot, health check failed" in lab.client("run")
     assert lab.labels() == ("v0", "v0", "v0") and result(lab) == (Result.ROLLED_BACK, release)
 
