@@ -20,12 +20,14 @@ def test_killed_in_the_build(lab: Lab) -> None:
     kill_tree(process)
     assert lab.labels() == ("v0", "v0", "v0")
     assert list(lab.state.glob(".tmp-*")) != []
+    (lab.state / "outbox").mkdir()
+    (lab.state / f"outbox/.tmp-{process.pid}-log").touch()
     Path(lab.file("go")).touch()
     lab.client("run")
     assert lab.labels() == ("v1", "v1", "v1")
     assert (lab.last().result, lab.last().attempt) == (Result.OK, 1)
     assert lab.log().count("nixos-rebuild build") == 2
-    assert list(lab.state.glob(".tmp-*")) == []
+    assert [*lab.state.glob(".tmp-*"), *lab.state.glob("outbox/.tmp-*")] == []
 
 
 @pytest.mark.parametrize("power_cut", [False, True], ids=["killed", "power-cut"])
