@@ -6,8 +6,8 @@ that directory has no EFI variables. (A machine of the lab that is off has them 
 
 import fnmatch
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 VENDOR = "4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"  # systemd-boot's
 LAB_VARIABLES = "var/lib/lab-efivars"
@@ -15,8 +15,7 @@ ATTRIBUTES = b"\x07\x00\x00\x00"
 COUNTED = re.compile(r"(.*)\+(\d+)(?:-(\d+))?\.conf")
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     path: Path
     title: str
     sort_key: str
