@@ -2297,7 +2297,12 @@ class Machine:
     def write_menu(self, system: str) -> None:
         """The boot menu once more. Without a unit, for it may be the shutdown: `boot` touches no other."""
         run([f"{system}/bin/switch-to-configuration", "boot"], timeout=self.settings.activation_timeout)
-        self.loader.flush()
+        self.flush_menu(system)
+
+    def flush_menu(self, system: str) -> None:
+        """After each `boot` of a system. Without it there is more to lose in a power cut, and no more than that."""
+        with best_effort(self.log):
+            self.loader_of(system).flush()
 
     def count_proof(self) -> int:
         """How often a proof has failed since the boot, this one included. In /run: it is of one boot, and a full disk must
@@ -3231,8 +3236,7 @@ def make_default(machine: Machine, system: str, pending: Pending) -> str | None:
     except BentoError as error:
         return f"the system profile could not be set: {error}"
     done = machine.switch(system, "boot", pending.token)
-    with best_effort(machine.log):
-        machine.loader_of(system).flush()
+    machine.flush_menu(system)
     fault = machine.loader_of(system).entry_fault(system)
     # On a full /boot nothing can be written. On the way back that does no harm, where the menu is as it was, whichever
     # boot loader the new system has.

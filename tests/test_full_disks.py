@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from toylab import Lab, Systemd, at_any_price, kill_tree, wait_until
+from toylab import Lab, Systemd, at_any_price, fake_program, kill_tree, wait_until
 from toynixos import _missing
 
 import bento_client
@@ -157,16 +157,14 @@ def test_a_full_disk_is_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize("code", [0, 1])
 def test_boot_is_on_its_disk_before_a_variable_names_an_entry(tmp_path: Path, code: int) -> None:
     """GRUB's installer flushes nothing. Without the flush there is more to lose in a power cut, and no more than that."""
-    boot, fake, seen = tmp_path / "machine/boot", tmp_path / "path/sync", tmp_path / "seen"
+    boot, seen = tmp_path / "machine/boot", tmp_path / "seen"
     with disk(boot, "tmpfs", 64):
         lab = Lab.create(tmp_path, inhibitors="dbus 1")
         lab.settings["boot_loader"] = ["systemd-boot", "/boot"]
-        fake.parent.mkdir()
         look = f"ls {boot}/loader/entries {tmp_path}/machine/sys/firmware/efi/efivars"
-        fake.write_text(f'#!/bin/sh\n[ "$*" = "--file-system {boot}" ] && {look} >{seen}\nexit {code}\n')
-        fake.chmod(0o755)
+        path = fake_program(lab, "sync", f'[ "$*" = "--file-system {boot}" ] && {look} >{seen}\nexit {code}\n')
         lab.publish("v1", inhibitors="dbus 2", kernel="6.13")
-        lab.client("run", PATH=f"{fake.parent}:{lab.machine.env()['PATH']}")
+        lab.client("run", PATH=path)
         assert "nixos-generation-2.conf" in seen.read_text() and "LoaderEntryOneShot" not in seen.read_text()
         assert lab.report().boot_trial == "systemd-boot"
         lab.machine.power_cycle()

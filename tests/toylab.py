@@ -228,8 +228,12 @@ def tree(directory: Path) -> dict[str, tuple[str, bytes]]:
 
 
 def fake_sftp(lab: Lab, script: str) -> str:
-    """A PATH on which `sftp` is this shell script. In it, `sftp` is the toy's."""
-    toy, fake = lab.machine.env()["PATH"], lab.directory / "path/sftp"
+    return fake_program(lab, "sftp", script)
+
+
+def fake_program(lab: Lab, name: str, script: str) -> str:
+    """A PATH on which a program is this shell script. In it, the program is the toy's."""
+    toy, fake = lab.machine.env()["PATH"], lab.directory / "path" / name
     fake.parent.mkdir(exist_ok=True)
     fake.write_text(f"#!/bin/sh\nPATH={toy}\n{script}")
     fake.chmod(0o755)
