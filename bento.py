@@ -2,19 +2,25 @@
 """Bento's server: publishes the configuration of each NixOS host of a fleet, and shows what became of it.
 
 Files. In the fleet directory: hosts/NAME/ (one host's configuration, or a symlink to it), hosts/NAME.pub (its SSH
-public keys), hosts/NAME.sig (what the administrator signed for it), hosts/NAME.absent (why it is away), hosts/waves (the
+public keys), hosts/signed (what the administrator signed for all), hosts/NAME.absent (why it is away), hosts/waves (the
 order of a roll-out), fleet.nix (written from fleet.nix.in). In the chroot directory, for each host: current.json (the
-release to run; replacing it is the moment of publication), releases/ID/, ID.tar and ID.parts/, config -> releases/ID,
-history, and logs/, which belongs to the host: nothing there is trusted. Beside the chroots: .store/, which has each
-release once, for the chroots to link to; .rollout.json; and .lock, which also says what could not be published.
+release to run; replacing it is the moment of publication), releases/ID.tar and ID.parts/, history, and logs/, which
+belongs to the host: nothing there is trusted. Beside the chroots: .store/, which has each release once, for the chroots
+to link to, and in .known what each was read from; .rollout.json, what `populate` remembers; and .lock, in which nothing
+is: its time is that of the last `populate` of the whole fleet.
 
 Exit codes: 0 done, 1 something failed (each failure on stderr) or a host needs a person, 2 usage.
 
-Sections: constants, types, hosts and keys, work trees, releases, states of hosts, waves, publication, signatures,
+Sections: constants, types, hosts and keys, commits, releases, states of hosts, waves, publication, signatures,
 builds, commands, command line.
 """
 
 from __future__ import annotations
+
+import sys
+
+if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
+    del sys.path[0]  # our own directory: others may write there, and a heapq.py beside us would run with what we have
 
 import argparse
 import base64
@@ -38,7 +44,6 @@ import shutil
 import signal
 import stat
 import subprocess
-import sys
 import tarfile
 import textwrap
 import threading
@@ -46,12 +51,14 @@ import time
 import traceback
 import unicodedata
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+if __name__ == "__main__":
+    sys.path.append(os.path.dirname(os.path.realpath(__file__)))  # last, and for what is ours only
 import bento_client as client
 from bento_client import (
     BentoError,
@@ -67,6 +74,9 @@ from bento_client import (
     one_line,
 )
 
+if __name__ == "__main__":
+    del sys.path[-1]
+
 CHROOT_DIR = "/home/chroot"
 GCROOTS = Path("/nix/var/nix/gcroots/bento")
 KEEP_RELEASES = 3
@@ -74,17 +84,18 @@ KEEP_LOGS, MAX_PRUNED = 200, 20_000
 OFFLINE_AFTER_S = 2 * 3600
 # So many polls may be missed, and a host may ask for so much patience.
 MISSED_POLLS, LONGEST_SILENCE_S = 3, 31 * 86400
-# A build that takes longer does not end.
-STUCK_AFTER_S = 12 * 3600
+# A host that is so far behind needs a person: in all, where a reboot is missing that Bento may do, and one that it may not.
+LATE_S, LATE_REBOOT_S, LATE_PERSON_S = 86400.0, 7 * 86400.0, 30 * 86400.0
+# Before a signature expires, and the last publication is too old.
+NOTICE_S = 7 * 86400.0
 SHOWN_ATTEMPTS = 20
 # Of a page: so many hosts are named at its top; with more than that in all, marks that are alike are one.
 SHOWN_PERSONS, MANY_HOSTS = 30, 1000
 # So many logs are opened for a page, to say why an attempt failed.
 MAX_REASONS = 2000
 FULL_DISK_BYTES = 1 << 20
-# The same key as long as it lasts; its words tell since when.
-SILENCE = "all hosts are silent"
-WATCH_PAUSE_S = 2.0
+# The same key as long as it lasts; its words tell since when. While one of these lasts, nothing else is over.
+SILENCE, LOOK = "all hosts are silent", "the fleet cannot be looked at"
 BUILD_LIMIT_S = 12 * 3600.0
 # A host that keeps more than this in logs/ is named in `status`. A client keeps 20 logs there, each at most 1 MB.
 MAX_LOG_FILES = 1000
@@ -97,18 +108,31 @@ LOG_END_BYTES = 4 << 10
 CLOCK_TOLERANCE_S = 300.0
 # So many hosts are published with the same two syncs of the disk: syncs for each would cost more than the copying.
 BATCH = 256
-SMALL_FILE = 128 << 10
-# So much memory for small files that hosts share. A member takes about the second of them besides its content.
-MEMORY_BYTES, MEMBER_BYTES = 8 << 20, 512
+# A member takes about so much of an archive besides its content.
+MEMBER_BYTES, MAX_MEMBERS = 512, 1_000_000
+# So many blobs are asked for at once; so many links are followed on one way; Git has so long for an answer.
+WINDOW, MAX_HOPS, GIT_LIMIT_S = 256, 40, 120.0
+# What changes the bytes of a file when it is checked out, and what it begins with where the key, or the server, is not here.
+CHANGED_BY = ("filter", "ident", "working-tree-encoding", "eol")
+LOCKED = {
+    b"\0GITCRYPT\0": "it is locked: 'git-crypt unlock' here",
+    b"version https://git-lfs.github.com/spec/v1\n": "a pointer of LFS, without its file: 'git lfs pull' here",
+}
+# What lies in a directory that is no work tree of Git's, and is nobody's configuration.
+DROPPINGS = (".jj", ".hg", ".svn", ".direnv", ".#*", "*.swp", "*~")
+# What a fleet says of its hosts, in hosts/.
+OURS = re.compile(r".*\.(pub|sig|absent)|waves|signed", re.DOTALL)
 # So many different directories that hosts share are remembered; usually there is one.
 MAX_SHARED = 16
-MAX_WAVES_BYTES = 1 << 20
+MAX_WAVES_BYTES, MAX_ABSENT_BYTES, MAX_FLEET_BYTES = 1 << 20, 4 << 10, 64 << 20
 # Of names that belong together, so many are shown.
 SHOWN = 5
 # So much of a revision is shown in the table.
 REVISION_WIDTH = 30
 KEEP_HISTORY, MAX_HISTORY_BYTES, LAST_HISTORY_BYTES = 1000, 1 << 20, 4 << 10
-CHROOT_NAMES = {"current.json", "config", "releases", "history", "logs"}
+CHROOT_NAMES = {"current.json", "config", "releases", "history", "logs"}  # `config`: of version 1.1
+# What a publication that was killed leaves there. Other names with a dot are the server's: a `.ssh`.
+LEFT_NAMES = {".current.json.new", ".config.new", ".history.new"}
 RELEASE_NAME = re.compile(r"[0-9a-f]{64}(\.tar|\.parts)?")
 # The first version of the client that heeds a bento.json.
 RECIPE_SINCE = (1, 1)
@@ -127,10 +151,21 @@ KEY_TYPES = {
 # --- types ---
 
 
-class Member(NamedTuple):
-    """One file or directory of a release: `name` as in the archive, `path` where it is read from.
+class Node(NamedTuple):
+    """What a commit has under a name: `mode` and `oid` as Git says them, and the size of a file."""
 
-    `block` is its stretch of the archive, if that is in memory already.
+    mode: str
+    oid: str
+    size: int
+
+
+DIRECTORY, LINK, SUBMODULE = "040000", "120000", "160000"
+
+
+class Member(NamedTuple):
+    """One file or directory of a release: `name` as in the archive, `path` where it lies, for a person.
+
+    Of a file `node` is what the commit has there, in `repository`.
     """
 
     name: str
@@ -138,47 +173,38 @@ class Member(NamedTuple):
     is_directory: bool
     executable: bool = False
     size: int = 0
-    block: bytes | None = None
+    node: Node | None = None
+    repository: Repository | None = None
+
+    @property
+    def place(self) -> str:
+        assert self.repository
+        return self.path[len(self.repository.root.rstrip("/")) + 1 :]
+
+    def read(self) -> Iterator[bytes]:
+        """What was asked for before, chunk by chunk."""
+        assert self.node and self.repository
+        spooled = self.repository.spooled.get(self.place)
+        if spooled is None:
+            assert self.repository.blobs
+            yield from self.repository.blobs.take(self.node.oid, self.size)
+        else:
+            with open(spooled, "rb") as file:
+                while chunk := file.read(1 << 20):
+                    yield chunk
+
+    def bytes(self) -> bytes:
+        assert self.node and self.repository
+        return b"".join(self.read()) if self.place in self.repository.spooled else self.repository.read(self.node)
 
 
 class Release(NamedTuple):
-    """What is to be published, and its name: the SHA-256 of its archive of `size` bytes."""
+    """What is to be published, and its name: the SHA-256 of its archive of `size` bytes. `key`: the same for the same
+    content, and known before it is read."""
 
     id: str
     size: int
-    members: Sequence[Member]
-
-
-class Entry(NamedTuple):
-    """What a directory has that belongs to a release. `place` is where it lies, `path` where it leads.
-
-    `kept`: also when nothing below it belongs to a release.
-    """
-
-    name: str
-    place: str
-    path: str
-    is_directory: bool
-    executable: bool
-    size: int
-    linked: bool
-    kept: bool
-
-
-class WorkTree(NamedTuple):
-    """What Git knows of a work tree. `files` are tracked, submodules among them, and lie in `directories`.
-
-    `others` are neither tracked nor ignored; a directory with nothing else in it stands for all of it, with a slash.
-    """
-
-    root: str
-    files: frozenset[str]
-    directories: frozenset[str]
-    others: frozenset[str]
-
-    def name(self, path: str) -> str:
-        """What Git calls a path."""
-        return path[len(self.root.rstrip("/")) + 1 :]
+    key: str
 
 
 class Fleet:
@@ -187,7 +213,17 @@ class Fleet:
     def __init__(self, directory: Path, chroot_dir: Path, *, named: bool = False) -> None:
         self.directory, self.chroot_dir, self.named = directory, chroot_dir, named
         self.real, self.real_hosts = os.path.realpath(directory), os.path.realpath(directory / "hosts")
-        self.source = Source(self.real, self.real_hosts)
+        self.source = Source(os.path.abspath(directory), chroot_dir / ".store/.known")
+
+    @functools.cached_property
+    def ruler(self) -> Ruler:
+        """Whose the fleet's directory is. BentoError where it is another's than who can have put it there."""
+        ruler = find_tree_ruler(self.real)
+        if find_ruler(str(self.directory)) != ruler:
+            raise BentoError(
+                f"{self.directory}: a link of somebody's to a tree of somebody else's, {self.real}: name that"
+            )
+        return ruler
 
     def host(self, name: str) -> Path:
         return self.directory / "hosts" / name
@@ -204,6 +240,110 @@ class Refusal(NamedTuple):
     error: str
 
 
+class Wave(NamedTuple):
+    """A line of hosts/waves: its hosts, for how long each must have run a release before later ones get it, and how many of
+    them may have failed it."""
+
+    hosts: tuple[str, ...]
+    soak_s: float
+    may_fail: int = 0
+
+
+class Candidate(NamedTuple):
+    """What one `populate` of the whole fleet found: what each host would get, None where that cannot be published. `name`:
+    its commits, for people. So many waves as it has `reached` may have it, since `moved_s`."""
+
+    made_s: float
+    name: str
+    wanted: Mapping[str, Current | None]
+    reached: int = 0
+    moved_s: float = 0.0
+
+    def release(self, host: str) -> str:
+        current = self.wanted.get(host)
+        return current.release if current is not None else ""
+
+
+class Run(NamedTuple):
+    """That a host runs a release, proven, since then on this server's clock, without a verdict. `units`: those that failed
+    before it, too."""
+
+    release: str
+    system: str
+    since_s: float
+    units: tuple[str, ...] = ()
+
+
+class Standing(NamedTuple):
+    """Where a host stands: what it reports, what it has run, and what the server knows of it besides."""
+
+    found: Found
+    runs: tuple[Run, ...] = ()
+    absent: bool = False
+    refused: bool = False
+
+    @property
+    def published(self) -> str:
+        return self.found.current.release if self.found.current is not None else ""
+
+
+class Hold(NamedTuple):
+    """Hosts that wait for the same: whom they wait for and why, since when, and when somebody has to look at it. `hosts`:
+    what is published for each meanwhile."""
+
+    candidate: str
+    blockers: tuple[tuple[str, str], ...]
+    since_s: float
+    still_s: float
+    hosts: Mapping[str, str]
+
+    @property
+    def reason(self) -> str:
+        return f"wait for {show_names([f'{host} ({why})' for host, why in self.blockers])}"
+
+    @property
+    def stopped(self) -> list[tuple[str, str]]:
+        return [(host, why) for host, why in self.blockers if why in FAILED]
+
+
+class Rollout(NamedTuple):
+    """.rollout.json: what `populate` remembers. `fits`: the words of hosts/waves that stood for a host once; `line`: the
+    roll-out as a sentence; `error`: why the last `populate` of the whole fleet did not come to its end."""
+
+    candidates: tuple[Candidate, ...] = ()
+    runs: Mapping[str, tuple[Run, ...]] = {}
+    holds: tuple[Hold, ...] = ()
+    refused: Mapping[str, Refusal] = {}
+    fits: tuple[str, ...] = ()
+    line: str = ""
+    error: str = ""
+
+    @property
+    def releases(self) -> set[str]:
+        """What .store has to keep."""
+        return {current.release for each in self.candidates for current in each.wanted.values() if current is not None}
+
+    def words(self, now_s: float) -> dict[tuple[str, str], str]:
+        """What to say of each host that is held, by its name and its release: it may have got another since."""
+        return {
+            (host, release): f"held {age(now_s - hold.since_s)}: {hold.reason}"
+            for hold in self.holds
+            for host, release in hold.hosts.items()
+        }
+
+    def still(self, now_s: float) -> dict[str, str]:
+        """Roll-outs that have not moved for their soak and a day."""
+        return {
+            f"{hold.candidate}: the roll-out stands still": f"{hold.candidate}: the roll-out stands still for"
+            f" {age(now_s - hold.still_s + LATE_S)}, {counted(len(hold.hosts))} {hold.reason}"
+            for hold in self.holds
+            if now_s > hold.still_s
+        }
+
+
+NO_ROLLOUT = Rollout()
+
+
 class Beside(NamedTuple):
     """What the server itself knows of hosts, besides their chroots: which are acknowledged as `absent`, which
     configurations are not published, and which wait for other hosts. Each with words for a person."""
@@ -211,6 +351,9 @@ class Beside(NamedTuple):
     absent: dict[str, str]
     refused: dict[str, Refusal]
     held: dict[tuple[str, str], str]  # by the release that is published, too: it may have got another since
+    late_reboot_s: float = LATE_PERSON_S
+    logs: tuple[str, ...] = ()  # directories like the chroots', where reports lie, too
+    rollout: Rollout = NO_ROLLOUT
 
 
 NOTHING_BESIDE = Beside({}, {}, {})
@@ -228,7 +371,8 @@ class Attempt(NamedTuple):
 class Found(NamedTuple):
     """All that there is to read of a host: what is published for it, its report, when that came, and what is wrong.
 
-    `logs`: the newest ones' names, oldest first. `unreadable`: what is wrong keeps us from knowing how it is.
+    `logs`: the newest ones' names, oldest first. `unreadable`: what is wrong keeps us from knowing how it is. `history`:
+    what was published for it, if it runs something else than it is to run.
     """
 
     current: Current | None
@@ -237,40 +381,79 @@ class Found(NamedTuple):
     problem: str
     logs: tuple[str, ...] = ()
     unreadable: bool = False
+    history: tuple[Published, ...] = ()
 
 
-# What a person is needed for, most important first.
-REASONS = (
-    "offline", "problem", "failed", "stuck", "failed_units", "two_machines", "drift", "not_published", "expired",
-)  # fmt: skip
+class Published(NamedTuple):
+    """A line of a host's `history`."""
+
+    time: str
+    release: str
+    revision: str | None
+    system: str | None
+    by: str = ""
+
+
+# What may be the matter with a host besides its state, what is worst first: whether that needs a person, and what a metric
+# says of it. What has no metric is told by the state.
+FLAGS = {
+    "problem": (True, ""),
+    "failed": (True, ""),
+    "failed_units": (True, "Whether units failed when a host's release was activated, and still do."),
+    "not_published": (True, "Whether a host's configuration failed to be published."),
+    "drift": (True, "Whether a host runs another system than its release's."),
+    "two_machines": (True, "Whether another machine has reported as a host, too."),
+    "expired": (True, "Whether nobody vouches any more for what is published for a host."),
+    "expires_soon": (True, "Whether that will be so within a week."),
+    "late": (True, "Whether a host has not come to what is published for it, for too long."),
+    "offline": (True, "Whether a host has not been seen for too long."),
+    "needs_reboot": (False, "Whether a host needs a reboot."),
+    "other_client": (False, "Whether a host runs another version of the client than the server has."),
+    "paused": (False, "Whether a host deploys nothing for now."),
+    "absent": (False, "Whether a host is known to be away."),
+}
+MARKS = {flag: text for flag, (_, text) in FLAGS.items() if text}
+
+
+class Flag(NamedTuple):
+    """One of FLAGS that holds: in words, since when as far as we know, and `about`, the same words for all hosts that have
+    it for the same reason, whenever it began."""
+
+    words: str
+    since_s: float | None = None
+    about: str = ""
 
 
 class Row(NamedTuple):
-    """What is known of a host. `seen_s`: seconds since 1970 on the server's clock. `expired`: what is published for it is
-    signed, for a time that is over. `stuck`: it has been building for longer than any build takes. `held`: since when, and
-    whom it waits for."""
+    """What is known of a host. `flags`: which of FLAGS hold. `seen_s`: seconds since 1970 on the server's clock. `held`:
+    since when, and whom it waits for. `was`: the state of one that has fallen silent since."""
 
     host: str
     state: str
-    offline: bool
-    needs_reboot: bool
-    drift: bool
+    flags: Mapping[str, Flag]
     current: Current | None
     report: Report | None
     seen_s: float | None
-    problem: str
-    expired: bool = False
-    paused: bool = False
-    stuck: bool = False
     absence: str = ""
     refusal: Refusal | None = None
     held: str = ""
     logs: tuple[str, ...] = ()
+    was: str = ""
 
     @property
     def reasons(self) -> list[str]:
-        """Which of REASONS hold. A host that is known to be away needs nobody."""
-        return [] if self.offline and self.absent else [flag for flag in REASONS if getattr(self, flag)]
+        """Why it needs a person. A host that is known to be away needs nobody."""
+        away = {"offline", "absent"} <= self.flags.keys()
+        return [] if away else [flag for flag in self.flags if FLAGS[flag][0]]
+
+    @property
+    def broke_s(self) -> float:
+        """Since when it needs one, for what is worst."""
+        return (self.flags[self.reasons[0]].since_s or 0.0) if self.reasons else 0.0
+
+    @property
+    def silent(self) -> bool:
+        return "offline" in self.flags
 
     @property
     def needs_a_person(self) -> bool:
@@ -281,33 +464,23 @@ class Row(NamedTuple):
         return self.state in ("failing", "rolled-back")
 
     @property
-    def failed_units(self) -> bool:
-        return self.report is not None and bool(self.report.failed_units)
-
-    @property
-    def absent(self) -> bool:
-        return bool(self.absence)
-
-    @property
-    def not_published(self) -> bool:
-        return self.refusal is not None
-
-    @property
-    def other_client(self) -> bool:
-        return self.report is not None and self.report.client != client.VERSION
-
-    @property
-    def two_machines(self) -> bool:
-        """Whether the machine that reported last has seen another one report under this name."""
-        return self.report is not None and self.report.twin is not None
-
-    @property
     def revision(self) -> str | None:
         """Of the release that the host runs: as it was published, else as the host says."""
         if self.report is None or self.report.release is None:
             return None
         same = self.current is not None and self.current.release == self.report.release
         return self.current.revision if same and self.current is not None else self.report.revision
+
+    @property
+    def runs(self) -> str:
+        """What people call that: its commit, if that is known."""
+        found = COMMIT.match(self.revision or "")
+        return found[0][:7] if found is not None else ((self.report.release if self.report else None) or "")[:7]
+
+    @property
+    def subject(self) -> str:
+        """What is said of it, besides the commit."""
+        return COMMIT.sub("", one_line(self.revision or ""), count=1).strip()
 
     @property
     def published_s(self) -> float | None:
@@ -371,10 +544,12 @@ class Plan(NamedTuple):
     revision: str | None = None
     after: tuple[str, ...] = ()
     now: bool = False
+    again: bool = False
 
 
 class Job(NamedTuple):
-    """What there is to do for one host. `before` is what is published, and `unchanged` when that is its release."""
+    """What there is to do for one host. `before` is what is published, and `unchanged` when that is its release. `kept`: what was
+    to be published when an earlier `populate` read it."""
 
     name: str
     release: Release
@@ -383,6 +558,7 @@ class Job(NamedTuple):
     unchanged: bool
     revision: str | None
     signature: Signature | None = None
+    kept: Current | None = None
 
 
 # --- hosts and keys ---
@@ -390,12 +566,21 @@ class Job(NamedTuple):
 NO_HOST_NAME = "no host name: letters, digits, _ and -, at most 25, a letter or digit first"
 
 
-def read_limited(path: Path, limit: int) -> bytes:
-    """A file's content. BentoError when it is larger than can be."""
-    with open(path, "rb") as file:
+def read_own(fleet: Fleet, name: str, limit: int = client.MAX_JSON_BYTES) -> bytes:
+    """A small file of the fleet's, hosts/NAME.pub for one: what its ruler may read, within the work tree or the fleet's
+    directory, whatever it is a link to. BentoError for anything else; never blocks."""
+    path = f"{fleet.directory}/{name}"
+    real, tree = os.path.realpath(path), find_root(fleet.real) or fleet.real
+    if not real.startswith(tuple(f"{top.rstrip('/')}/" for top in (tree, fleet.real, fleet.real_hosts))):
+        raise BentoError(f"{name}: a link out of the fleet's directory, to {one_line(real)}")
+    with acting_as(fleet.ruler):
+        descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise BentoError(f"{name}: no regular file")
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise BentoError(f"{path}: larger than {limit} bytes")
+        raise BentoError(f"{name}: larger than {limit} bytes")
     return data
 
 
@@ -403,31 +588,43 @@ def scan_hosts(fleet: Fleet) -> list[os.DirEntry[str]]:
     """What lies in hosts/, by name, but for what is hidden. BentoError when that cannot be told: it is not nothing."""
     directory = fleet.directory / "hosts"
     try:
-        entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+        with acting_as(fleet.ruler):
+            entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
     except OSError as error:
         raise BentoError(f"{directory}: {error.strerror}: --fleet names the directory that has hosts/ in it") from None
     return [entry for entry in entries if not entry.name.startswith(".")]
 
 
 def find_hosts(fleet: Fleet, wanted: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The hosts to work on, and an error for each name in hosts/ that no host can have."""
+    """The hosts to work on, and an error for each name in hosts/ that no host can have. What is `wanted` may be a shell
+    pattern."""
     hosts, errors = [], []
     for entry in scan_hosts(fleet):
-        if entry.name.endswith((".pub", ".sig", ".absent")) or entry.is_file(follow_symlinks=False):
+        if entry.name.endswith((".pub", ".absent")) or entry.is_file(follow_symlinks=False):
             continue
-        if entry.name == "waves" and not entry.is_dir():  # a link
+        if entry.name in ("waves", "signed") and not entry.is_dir():  # a link
             continue
         if client.HOST_NAME.fullmatch(entry.name):
             hosts.append(entry.name)
         else:
             errors.append(f"hosts/{one_line(entry.name)}: {NO_HOST_NAME}")
-    known = set(hosts)
+    meant = set[str]()
     for name in wanted:
-        if name not in known:
+        fitting = [name] if name in hosts else fnmatch.filter(hosts, name)
+        if not fitting:
             raise UsageError(
-                f"{one_line(name)}: no such host: there is no {fleet.host(name)}; 'bento.py add' makes one"
+                f"{one_line(name)}: no such host: there is no {fleet.host(name)}"
+                f"{did_you_mean(name, hosts)}; 'bento.py add' makes one"
             )
-    return ([name for name in hosts if name in wanted] if wanted else hosts), ([] if wanted else errors)
+        meant.update(fitting)
+    return ([name for name in hosts if name in meant] if wanted else hosts), ([] if wanted else errors)
+
+
+def did_you_mean(name: str, hosts: Sequence[str]) -> str:
+    import difflib  # for a mistake only
+
+    close = difflib.get_close_matches(name, hosts, 1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def counted(number: int, what: str = "host") -> str:
@@ -468,7 +665,7 @@ def parse_key(line: str, where: str) -> tuple[str, str, str]:
 def read_keys(fleet: Fleet, name: str) -> list[tuple[str, str, str]]:
     where = f"hosts/{name}.pub"
     try:
-        lines = (fleet.directory / where).read_text("utf-8").splitlines()
+        lines = read_own(fleet, where).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BentoError(f"{where}: cannot be read: {one_line(str(error))}") from None
     keys = []
@@ -536,7 +733,10 @@ def unknown_keys(fleet: Fleet, hosts: Sequence[str]) -> list[str]:
         with suppress(BentoError):  # no key, or a bad one, which is told elsewhere
             blobs = [blob for _, blob, _ in read_keys(fleet, name)] if places else []
             for step, place in places:
-                known = place.read_text("utf-8", "replace") if place.exists() else ""
+                known = ""
+                if place.exists():
+                    raw = read_own(fleet, "fleet.nix", MAX_FLEET_BYTES) if place == made else place.read_bytes()
+                    known = raw.decode("utf-8", "replace")
                 if not all(blob in known for blob in blobs):
                     steps.setdefault(step, []).append(name)
                     break
@@ -574,7 +774,7 @@ def format_fleet(template: str, keys: dict[str, list[tuple[str, str, str]]], chr
     return "\n".join(lines) + "\n"
 
 
-# --- work trees ---
+# --- commits ---
 
 
 def read_file(path: str, limit: int) -> bytes:
@@ -589,107 +789,346 @@ def read_file(path: str, limit: int) -> bytes:
         os.close(descriptor)
 
 
-# What lies in a directory that is no work tree of Git's, and is nobody's configuration.
-DROPPINGS = re.compile(r"\.git|\.jj|\.hg|\.svn|\.direnv|\.#.*|.*\.swp|.*~", re.DOTALL)
+Ruler = tuple[int, int] | None
 
 
-def is_work_tree(directory: str) -> bool:
-    """Whether Git would take it for the top of a work tree: of a repository, a submodule, or a second work tree."""
-    git_dir = f"{directory}/.git"
-    with suppress(OSError):
-        text = read_file(git_dir, 4096)  # of a directory it cannot be read
-        if not text.startswith(b"gitdir: "):
-            return False
-        git_dir = os.path.join(directory, os.fsdecode(text[8:].strip()))
-    parts = ("HEAD",) if os.path.exists(f"{git_dir}/commondir") else ("HEAD", "objects", "refs")
-    return all(os.path.lexists(f"{git_dir}/{part}") for part in parts)
+def find_ruler(path: str) -> Ruler:
+    """Whose a path is, for root: uid and gid of the first name on the way there, links and all, that is not root's; whoever
+    has that can have put anything at all behind it. None: ours. BentoError where everybody could have."""
+    at, todo = "/", deque(path.split("/"))
+    while os.geteuid() == 0 and todo:
+        at = os.path.normpath(f"{at}/{todo.popleft()}")
+        try:
+            found = os.lstat(at)
+        except FileNotFoundError:  # who will make it is who rules what is there
+            return None
+        if found.st_uid != 0:
+            return found.st_uid, found.st_gid
+        if stat.S_ISLNK(found.st_mode):
+            target = os.readlink(at)
+            at = "/" if target.startswith("/") else os.path.dirname(at)
+            todo.extendleft(reversed(target.split("/")))
+        elif found.st_mode & stat.S_IWOTH and not (found.st_mode & stat.S_ISVTX and todo):
+            raise BentoError(f"{at}: everybody may write there: 'chmod o-w' it")
+        elif found.st_mode & stat.S_IWGRP and found.st_gid != 0 and not found.st_mode & stat.S_ISVTX:
+            raise BentoError(f"{at}: root's, and a group may write there: 'chmod g-w' it, or give it to who may")
+    return None
 
 
-def git(root: str, *words: str, given: bytes | None = None, writing: bool = False) -> bytes:
-    """What git says of a work tree, which may be anybody's, and we root: nothing that its settings name is run.
+def find_tree_ruler(root: str) -> Ruler:
+    """Whose a tree is. BentoError where everybody may write in it."""
+    ruler = find_ruler(root)
+    if ruler is not None and os.stat(root).st_mode & stat.S_IWOTH:
+        raise BentoError(f"{root}: everybody may write there: 'chmod o-w' it")
+    return ruler
 
-    There is no monitor, no hook and no protocol to fetch by; what reads the content of files would run its filters, and
-    is only used in `writing`, without them, and as whom the repository belongs to, so that all of it stays theirs. Git
-    asks whose a work tree is only when it has to find it. What a hook has set in the environment is not meant for us.
+
+@contextmanager
+def acting_as(ruler: Ruler) -> Iterator[None]:
+    """What root opens by a path in somebody's tree it opens as they would. Nothing else may be going on meanwhile."""
+    if ruler is None or os.geteuid() != 0:
+        yield
+        return
+    groups, group = os.getgroups(), os.getegid()
+    try:
+        os.setgroups(groups_of(ruler))
+        os.setegid(ruler[1])
+        os.seteuid(ruler[0])
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(group)
+        os.setgroups(groups)
+
+
+def groups_of(ruler: tuple[int, int]) -> list[int]:
+    try:
+        return os.getgrouplist(pwd.getpwuid(ruler[0]).pw_name, ruler[1])
+    except KeyError:
+        return []
+
+
+class Git:
+    """The one door to a repository: git, run as whom the tree belongs to. A hook's environment is not meant for us; nothing
+    is fetched, and no monitor asked. What else its settings name (filters) runs as its ruler, who may run that anyway."""
+
+    def __init__(self, root: str, **more: str) -> None:
+        self.root = root
+        ruler = find_tree_ruler(root)
+        if ruler is None and os.path.lexists(f"{root}/.git"):
+            ruler = find_ruler(f"{root}/.git")
+        self.ruler = ruler
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_") and name != "HOME"}
+        self.environment = kept | {
+            "LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0", "GIT_NO_REPLACE_OBJECTS": "1", "GIT_ALLOW_PROTOCOL": "none",
+            "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0", "GIT_CEILING_DIRECTORIES": os.path.dirname(root), **more,
+        }  # fmt: skip
+        self.identity: dict[str, Any] = {}
+        if ruler is not None:
+            self.identity = {"user": ruler[0], "group": ruler[1], "extra_groups": groups_of(ruler)}
+        with suppress(KeyError):
+            self.environment["HOME"] = pwd.getpwuid(ruler[0] if ruler else os.geteuid()).pw_dir
+
+    def start(self, *words: str, program: str = "git") -> subprocess.Popen[bytes]:
+        settings = [
+            "core.fsmonitor=false", "core.hooksPath=/dev/null", "core.autocrlf=false", "core.eol=lf",
+            "core.attributesFile=/dev/null",
+        ]  # fmt: skip
+        if self.ruler is None and os.geteuid() == 0:
+            settings.append("safe.directory=")  # with root's own `*`, root would obey anybody's settings
+        options = [word for item in settings for word in ("-c", item)]
+        argv = [program, *(["-C", self.root, *options] if program == "git" else []), *words]
+        if client.verbose:
+            print(f"+ {shlex.join(argv)}", file=sys.stderr)
+        how: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | self.identity
+        try:
+            process: subprocess.Popen[bytes] = subprocess.Popen(argv, cwd="/", env=self.environment, umask=0o077, **how)
+            return process
+        except OSError as error:
+            why = f"the program {program} is needed" if isinstance(error, FileNotFoundError) else str(error.strerror)
+            raise BentoError(f"{self.root}: {why}: nothing is published without it") from None
+
+    def run(self, *words: str, given: bytes = b"", program: str = "git") -> bytes:
+        process = self.start(*words, program=program)
+        try:
+            out, err = process.communicate(given, timeout=GIT_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise BentoError(f"{self.root}: {program} {words[0]} did not end in {GIT_LIMIT_S:.0f} seconds") from None
+        if process.returncode != 0:
+            said = one_line(err.decode(errors="replace")) or f"exit {process.returncode}"
+            raise BentoError(f"{self.root}: {program} {words[0]}: {said}")
+        return out
+
+
+class Blobs:
+    """`git cat-file --batch`: the content of blobs, in the order that they were asked for. Each is what its name says, or
+    an error: whoever owns the repository owns this process, too."""
+
+    def __init__(self, git: Git) -> None:
+        self.root, self.process = git.root, git.start("cat-file", "--batch")
+        assert self.process.stdin and self.process.stdout
+        self.requests, self.answers = self.process.stdin, self.process.stdout
+        self.ending = threading.Timer(GIT_LIMIT_S, self.process.kill)
+
+    def ask(self, oids: Iterable[str]) -> None:
+        """At most WINDOW: that many fit into the pipe, whether or not somebody reads the other one."""
+        oids = list(oids)
+        self.waiting, self.ending = len(oids), threading.Timer(GIT_LIMIT_S, self.process.kill)
+        self.ending.daemon = True
+        self.ending.start()  # its ruler could stop it for ever
+        try:
+            self.requests.write(b"".join(b"%s\n" % oid.encode() for oid in oids))
+            self.requests.flush()
+        except OSError:
+            raise BentoError(f"{self.root}: git cat-file has ended") from None
+
+    def take(self, oid: str, size: int) -> Iterator[bytes]:
+        said = self.answers.readline()
+        if said != b"%s blob %d\n" % (oid.encode(), size):
+            why = "it is not here: 'git fetch' it" if b"missing" in said else "git has no answer"
+            raise BentoError(f"{self.root}: object {oid[:12]}: {why}")
+        digest = (hashlib.sha1 if len(oid) == 40 else hashlib.sha256)(b"blob %d\0" % size)
+        left = size
+        while left and (chunk := self.answers.read(min(left, 1 << 20))):
+            left -= len(chunk)
+            digest.update(chunk)
+            yield chunk
+        self.waiting -= 1
+        if not self.waiting:
+            self.ending.cancel()
+        if left or self.answers.read(1) != b"\n" or digest.hexdigest() != oid:
+            raise BentoError(f"{self.root}: object {oid[:12]}: it is damaged: 'git fsck'")
+
+    def close(self) -> None:
+        self.ending.cancel()
+        self.process.kill()
+        for pipe in (self.requests, self.answers, self.process.stderr):
+            with suppress(OSError):
+                pipe.close()  # type: ignore[union-attr]
+        self.process.wait()
+
+
+class Repository:
+    """What a commit has, and nothing of what lies in its work tree: `nodes` by path, and the `names` in each directory.
+
+    `inner`: a submodule, at the commit that the outer one records. `plain`: no repository; what lies there is the commit
+    of one that is ours for a moment. `bad`: names that no file can have, and content that is locked, each with why.
     """
-    argv = ["git", f"--git-dir={root}/.git", f"--work-tree={root}", *words]
-    settings = {"core.fsmonitor": "false", "core.hooksPath": "/dev/null"}
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    environment |= {"GIT_ALLOW_PROTOCOL": "none", "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
-    if writing:
-        named = git(root, "config", "--null", "--name-only", "--list").split(b"\0")
-        filters = [os.fsdecode(name) for name in named if name.startswith(b"filter.")]
-        settings |= {name: "false" if name.endswith(".required") else "" for name in filters}
-        owner = os.stat(f"{root}/.git")
-        if os.geteuid() == 0 != owner.st_uid:
-            argv = ["setpriv", f"--reuid={owner.st_uid}", f"--regid={owner.st_gid}", "--clear-groups", *argv]
-            environment |= {"HOME": "/nonexistent", "XDG_CONFIG_HOME": "/nonexistent"}
-    environment["GIT_CONFIG_COUNT"] = str(len(settings))
-    for number, (name, value) in enumerate(settings.items()):
-        environment |= {f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": value}
-    if client.verbose:
-        print(f"+ {shlex.join(argv)}", file=sys.stderr)
-    try:
-        done = subprocess.run(argv, cwd=root, env=environment, input=given, capture_output=True, timeout=600)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BentoError(f"{root}: git: {error}") from None
-    if done.returncode != 0:
-        said = one_line(done.stderr.decode(errors="replace")) or f"exit {done.returncode}"
-        raise BentoError(f"{root}: git {words[0]}: {said}")
-    return done.stdout
 
+    def __init__(self, root: str, aside: Path, commit: str = "", *, plain: bool = False) -> None:
+        self.root, self.aside, self.inner, self.plain, self.git = root, aside, bool(commit), plain, Git(root)
+        self.bad: dict[str, str] = {}
+        self.specials: list[str] = []
+        self.blobs: Blobs | None = None
+        self.spooled: dict[str, Path] = {}
+        if plain:
+            self.tree = self.adopt()
+            return
+        words = "--format=%H%x00%T%x00%ct%x00%h%x00%s"
+        try:
+            said = self.git.run("rev-list", "--max-count=1", words, commit or "HEAD", "--").decode(errors="replace")
+        except BentoError as error:
+            if shutil.which("git") is None:
+                raise
+            raise BentoError(
+                f"{error}: Git cannot say what is committed there, so nothing of it is published"
+            ) from None
+        self.commit, self.tree, when, short, subject = said.partition("\n")[2].rstrip("\n").split("\0", 4)
+        self.time, self.revision = int(when), one_line(f"{short} {subject}", 200)
 
-def read_work_tree(root: str) -> WorkTree:
-    files, directories, others = set[str](), {""}, set[str]()
-    words = ("-z", "-t", "--cached", "--others", "--exclude-standard", "--directory", "--no-empty-directory")
-    for item in git(root, "ls-files", *words).split(b"\0")[:-1]:
-        path = os.fsdecode(item[2:])
-        (others if item[:1] == b"?" else files).add(path)
-        while item[:1] != b"?" and (path := path.rpartition("/")[0]) not in directories:
-            directories.add(path)
-    return WorkTree(root, frozenset(files), frozenset(directories), frozenset(others))
+    def adopt(self) -> str:
+        """Makes what lies there a tree of Git's, in a repository of ours that is its ruler's."""
+        template, own = self.aside / "template/info", self.make_aside()
+        template.mkdir(parents=True, exist_ok=True)
+        (template / "attributes").write_text("* -text -filter -ident -eol -working-tree-encoding\n")
+        self.git = Git(self.root, GIT_DIR=f"{own}/git", GIT_WORK_TREE=self.root)
+        self.git.run("init", "--quiet", f"--template={template.parent}")
+        exclude = [f":(exclude,glob)**/{name}" for name in DROPPINGS]
+        fast = ("-c", "core.looseCompression=0", "-c", "core.fsync=none", "-c", "advice.addEmbeddedRepo=false")
+        self.git.run(*fast, "add", "--all", "--force", "--", ".", *exclude)
+        tree = self.git.run(*fast, "write-tree").decode().strip()
+        odd = (
+            "(",
+            "-name",
+            ".git",
+            "-prune",
+            "-o",
+            "!",
+            "-type",
+            "f",
+            "!",
+            "-type",
+            "d",
+            "!",
+            "-type",
+            "l",
+            ")",
+            "-print0",
+        )
+        links = {path for path, node in self.list_tree(tree) if node.mode == SUBMODULE}
+        for raw in self.git.run(f"{self.root}/", *odd, program="find").split(b"\0")[:-1]:
+            path = os.fsdecode(raw)[len(self.root.rstrip("/")) + 1 :]
+            if path.rpartition("/")[2] != ".git":
+                self.specials.append(path)
+            elif os.path.dirname(path) not in links:
+                raise BentoError(f"{self.root}/{one_line(path)}: Git cannot use it, so nothing around it is published")
+        return tree
 
+    def make_aside(self) -> Path:
+        path = self.aside / os.urandom(8).hex()
+        path.mkdir(mode=0o700)
+        if self.git.ruler is not None:
+            os.chown(path, *self.git.ruler)
+        return path
 
-def read_revision(root: str) -> str | None:
-    """The commit that a work tree is at, for a person; `+`: and something else. None when there is no commit yet."""
-    try:
-        line = git(root, "rev-list", "--max-count=1", "--format=%h %s", "HEAD", "--").decode(errors="replace")
-    except BentoError:
-        return None
-    commit, _, subject = line.rstrip("\n").rpartition("\n")[2].partition(" ")
-    try:
-        staged = git(root, "diff-index", "--cached", "--name-only", "HEAD", "--")
-        listed = git(root, "ls-files", "-z", "--stage", "--debug")
-        dirty = bool(staged) or any(differs(root, *found.groups()) for found in INDEXED.finditer(listed))
-    except BentoError:  # what cannot be compared is something else, and keeps no host from its release
-        dirty = True
-    return one_line(f"{commit}{'+' if dirty else ''} {subject}", 200)
+    def list_tree(self, tree: str) -> Iterator[tuple[str, Node]]:
+        for item in self.git.run("ls-tree", "-r", "-t", "-z", "-l", "--full-tree", tree).split(b"\0")[:-1]:
+            head, _, raw = item.partition(b"\t")
+            mode, _, oid, size = head.decode().split()
+            yield raw.decode("utf-8", "surrogateescape"), Node(mode, oid, 0 if size == "-" else int(size))
 
+    @functools.cached_property
+    def nodes(self) -> dict[str, Node]:
+        found: dict[str, Node] = {"": Node(DIRECTORY, self.tree, 0)}
+        self.names: dict[str, list[str]] = {"": []}
+        for path, node in self.list_tree(self.tree):
+            above, _, name = path.rpartition("/")
+            # Git itself looks at names when it checks out, not when it lists.
+            while above not in self.names:
+                above, _, inner = above.rpartition("/")
+                name = f"{inner}/{name}"
+            if path in found or "/" in name or name in ("", ".", "..") or name.lower() == ".git":
+                self.bad[path] = "a name that no file can have"
+            found[path] = node
+            self.names[above].append(name)
+            if node.mode == DIRECTORY:
+                self.names[path] = []
+        if not self.plain:
+            self.check_out(found)
+        return found
 
-# Of a file in the index: its mode, its object, its name, when it was changed, and its size.
-INDEXED = re.compile(
-    rb"(\d{6}) ([0-9a-f]+) \d\t([^\0]*)\0  ctime: .*\n  mtime: (\d+:\d+)\n  dev: .*\n  uid: .*\n  size: (\d+)\t.*\n"
-)
+    def check_out(self, nodes: dict[str, Node]) -> None:
+        """The files that the commit's attributes change on their way out (git-crypt, LFS), as Git checks them out: as their
+        ruler, with an index of our own, into a directory of theirs; we get them through a pipe."""
+        if not any(path.rpartition("/")[2] == ".gitattributes" for path in nodes):
+            return
+        files = [path for path, node in nodes.items() if node.mode.startswith("100") and path not in self.bad]
+        aside = self.make_aside()
+        git = Git(self.root, GIT_INDEX_FILE=f"{aside}/index", GIT_WORK_TREE=f"{aside}")
+        git.environment["GIT_DIR"] = os.fsdecode(self.git.run("rev-parse", "--absolute-git-dir")[:-1])
+        git.run("read-tree", self.tree)
+        given = b"".join(path.encode("utf-8", "surrogateescape") + b"\0" for path in files)
+        said = iter(git.run("check-attr", "--cached", "-z", "--stdin", *CHANGED_BY, given=given).split(b"\0")[:-1])
+        plain = (b"unspecified", b"unset", b"lf")
+        changed = {path for path, _, value in zip(said, said, said, strict=True) if value not in plain}
+        if not changed:
+            return
+        git.run("checkout-index", "-z", "--stdin", given=b"".join(path + b"\0" for path in sorted(changed)))
+        process = git.start("-C", str(aside), "--exclude=./index", "-cf", "-", ".", program="tar")
+        with tarfile.open(fileobj=process.stdout, mode="r|", bufsize=1 << 20, encoding="utf-8") as tar:
+            for number, info in enumerate(tar):
+                path = info.name.removeprefix("./")
+                if info.isfile() and path.encode("utf-8", "surrogateescape") in changed:
+                    nodes[path] = self.spool(tar, info, nodes[path], self.aside / f"{aside.name}.{number}", path)
+        if process.wait() != 0 or len(self.spooled) != len(changed):
+            raise BentoError(f"{self.root}: not all files could be checked out")
 
+    def spool(self, tar: tarfile.TarFile, info: tarfile.TarInfo, node: Node, target: Path, path: str) -> Node:
+        """Keeps what a filter made of a file; it is another with another content."""
+        content, digest = tar.extractfile(info), hashlib.sha256()
+        assert content is not None
+        start = content.read(200)
+        for mark, why in LOCKED.items():
+            if start.startswith(mark):
+                self.bad[path] = why
+        with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            for chunk in itertools.chain([start], iter(lambda: content.read(1 << 20), b"")):
+                digest.update(chunk)
+                file.write(chunk)
+        self.spooled[path] = target
+        return node._replace(size=info.size, oid=f"filtered {digest.hexdigest()}")
 
-def differs(root: str, mode: bytes, blob: bytes, name: bytes, changed: bytes, size: bytes) -> bool:
-    """Whether a file is another than the one in the index. A file that was touched is compared as it lies there: what
-    Git's own comparison would do, run the tree's filters, is not for us."""
-    path = f"{root}/{os.fsdecode(name)}"
-    try:
-        found = os.lstat(path)
-    except OSError:
-        return True
-    if mode == b"160000":
-        return is_work_tree(path) and git(path, "rev-parse", "HEAD").strip() != blob
-    if f"{found.st_mtime_ns // 10**9}:{found.st_mtime_ns % 10**9} {found.st_size}".encode() == changed + b" " + size:
-        return mode[:3] == b"100" and bool(found.st_mode & 0o100) != (mode == b"100755")
-    if mode == b"120000":
-        content = os.fsencode(os.readlink(path)) if stat.S_ISLNK(found.st_mode) else b""
-        return git(root, "hash-object", "--stdin", given=content).strip() != blob
-    if not stat.S_ISREG(found.st_mode) or bool(found.st_mode & 0o100) != (mode == b"100755"):
-        return True
-    return git(root, "hash-object", "--no-filters", "--", os.fsdecode(name)).strip() != blob
+    @functools.cached_property
+    def submodules(self) -> dict[str, str]:
+        """The paths that the commit's .gitmodules names, and each one's name."""
+        if ".gitmodules" not in self.nodes:
+            return {}
+        where, pattern = f"--blob={self.tree}:.gitmodules", r"^submodule\..*\.path$"
+        try:
+            listed = self.git.run("config", where, "--null", "--get-regexp", pattern).split(b"\0")[:-1]
+        except BentoError:  # there are none
+            return {}
+        pairs = [os.fsdecode(item).partition("\n") for item in listed]
+        return {path: key.removeprefix("submodule.").removesuffix(".path") for key, _, path in pairs}
+
+    def is_wanted(self, path: str) -> bool:
+        """Whether somebody has initialised the submodule there."""
+        if os.path.lexists(f"{self.root}/{path}/.git"):
+            return True
+        name = self.submodules.get(path)
+        with suppress(BentoError):  # there is no such setting
+            return name is not None and bool(self.git.run("config", "--get", f"submodule.{name}.url"))
+        return False
+
+    def contents(self, nodes: Sequence[Node]) -> Iterator[Iterator[bytes]]:
+        self.blobs = self.blobs or Blobs(self.git)
+        for first in range(0, len(nodes), WINDOW):
+            some = nodes[first : first + WINDOW]
+            self.blobs.ask(node.oid for node in some)
+            yield from (self.blobs.take(node.oid, node.size) for node in some)
+
+    def read(self, node: Node) -> bytes:
+        try:
+            return b"".join(b"".join(content) for content in self.contents([node]))
+        except BentoError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self.blobs is not None:
+            self.blobs.close()
+        self.blobs = None
 
 
 # --- releases ---
@@ -705,63 +1144,26 @@ def header(name: str, size: int, is_directory: bool, executable: bool) -> bytes:
     return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict")
 
 
-def pack(member: Member) -> bytes:
-    """What the archive has of a directory or a small file: its header, and its content, padded."""
-    head = header(member.name, member.size, member.is_directory, member.executable)
-    if member.is_directory:
-        return head
-    try:
-        content = read_file(member.path, member.size + 1)
-    except OSError as error:
-        raise BentoError(f"{one_line(member.path)}: cannot be read: {error.strerror}") from None
-    check_size(member, len(content))
-    return head + content + bytes(-member.size % tarfile.BLOCKSIZE)
-
-
-def content_of(block: bytes, size: int) -> bytes:
-    end = len(block) - -size % tarfile.BLOCKSIZE
-    return block[end - size : end]
-
-
-def check_size(member: Member, read: int) -> None:
-    if read != member.size:
-        raise BentoError(f"{one_line(member.path)}: changed while it was read: run this again")
-
-
-def read_large(member: Member) -> Iterator[bytes]:
-    read = 0
-    try:
-        with open(member.path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                read += len(chunk)
-                yield chunk
-    except OSError as error:
-        raise BentoError(f"{one_line(member.path)}: cannot be read: {error.strerror}") from None
-    check_size(member, read)
-
-
-def pass_large(member: Member, put: Callable[[bytes], None]) -> Iterator[bytes]:
-    """The content of a large file, chunk by chunk; what the archive has of it is given to `put` on the way."""
-    put(header(member.name, member.size, member.is_directory, member.executable))
-    for chunk in read_large(member):
-        put(chunk)
-        yield chunk
-    put(bytes(-member.size % tarfile.BLOCKSIZE))
-
-
 def too_large(members: Sequence[Member]) -> str:
     largest = heapq.nlargest(SHOWN, members, key=lambda member: member.size)
     shown = ", ".join(f"{one_line(member.name)} ({member.size} bytes)" for member in largest)
     return f"the release would exceed {client.MAX_RELEASE_BYTES} bytes: leave large files out: {shown}"
 
 
+# What gets the content of some files as well, on its way into the archive.
+Taker = Callable[[str, Iterable[bytes]], None]
+
+
 def write_release(
-    members: Sequence[Member], tar: BinaryIO | None = None, tree: Path | None = None, pool: Path | None = None
+    source: Source,
+    members: Sequence[Member],
+    tar: BinaryIO | None = None,
+    large: Iterable[str] = (),
+    take: Taker | None = None,
 ) -> tuple[str, int]:
     """Reads the members once: the release's id and its size in bytes. Always the same for the same content.
 
-    The archive's bytes go to `tar`, and the same content, as a client will unpack it, into the new directory `tree`.
-    `pool`: see write_member.
+    The archive's bytes go to `tar`. `take` gets the content of the `large` ones, too.
     """
     digest, size = hashlib.sha256(), 0
 
@@ -774,233 +1176,352 @@ def write_release(
         if tar is not None:
             tar.write(chunk)
 
-    if tree is not None:
-        tree.mkdir(mode=0o755)
-    for member in members:
-        content: Iterable[bytes] = ()
-        if member.size > SMALL_FILE:
-            content = pass_large(member, put)
-        else:
-            block = member.block or pack(member)
-            put(block)
-            if tree is not None:
-                content = (content_of(block, member.size),)
-        if tree is None:
-            deque(content, maxlen=0)
-        elif member.is_directory:
-            os.mkdir(f"{tree}/{member.name}", 0o755)
-        else:
-            write_member(f"{tree}/{member.name}", member, content, pool)
+    def passed(content: Iterable[bytes]) -> Iterator[bytes]:
+        for chunk in content:
+            put(chunk)
+            yield chunk
+
+    with closing(source.contents(members)) as found:
+        for member, content in found:
+            put(header(member.name, member.size, member.is_directory, member.executable))
+            if take is not None and member.name in large:
+                take(member.name, passed(content))
+            else:
+                for chunk in content:
+                    put(chunk)
+            put(bytes(-member.size % tarfile.BLOCKSIZE))
     put(bytes(2 * tarfile.BLOCKSIZE + -(size + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE))
-    for each in [*[m.name for m in reversed(members) if m.is_directory], ""] if tree is not None else ():
-        os.utime(f"{tree}/{each}", (1, 1))
     return digest.hexdigest(), size
 
 
-def write_member(path: str, member: Member, content: Iterable[bytes], pool: Path | None) -> None:
-    """A small file that another release of this run has, is a link to it: hosts share most of theirs, and a new file costs
-    ten times as much. `pool`: a directory of them all, by the hash of what the archive has of them."""
-    same = f"{pool}/{hashlib.sha256(member.block).hexdigest()}" if pool is not None and member.block else None
-    with suppress(FileNotFoundError):
-        if same is not None:
-            link(same, path)
-            return
-    write_file(path, member.executable, content)
-    if same is not None:
-        link(path, same)
-
-
-def write_file(path: str, executable: bool, content: Iterable[bytes]) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o755 if executable else 0o644)
-    try:
-        for chunk in content:
-            while chunk:
-                chunk = chunk[os.write(descriptor, chunk) :]
-        os.utime(descriptor, (1, 1))
-    finally:
-        os.close(descriptor)
+def unpack_release(source: Source, members: Sequence[Member], tree: Path) -> None:
+    """Makes a tree of a release, by the client's own way."""
+    archive = tree.with_name(f"{tree.name}.tar")
+    with open(archive, "wb", 1 << 20) as file:
+        write_release(source, members, file)
+    client.unpack(archive, tree)
+    archive.unlink()
 
 
 class Source:
-    """What this run has read: each work tree and each directory once, and small files, so that what hosts share is at
-    one moment for all of them. `real` and `real_hosts`: the fleet's directories. `tops`: of a host's real directory,
-    the first hosts/NAME that leads there. `left_out`: what a person should hear of, by kind.
-    """
+    """What commits have of hosts' directories, each repository at one commit for the whole run. `left_out`: what a person
+    should hear of, by kind. `tops`: where each host's configuration lies. `no_git`: a .gitignore without Git is no reason
+    to stop. `plain`: what has no Git, and how many files that is. `used`: the repositories that the release being read is
+    made of."""
 
-    def __init__(self, real: str, real_hosts: str) -> None:
-        self.real, self.real_hosts = real, real_hosts
-        self.has_git = shutil.which("git") is not None
-        self.root = functools.cache(self.find_root)
-        self.read_tree, self.read_revision = functools.cache(read_work_tree), functools.cache(read_revision)
-        self.tops: dict[str, str] = {}
-        self.left_out: dict[tuple[str, str], dict[str, None]] = {}
-        self.clear()
-
-    def clear(self) -> None:
-        """Forgets what may have changed."""
-        self.listings: dict[str, list[Entry]] = {}
+    def __init__(self, directory: str, memory: Path) -> None:
+        self.directory, self.memory_file, self.no_git = directory, memory, False
+        self.real, self.real_hosts = os.path.realpath(directory), os.path.realpath(f"{directory}/hosts")
+        self.repositories: dict[str, Repository] = {}
+        self.broken: dict[str, BentoError] = {}
         self.releases: dict[str, Release] = {}
-        self.blocks: dict[Member, bytes] = {}
-        self.blocks_bytes = 0
+        self.listed: dict[str, tuple[list[Member], dict[str, str]]] = {}
+        self.left_out: dict[tuple[str, str], dict[str, None]] = {}
+        self.plain: dict[str, int] = {}
+        self.used: set[str] = set()
+        self.fixed = True
+        self.tops: dict[str, str] = {}
+        self.aside: Any = None
+        self.find_root = functools.cache(find_root)
 
-    def find_root(self, directory: str) -> str | None:
-        """The top of the work tree that a directory lies in; None outside of Git, and without the program."""
-        if not self.has_git:
-            return None
-        if is_work_tree(directory):
-            return directory
-        return None if directory == "/" else self.root(os.path.dirname(directory))
+    @functools.cached_property
+    def memory(self) -> dict[str, Any]:
+        """By host: what its release was read from, the key of its members, and the release."""
+        with suppress(OSError, ValueError, RecursionError):
+            found = json.loads(self.memory_file.read_bytes())
+            if isinstance(found, dict):
+                return found
+        return {}
 
-    def work_tree(self, directory: str) -> WorkTree | None:
-        root = self.root(directory)
-        return None if root is None else self.read_tree(root)
-
-    def revision(self, directory: str) -> str | None:
-        root = self.root(directory)
-        return None if root is None else self.read_revision(root)
-
-    def make_known(self, *paths: Path) -> None:
-        """Tells Git of new files, so that they are published. Their content is for their owner to commit."""
-        for root, group in itertools.groupby(sorted(paths), lambda path: self.root(os.path.realpath(path.parent))):
-            if root is not None:
-                # The parent's real name: what is a link itself is known as one.
-                names = [os.path.relpath(f"{os.path.realpath(path.parent)}/{path.name}", root) for path in group]
-                git(root, "add", "--intent-to-add", "--force", "--", *names, writing=True)
-
-    def called(self, path: str) -> str:
-        """A path as its owner calls it."""
-        for top, called in ((self.real_hosts, "hosts"), (self.real, ""), *self.tops.items()):
-            if path.startswith(f"{top}/"):
-                return f"{called}/{path[len(top) + 1 :]}".lstrip("/")
-        return path
+    def close(self) -> None:
+        for repository in self.repositories.values():
+            repository.close()
+        if self.aside is not None:
+            self.aside.cleanup()
 
     def show(self, path: str) -> str:
         return one_line(self.called(path))
 
+    def called(self, path: str) -> str:
+        """A path as its owner calls it."""
+        tops = ((top, f"hosts/{name}") for name, top in self.tops.items())
+        for top, called in ((self.real_hosts, "hosts"), (self.real, ""), *tops):
+            if path.startswith(f"{top}/"):
+                return f"{called}/{path[len(top) + 1 :]}".lstrip("/")
+        return path
+
     def leave_out(self, kind: str, where: str, path: str) -> None:
         self.left_out.setdefault((kind, where), {})[path] = None
 
-    def listing(self, directory: str) -> list[Entry]:
-        """What of a directory belongs to a release."""
-        if directory not in self.listings:
-            tree, found = self.work_tree(directory), []
-            for item in os.scandir(directory):
-                # A fleet in the tree that its hosts link to: what it says of hosts is not part of what they are.
-                ours = directory == self.real_hosts and not item.is_dir(follow_symlinks=False)
-                if self.belongs(tree, item) and not ours and (entry := self.look(tree, item)) is not None:
-                    found.append(entry)
-            self.listings[directory] = found
-        return self.listings[directory]
+    def open(self, root: str, commit: str = "", *, plain: bool = False) -> Repository:
+        """The repository there. One that cannot be read is tried once: its ruler could make each time last."""
+        import tempfile
 
-    def belongs(self, tree: WorkTree | None, item: os.DirEntry[str]) -> bool:
-        if item.name == ".git":
-            return False
-        if tree is None:
-            return not DROPPINGS.fullmatch(item.name)
-        name = tree.name(item.path)
-        if name in tree.files or (name in tree.directories and item.is_dir(follow_symlinks=False)):
-            return True
-        if name in tree.others or f"{name}/" in tree.others:
-            self.leave_out("untracked", tree.root, name)
-        return False
+        if root in self.broken:
+            raise self.broken[root]
+        if root not in self.repositories:
+            if self.aside is None:
+                self.aside = tempfile.TemporaryDirectory(prefix="bento-")
+                os.chmod(self.aside.name, 0o711)
+            try:
+                self.repositories[root] = Repository(root, Path(self.aside.name), commit, plain=plain)
+            except BentoError as error:
+                self.broken[root] = error
+                raise
+        return self.repositories[root]
 
-    def tracked(self, path: str, is_directory: bool) -> bool:
-        """Whether what a link leads to is in a release."""
-        if is_directory and self.root(path) == path:
-            return True
-        tree = self.work_tree(os.path.dirname(path))
-        if tree is None:
-            return True
-        name = tree.name(path)
-        return name in tree.files or (is_directory and name in tree.directories)
+    def enter(self, directory: str) -> Repository:
+        """The repository that a directory lies in. What has none, and no .gitignore, goes as it lies there."""
+        if (found := self.repository(directory)) is not None:
+            return found[0]
+        root = self.find_root(directory)
+        if root is None:
+            if not self.no_git and (ignore := find_ignore(directory)) is not None:
+                raise BentoError(
+                    f"{self.show(directory)}: a .gitignore ({ignore}), and no Git that knows what it leaves out:"
+                    " 'git init' there and commit, or 'populate --no-git'"
+                )
+            repository = self.open(directory, plain=True)
+            for special in repository.specials:
+                self.leave_out("special", "", self.show(f"{directory}/{special}"))
+            return repository
+        outer = self.find_root(os.path.dirname(root)) if root != "/" else None
+        if outer is not None and (os.path.isfile(f"{root}/.git") or os.path.lexists(f"{outer}/.gitmodules")):
+            above = self.enter(outer)
+            if root[len(outer.rstrip("/")) + 1 :] in above.submodules and self.look(root) is not None:
+                return self.repositories[root]
+        return self.open(root)
 
-    def check_name(self, item: os.DirEntry[str]) -> None:
-        try:
-            known_as = os.fsencode(item.name).decode()
-        except UnicodeDecodeError:
-            raise BentoError(f"{one_line(repr(self.called(item.path)))}: the name is not UTF-8: rename it") from None
-        if known_as != item.name:
-            raise BentoError(f"{self.show(item.path)}: this locale is not UTF-8: run this with PYTHONUTF8=1")
-
-    def look(self, tree: WorkTree | None, item: os.DirEntry[str]) -> Entry | None:
-        """What a name in a directory stands for. None: nothing that could be in a release."""
-        self.check_name(item)
-        linked = item.is_symlink()
-        path = os.path.realpath(item.path) if linked else item.path
-        try:
-            found = item.stat()
-        except FileNotFoundError:
-            if not path.startswith("/nix/store/"):
-                self.leave_out_dangling(item.path, path)
-            return None
-        except OSError as error:
-            raise BentoError(f"{self.show(item.path)}: link loop ({error.strerror})") from None
-        is_directory = stat.S_ISDIR(found.st_mode)
-        if not is_directory and not stat.S_ISREG(found.st_mode):
-            self.leave_out("special", "", self.show(item.path))
-            return None
-        if linked and not self.tracked(path, is_directory):
-            self.leave_out_dangling(item.path, path)
-            return None
-        # Outside of Git a directory may be empty. In it a submodule may be, when nobody has fetched it.
-        kept = tree is None or tree.name(item.path) in tree.files
-        executable = not is_directory and bool(found.st_mode & 0o100)
-        size = 0 if is_directory else found.st_size
-        return Entry(item.name, item.path, path, is_directory, executable, size, linked, kept and not linked)
-
-    def leave_out_dangling(self, place: str, path: str) -> None:
-        """A link that leads nowhere, or to what Git does not know: in its owner's own build it would, too."""
-        above = os.path.dirname(path)
-        while not os.path.isdir(above):
+    def repository(self, path: str) -> tuple[Repository, str] | None:
+        above = path
+        while above not in self.repositories:
+            if above == "/":
+                return None
             above = os.path.dirname(above)
-        tree = self.work_tree(above)
-        if tree is not None and tree.name(above) in tree.files:
-            self.leave_out("submodule", tree.root, self.show(place))
-        else:
-            self.leave_out("dangling", "", f"{self.show(place)} -> {one_line(os.readlink(place))}")
+        return self.repositories[above], path[len(above.rstrip("/")) + 1 :]
+
+    def look(self, path: str) -> Node | None:
+        """What the commit has at a path, which has no link in it before its last name. None: nothing."""
+        found = self.repository(path)
+        if found is None and f"{path}/".startswith(f"{self.real}/"):  # links may lead anywhere in the fleet
+            self.enter(self.real)
+            found = self.repository(path)
+        if found is None:
+            around = f"{path}/".replace("//", "/")
+            roots = (self.real, *self.repositories)
+            return Node(DIRECTORY, "", 0) if any(f"{root}/".startswith(around) for root in roots) else None
+        repository, name = found
+        self.used.add(repository.root)
+        node = repository.nodes.get(name)
+        if node is None or node.mode != SUBMODULE:
+            return node
+        if not repository.is_wanted(name):
+            self.fixed = False  # it may be, the next time
+            self.leave_out("submodule", repository.root, name)
+            return node
+        try:
+            return self.open(path, node.oid).nodes[""]
+        except (BentoError, OSError):
+            where = f"submodule {self.show(path)}: its commit {node.oid[:12]} is not here"
+            raise BentoError(f"{where}: 'git -C {repository.root} submodule update --init'") from None
+
+    def find(self, path: str) -> tuple[str, Node | None]:
+        """Where a path of the commit leads, and what is there. Out of all commits: the path so far, and the rest of it."""
+        at, todo, hops = "/", deque(path.split("/")), 0
+        while todo:
+            name = todo.popleft()
+            if name in ("", "."):
+                continue
+            here = os.path.dirname(at) if name == ".." else os.path.join(at, name)
+            node, outside = self.look(here), self.repository(here) is None
+            if node is not None and node.mode == LINK:
+                repository, _ = self.repository(here) or (None, "")
+                assert repository is not None
+                target = os.fsdecode(repository.read(node))
+            elif outside and name != ".." and os.path.islink(here):
+                target = os.readlink(here)
+            elif node is None:
+                return "/".join([here, *todo]), None
+            elif node.mode == SUBMODULE and (todo or hops):
+                where = f"{self.show(path)}: a link into the submodule {self.show(here)}, which is not here"
+                raise BentoError(f"{where}: 'git submodule update --init' there")
+            else:
+                at = here
+                continue
+            hops += 1
+            if hops > MAX_HOPS:
+                raise BentoError(f"{self.show(path)}: link loop")
+            at = "/" if target.startswith("/") else at
+            todo.extendleft(reversed(target.split("/")))
+        return at, self.look(at)
+
+    def top(self, name: str) -> str:
+        """Where hosts/NAME leads, as it lies there; what is in it is the commit's."""
+        if name in self.tops:
+            return self.tops[name]
+        place = f"{self.directory}/hosts/{name}"
+        real = os.path.realpath(place)
+        if self.find_root(real) is None and not os.path.isdir(real):
+            raise BentoError(f"hosts/{name}: {'dangling link' if os.path.islink(place) else 'not a directory'}")
+        if find_ruler(os.path.abspath(place)) != find_ruler(real):
+            raise BentoError(f"hosts/{name}: a link of somebody's to a tree of somebody else's, {real}: name that")
+        self.tops[name] = real
+        return real
+
+    def check_top(self, name: str) -> str:
+        """The same, for a host whose commit has something there."""
+        top = self.top(name)
+        if self.repository(top) is None and self.find_root(top) is None and not f"{top}/".startswith(f"{self.real}/"):
+            self.check_way_out(name, top)
+        self.enter(self.real if f"{top}/".startswith(f"{self.real}/") and self.find_root(top) is None else top)
+        node = self.look(top)
+        if node is None or node.mode == SUBMODULE:
+            if not os.path.isdir(top):
+                raise BentoError(f"hosts/{name}: dangling link")
+            if self.enter(top).plain:
+                raise BentoError(f"hosts/{name}: neither flake.nix nor configuration.nix in it")
+            raise BentoError(f"hosts/{name}: not in the commit: 'git add' and 'git commit' it")
+        if node.mode != DIRECTORY:
+            raise BentoError(f"hosts/{name}: not a directory")
+        return top
+
+    def check_way_out(self, name: str, top: str) -> None:
+        """Who can push a link says what is in the commit, not which of this machine's directories is to be published."""
+        root = self.find_root(self.real_hosts)
+        if root is not None:
+            node = self.enter(root).nodes.get(f"{self.real_hosts}/{name}"[len(root.rstrip("/")) + 1 :])
+            if node is not None and node.mode == LINK:
+                raise BentoError(f"hosts/{name}: link out of the fleet directory, to {one_line(top)}, where no Git is")
 
     def collect(self, directory: str, prefix: str, above: tuple[str, ...], members: list[Member]) -> None:
         """All that a release has of a directory. `above` are the real ones that it is in, and itself; the first is the
-        host's own, where links may lead to, as anywhere in the fleet's."""
+        host's own."""
         if len(above) > client.MAX_DEPTH:
             raise BentoError(f"{self.show(directory)}: a tree deeper than {client.MAX_DEPTH} directories")
-        for entry in self.listing(directory):
-            if entry.linked and not f"{entry.path}/".startswith((f"{self.real}/", f"{above[0]}/")):
-                if entry.path.startswith("/nix/store/"):
+        repository, where = self.repository(directory) or (None, "")
+        assert repository is not None and repository.nodes
+        self.used.add(repository.root)
+        for name in repository.names.get(where, ()):
+            place = path = f"{directory}/{name}"
+            inner = f"{where}/{name}".lstrip("/")
+            if inner in repository.bad:
+                raise BentoError(f"{self.show(place)}: {repository.bad[inner]}")
+            node: Node | None = repository.nodes[inner]
+            if node is not None and node.mode == SUBMODULE:
+                node = self.look(path)
+            assert node is not None
+            if node.mode == LINK:
+                path, node = self.follow(place, repository.read(node), above[0])
+                if node is None or (directory == self.real_hosts and node.mode == DIRECTORY):
                     continue
-                where = self.show(entry.place)
-                raise BentoError(f"{where}: link out of the fleet directory, to {one_line(entry.path)}")
-            name = f"{prefix}{entry.name}"
-            members.append(Member(name, entry.path, entry.is_directory, entry.executable, entry.size))
-            if not entry.is_directory:
+            if directory == self.real_hosts and OURS.fullmatch(name) and node.mode != DIRECTORY:
+                continue  # what a fleet says of its hosts is not part of what they are
+            self.check_name(name, place)
+            if len(members) >= MAX_MEMBERS:
+                raise BentoError(f"{self.show(place)}: with it, the release has more than {MAX_MEMBERS} files")
+            if node.mode not in (DIRECTORY, SUBMODULE):
+                there, rel = self.repository(path) or (repository, "")
+                if rel in there.bad:
+                    raise BentoError(f"{self.show(place)}: {there.bad[rel]}")
+                members.append(Member(f"{prefix}{name}", path, False, node.mode == "100755", node.size, node, there))
                 continue
-            if entry.path in above:
-                raise BentoError(f"{self.show(entry.place)}: link loop: it leads to a directory that it is in")
-            count = len(members)
-            self.collect(entry.path, f"{name}/", (*above, entry.path), members)
-            if len(members) == count and not entry.kept and self.root(entry.path) is not None:
-                members.pop()
+            members.append(Member(f"{prefix}{name}", path, True))
+            if path in above:
+                raise BentoError(f"{self.show(place)}: link loop: it leads to a directory that it is in")
+            self.collect(path, f"{prefix}{name}/", (*above, path), members)
 
-    def pack_small(self, members: Sequence[Member]) -> list[Member]:
-        """The members, small files with what the archive has of them. Hosts share most of theirs, through utils/."""
-        packed = []
-        for member in members:
-            block = None if member.size > SMALL_FILE else self.blocks.get(member)
-            if block is None and member.size <= SMALL_FILE:
-                block = pack(member)
-                self.blocks_bytes += MEMBER_BYTES + len(block)
-                if self.blocks_bytes > MEMORY_BYTES:
-                    self.blocks, self.blocks_bytes = {}, 0
-                self.blocks[member] = block
-            packed.append(member if block is None else member._replace(block=block))
-        return packed
+    def follow(self, place: str, target: bytes, top: str) -> tuple[str, Node | None]:
+        """Where a link in a host's tree leads, which has to be in it, or in the fleet's."""
+        path, found = self.find(place)
+        if found is None and path.startswith("/nix/store/"):
+            return path, None
+        if not f"{path}/".startswith((f"{self.real}/".replace("//", "/"), f"{self.top_root(top)}/".replace("//", "/"))):
+            raise BentoError(f"{self.show(place)}: link out of the fleet directory, to {one_line(path)}")
+        if found is None:
+            self.leave_out("dangling", "", f"{self.show(place)} -> {one_line(os.fsdecode(target))}")
+        return path, found
+
+    def check_name(self, name: str, place: str) -> None:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise BentoError(f"{one_line(repr(self.called(place)))}: the name is not UTF-8: rename it") from None
+
+    def top_root(self, directory: str) -> str:
+        """The outermost repository around a directory: links may lead anywhere in it."""
+        around = [root for root in self.repositories if f"{directory}/".startswith(f"{root.rstrip('/')}/")]
+        return min(around, key=len, default=directory)
+
+    def contents(self, members: Sequence[Member]) -> Generator[tuple[Member, Iterable[bytes]], None, None]:
+        """The members with what is in them, which has to be read in this order."""
+        asked, done = list[Repository](), False
+        try:
+            for first in range(0, len(members), WINDOW):
+                some, wanted = members[first : first + WINDOW], dict[Repository, list[str]]()
+                for member in some:
+                    if member.node and member.repository and member.place not in member.repository.spooled:
+                        wanted.setdefault(member.repository, []).append(member.node.oid)
+                for repository, oids in wanted.items():
+                    asked.append(repository)
+                    repository.blobs = repository.blobs or Blobs(repository.git)
+                    repository.blobs.ask(oids)
+                for member in some:
+                    yield member, member.read() if member.node else ()
+            done = True
+        finally:
+            for repository in [] if done else asked:  # it has answers that nobody will take
+                repository.close()
+
+    def trees(self) -> dict[str, str]:
+        """What was just collected is made of: with the same trees it is the same again. Nothing, if that cannot be told."""
+        found = [self.repositories[root] for root in sorted(self.used)]
+        if not self.fixed or any(each.plain or each.spooled for each in found):
+            return {}
+        return {each.root: each.tree for each in found if not each.inner}
+
+    def recall(self, name: str) -> Release | None:
+        """The release that a host's commit made the last time, if all of its commits are the same: nothing is read."""
+        known = self.memory.get(name)
+        try:
+            top = self.top(name)
+            same = known is not None and known["trees"] and (known["top"], known["root"]) == (top, self.find_root(top))
+            if (
+                known is not None
+                and same
+                and all(self.open(root).tree == tree for root, tree in known["trees"].items())
+            ):
+                return Release(known["release"], known["size"], known["key"])
+        except (BentoError, KeyError, TypeError, AttributeError):
+            pass
+        return None
+
+    def remember(self, name: str, release: Release, trees: Mapping[str, str]) -> None:
+        top = self.top(name)
+        known = {"top": top, "root": self.find_root(top), "trees": trees, "key": release.key}
+        self.memory[name] = known | {"release": release.id, "size": release.size}
+
+    def save(self) -> None:
+        with suppress(OSError):  # nothing is published, or the disk is full: then it is read the next time
+            client.write_atomic(self.memory_file, json.dumps(self.memory).encode(), 0o600)
+
+    def revision(self, name: str) -> str | None:
+        repository = self.enter(self.top(name))
+        return None if repository.plain else repository.revision
+
+    def make_known(self, *paths: Path) -> None:
+        """Tells Git of new files. Their content is for their owner to commit."""
+        for path in paths:
+            directory = os.path.realpath(path.parent)
+            root = self.find_root(directory)
+            if root is not None:
+                name = os.path.relpath(f"{directory}/{path.name}", root)
+                git = Git(root, GIT_DIR=f"{root}/.git", GIT_WORK_TREE=root)
+                git.run("add", "--intent-to-add", "--force", "--", name)
 
     def warnings(self) -> list[str]:
         """What was left out, a line a kind, and a work tree."""
         texts = {
-            "untracked": "{where}: {n} untracked, left out: 'git add' what belongs to a host",
-            "submodule": "{where}: {links} into submodules that are not there, left out: run 'git submodule update --init'"
-            " there",
+            "submodule": "{where}: {n} never initialised, and empty here: 'git submodule update --init' what belongs to a host",
             "dangling": "{links} left out",
             "special": "{n} left out: neither files nor directories (sockets, FIFOs, devices)",
             "local": "only this server can build a flake with an input in its own files",
@@ -1008,58 +1529,92 @@ class Source:
         lines = []
         for (kind, where), paths in sorted(self.left_out.items()):
             number = len(paths)
-            numbers = {"n": counted(number, "name"), "links": counted(number, "dangling link")}
+            what = "submodule" if kind == "submodule" else "name"
+            numbers = {"n": counted(number, what), "links": counted(number, "dangling link")}
             words = texts[kind].format(where=one_line(where), **numbers)
             lines.append(f"{words}: {show_names([one_line(path) for path in sorted(paths)])}")
         return lines
 
 
-def list_members(fleet: Fleet, name: str) -> list[Member]:
-    """Everything below hosts/NAME, symlinks followed, sorted bytewise. BentoError names what cannot be in a release."""
-    top, source = f"{fleet.real_hosts}/{name}", fleet.source
-    if not os.path.isdir(top):
-        raise BentoError(f"hosts/{name}: {'dangling link' if os.path.islink(top) else 'not a directory'}")
-    real = os.path.realpath(top)
-    source.tops.setdefault(real, f"hosts/{name}")
-    members: list[Member] = []
-    source.collect(real, "", (real,), members)
-    members.sort()  # by name, and strings compare as their UTF-8 does
-    return members
+def find_root(directory: str) -> str | None:
+    """The nearest directory above, or this one, that has a .git; None outside of Git."""
+    while not os.path.lexists(f"{directory}/.git"):
+        if directory == "/":
+            return None
+        directory = os.path.dirname(directory)
+    return directory
 
 
-def read_release(fleet: Fleet, name: str) -> tuple[Release, Recipe]:
-    """A host's release, which is read once for all that share its directory, and how it is built."""
-    real, source = os.path.realpath(f"{fleet.real_hosts}/{name}"), fleet.source
-    release = source.releases.get(real)
-    if release is not None:
-        return release, find_recipe(fleet, release.members, name)
-    members: Sequence[Member] = list_members(fleet, name)
+def find_ignore(directory: str) -> str | None:
+    """A .gitignore at a tree's top, or above it; but a tree in the Nix store is what it is."""
+    while directory != "/" and not directory.startswith("/nix/store/"):
+        if os.path.lexists(f"{directory}/.gitignore"):
+            return f"{directory}/.gitignore"
+        directory = os.path.dirname(directory)
+    return None
+
+
+def key_of(members: Sequence[Member]) -> str:
+    """The same for the same content; known without reading it."""
+    digest = hashlib.sha256(b"1\n")
+    for member in members:
+        oid = member.node.oid if member.node is not None else ""
+        digest.update(f"{member.name}\0{member.executable:d}{oid}\n".encode())
+    return digest.hexdigest()
+
+
+def list_members(fleet: Fleet, name: str) -> tuple[list[Member], dict[str, str]]:
+    """Everything that the commit has below hosts/NAME, links followed, sorted bytewise; and the trees that this is from."""
+    source = fleet.source
+    top = source.check_top(name)
+    if top not in source.listed:
+        members: list[Member] = []
+        source.used, source.fixed = {source.enter(top).root}, True
+        source.collect(top, "", (top,), members)
+        members.sort(key=lambda member: member.name)  # strings compare as their UTF-8 does
+        if sum(MEMBER_BYTES + member.size for member in members) > client.MAX_RELEASE_BYTES:
+            raise BentoError(too_large(members))
+        if len(source.listed) >= MAX_SHARED:
+            source.listed.clear()
+        source.listed[top] = members, source.trees()
+    return source.listed[top]
+
+
+def read_release(
+    fleet: Fleet, name: str, keep: Callable[[Sequence[Member]], tuple[str, int]] | None = None
+) -> tuple[Release, Recipe]:
+    """A host's release, which is read once for all that share its directory, and how it is built. `keep`: what reads it,
+    and has it then."""
+    source, top = fleet.source, fleet.source.check_top(name)
+    members, trees = list_members(fleet, name)
     recipe = find_recipe(fleet, members, name)
-    size = sum(MEMBER_BYTES + member.size for member in members)
-    if size > client.MAX_RELEASE_BYTES:
-        raise BentoError(too_large(members))
-    if size <= MEMORY_BYTES:
-        members = source.pack_small(members)
-    release = Release(*write_release(members), members)
-    if os.path.islink(f"{fleet.real_hosts}/{name}"):
-        if len(source.releases) >= MAX_SHARED:
-            source.releases.clear()
-        source.releases[real] = release
+    release = source.releases.get(top)
+    if release is None:
+        key, known = key_of(members), source.memory.get(name)
+        if isinstance(known, dict) and known.get("key") == key:
+            release = Release(known["release"], known["size"], key)
+        else:
+            release = Release(*(keep(members) if keep is not None else write_release(source, members)), key)
+            for repository in {member.repository for member in members if member.repository}:
+                if repository.plain:
+                    source.plain[repository.root] = sum(node.mode != DIRECTORY for node in repository.nodes.values())
+        source.releases[top] = release
+    source.remember(name, release, trees)
     return release, recipe
 
 
 def find_recipe(fleet: Fleet, members: Sequence[Member], name: str) -> Recipe:
     """How a release is built for a host. BentoError when there is nothing to build."""
-    raw = next((read_file(m.path, client.MAX_JSON_BYTES + 1) for m in members if m.name == "bento.json"), None)
+    raw = next((member.bytes() for member in members if member.name == "bento.json" and member.node), None)
     recipe = Recipe(name) if raw is None else client.parse_recipe(raw, f"hosts/{name}/bento.json", name)
+    allowed = shlex.split(os.environ.get("BENTO_ALLOW_OPTIONS", ""))
+    client.check_options(recipe, allowed, "services.bento-server.allowOptions (BENTO_ALLOW_OPTIONS)")
     entries = [f"{recipe.directory}/{file}".lstrip("/") for file in ("flake.nix", "configuration.nix")]
     if any(member.name in entries and not member.is_directory for member in members):
         return recipe
-    real = os.path.realpath(f"{fleet.real_hosts}/{name}")
     for entry in entries:
-        path = os.path.realpath(f"{real}/{entry}")
-        if os.path.isfile(path) and not fleet.source.tracked(path, False):
-            raise BentoError(f"hosts/{name}/{entry}: Git does not know it: 'git add' it, and what belongs to it")
+        if os.path.isfile(f"{fleet.source.top(name)}/{entry}") and not fleet.source.enter(fleet.source.top(name)).plain:
+            raise BentoError(f"hosts/{name}/{entry}: not in the commit: 'git add' and 'git commit' it")
     where = f"hosts/{name}/{recipe.directory}".rstrip("/")
     raise BentoError(f"{where}: neither flake.nix nor configuration.nix in it")
 
@@ -1069,14 +1624,62 @@ def local_inputs(members: Sequence[Member], recipe: Recipe) -> list[str]:
     name = f"{recipe.directory}/flake.lock".lstrip("/")
     found = []
     for member in members:
-        if member.name == name:
+        if member.name == name and member.node:
             with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                for node, value in json.loads(Path(member.path).read_bytes())["nodes"].items():
+                for node, value in json.loads(member.bytes())["nodes"].items():
                     locked = value.get("locked", {})
                     place = str(locked.get("path") if locked.get("type") == "path" else locked.get("url"))
-                    if place.startswith(("/", "file:")):
+                    if place.startswith(("/", "file:")) and not place.startswith("file:/dev/"):
                         found.append(f"{node} ({place})")
     return found
+
+
+NIX_TOKEN = re.compile(r"""#[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"|''.*?''|[A-Za-z_][\w'-]*|\S""", re.DOTALL)
+
+
+def unlocked_inputs(members: Sequence[Member], recipe: Recipe) -> list[str]:
+    """The inputs of a flake that its flake.lock lacks: which they are would be found out anew by each host."""
+    files = {}
+    for member in members:
+        directory, _, name = member.name.rpartition("/")
+        if directory == recipe.directory and name in ("flake.nix", "flake.lock") and member.node:
+            files[name] = member.bytes()
+    if "flake.nix" not in files:
+        return []
+    locked: Any = {}
+    if "flake.lock" in files:
+        with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            nodes = json.loads(files["flake.lock"])
+            locked = nodes["nodes"][nodes["root"]].get("inputs", {}).keys()
+    return [name for name in flake_inputs(files["flake.nix"].decode(errors="replace")) if name not in locked]
+
+
+def flake_inputs(text: str) -> list[str]:
+    """The inputs that a flake.nix names: `inputs.NAME…`, `inputs = { NAME…`, and what its outputs take."""
+    tokens = [token for token in NIX_TOKEN.findall(text) if token[0] != "#" and token[:2] != "/*"]
+    found: dict[str, None] = {}
+    depth, inside, start = 0, "", True
+    for number, token in enumerate(tokens):
+        before, after = tokens[number - 2 : number], tokens[number + 1 : number + 2]
+        if token in ("{", "}"):
+            depth += 1 if token == "{" else -1
+            start = True
+            if depth == 2 and token == "{" and before and before[-1] == "=":
+                inside = before[0]
+            if depth == 2 and token == "{" and before and before[-1] == "@":
+                inside = "outputs"
+            if depth < 2:
+                inside = ""
+            continue
+        name = token.strip('"')
+        if depth == 1 and before == ["inputs", "."]:
+            found[name] = None
+        if depth == 2 and inside == "inputs" and start and after and after[0] in ("=", "."):
+            found[name] = None
+        if depth == 2 and inside == "outputs" and start and name not in ("self", ".", "@") and token not in (",",):
+            found[name] = None
+        start = token in (";", ",") if depth == 2 else True
+    return list(found)
 
 
 # --- states of hosts ---
@@ -1201,7 +1804,9 @@ def parse_log_name(name: str) -> Attempt | None:
         return None
     when, release, result = name.removesuffix(".log").split("_")
     with suppress(ValueError):
-        return Attempt(name, format_time(datetime.fromisoformat(when).timestamp()), release, result)
+        finished = format_time(datetime.fromisoformat(when).timestamp())
+        client.parse_time(finished)  # of the first thousand years, there is none
+        return Attempt(name, finished, release, result)
     return None
 
 
@@ -1223,7 +1828,8 @@ def read_published(chroot: Path | str, name: str) -> Current | None:
         return None
 
 
-def read_host(chroot: str, name: str) -> Found:
+def read_host(chroot: str, name: str, logs: Sequence[str] = ()) -> Found:
+    """What is published for a host, and its newest report: in its chroot, or in `logs`, which are laid out like that."""
     current, problem = None, ""
     try:
         current = read_published(chroot, name)
@@ -1233,45 +1839,112 @@ def read_host(chroot: str, name: str) -> Found:
         problem = one_line(str(error))
     except OSError as error:
         problem = f"{chroot}/current.json: {why_not(error)}"
-    found = read_report(chroot, name)
+    reports = [read_report(place, name) for place in (chroot, *(f"{top}/{name}" for top in logs))]
+    found = max(reports, key=lambda each: each.seen_s or 0.0)
     if problem:
         return found._replace(problem=problem, unreadable=True)
+    if current is not None and (found.report is None or found.report.release != current.release):
+        found = found._replace(history=tuple(read_history(chroot)))
     return found._replace(current=current)
 
 
-Memory = dict[str, tuple[list[tuple[int, int, int, int]], Found]]
-
-
-def recall_host(chroot: str, name: str, memory: Memory) -> Found:
-    """read_host, if something has changed since: no host can set a ctime. A log that grew is weighed at the next report."""
-    stamps = []
-    for path in (f"{chroot}/current.json", f"{chroot}/logs", f"{chroot}/logs/status.json"):
-        with suppress(OSError):
-            found = os.lstat(path)
-            stamps.append((found.st_ino, found.st_ctime_ns, found.st_mtime_ns, found.st_size))
-    if name not in memory or memory[name][0] != stamps:
-        memory[name] = (stamps, read_host(chroot, name))
-    return memory[name][1]
+def look_at(name: str, chroot: str, now_s: float, offline_after_s: float, beside: Beside) -> Row:
+    """The row of a host. All that is shown of it is worked out here: whatever is wrong with what a host wrote is that
+    row's problem, and no other's."""
+    try:
+        row = make_row(name, read_host(chroot, name, beside.logs), now_s, offline_after_s, beside)
+        row_json(row, now_s)
+        format_host(row, now_s)
+    except Exception as error:
+        problem = f"logs/ has something that nobody understands: {type(error).__name__}: {error}"
+        row = make_row(name, Found(None, None, None, one_line(problem, 300), (), True), now_s, offline_after_s, beside)
+    return row
 
 
 def make_row(name: str, found: Found, now_s: float, offline_after_s: float, beside: Beside = NOTHING_BESIDE) -> Row:
     current, report, seen_s = found.current, found.report, found.seen_s
-    state, offline, reboot, drift = judge(current, report, seen_s, now_s, patience_s(report, offline_after_s))
+    state, offline, _, drift = judge(current, report, seen_s, now_s, patience_s(report, offline_after_s))
     held = "" if current is None else beside.held.get((name, current.release), "")
+    was = state if offline and state == "up-to-date" else ""
     if found.unreadable:
         state = "unknown"
-    elif held and state in ("new", "up-to-date", "waiting", "pending"):
+    elif was:
+        state = "offline"
+    elif held and state in ("up-to-date", "waiting"):
         state = "held"
-    row = Row(name, state, offline, reboot, drift, current, report, seen_s, found.problem, is_expired(current, now_s))
-    left_s, began_s = pause_left_s(report), row.since_s
-    return row._replace(
-        paused=seen_s is not None and left_s > now_s - seen_s,
-        stuck=state == "building" and began_s is not None and now_s - began_s >= STUCK_AFTER_S,
-        absence=beside.absent.get(name, ""),
-        refusal=beside.refused.get(name),
-        held=held,
-        logs=found.logs,
-    )
+    absence, refusal = beside.absent.get(name, ""), beside.refused.get(name)
+    row = Row(name, state, {}, current, report, seen_s, absence, refusal, held, found.logs, was)
+    return row._replace(flags=find_flags(row, found, now_s, beside, offline=offline, drift=drift))
+
+
+def find_flags(row: Row, found: Found, now_s: float, beside: Beside, *, offline: bool, drift: bool) -> dict[str, Flag]:
+    """Which of FLAGS hold, each with words for a person."""
+    report, refusal, seen_s, since_s = row.report, row.refusal, row.seen_s or 0.0, row.since_s
+    flags: dict[str, Flag | None] = {
+        "problem": Flag(found.problem, seen_s) if found.problem else None,
+        "failed": Flag(failure_words(row), since_s, failure_words(row, alone=False)) if row.failed else None,
+        "drift": Flag("drift", since_s) if drift else None,
+        "late": None if offline else find_lateness(row, found.history, now_s, beside.late_reboot_s),
+        "offline": Flag(f"offline for {age(now_s - seen_s)}", seen_s, "offline") if offline else None,
+        **find_expiry(row.current, now_s),
+    }
+    if row.absence:
+        flags["absent"] = Flag(f"absent: {row.absence}" if offline else f"back again: remove hosts/{row.host}.absent")
+    if report is not None:
+        units = f"failed units: {one_line(', '.join(report.failed_units), 1000)}"
+        paused = pause_left_s(report) > now_s - seen_s
+        flags |= {
+            "failed_units": Flag(units, since_s) if report.failed_units else None,
+            "two_machines": Flag(f"two machines report as {row.host}") if report.twin else None,
+            "needs_reboot": Flag("needs reboot") if report.needs_reboot else None,
+            "other_client": Flag(f"client {report.client}") if report.client != client.VERSION else None,
+            "paused": Flag(f"paused until {report.paused_until}") if paused else None,
+        }
+    if refusal is not None:
+        began_s = client.parse_time(refusal.since)
+        words = f"not published for {age(now_s - began_s)}, tried {counted(refusal.times, 'time')}: {refusal.error}"
+        flags["not_published"] = Flag(words, began_s, f"not published: {refusal.error}")
+    return {name: flag for name in FLAGS if (flag := flags.get(name)) is not None}
+
+
+def find_lateness(row: Row, history: Sequence[Published], now_s: float, late_reboot_s: float) -> Flag | None:
+    """What a host should have come to long ago, whosever fault it is that it has not. Whoever waits for an earlier wave,
+    is away with an excuse, or has left, is not late; and what failed is told already."""
+    current, report = row.current, row.report
+    if current is None or row.absence or row.failed or row.state in ("held", "left", "unknown"):
+        return None
+    runs, what = report.release if report is not None else None, name_of(current)
+    if report is not None and row.state in ("up-to-date", "waiting"):
+        since_s = row.ours_s(report.last.finished) if report.last is not None else None
+        if since_s is None or (row.state == "up-to-date" and not report.needs_reboot):
+            return None
+        limit_s = late_reboot_s if report.reboot in (None, "never") else LATE_REBOOT_S
+        words, about = f"{what} waits for a reboot for {age(now_s - since_s)}", "waits for a reboot"
+    else:
+        missed = list(itertools.takewhile(lambda each: each.release != runs, reversed(history)))
+        since_s, limit_s = client.parse_time(missed[-1].time if missed else current.published), LATE_S
+        if report is not None and report.last is not None and report.last.result != Result.OK:
+            since_s = client.parse_time(
+                current.published
+            )  # it failed an earlier one, which was told, and is to try this
+        if report is None:
+            words, about = f"has never reported, {what} was published {age(now_s - since_s)} ago", "has never reported"
+        elif runs is not None and history and len(missed) == len(history) < KEEP_HISTORY:
+            about = (
+                f"runs {runs[:7]}, which this server never published: 'bento.py populate --again', if it was restored"
+            )
+            words = f"{about}; late for {age(now_s - since_s)}"
+        else:
+            words, about = f"late: {what} was published {age(now_s - since_s)} ago", f"late: does not run {what}"
+    if report is not None and row.seen_s is not None:
+        since_s = max(since_s, row.seen_s + pause_left_s(report) if report.paused_until else 0.0)
+    return Flag(words, since_s, about) if now_s - since_s > max(limit_s, patience_s(report, 0)) else None
+
+
+def name_of(current: Current) -> str:
+    """What people call a release: the commit that it was made of, if that is known."""
+    found = COMMIT.match(current.revision or "")
+    return found[0][:7] if found is not None else current.release[:7]
 
 
 def patience_s(report: Report | None, offline_after_s: float) -> float:
@@ -1289,44 +1962,39 @@ def pause_left_s(report: Report | None) -> float:
     return client.parse_time(report.paused_until) - client.parse_time(report.polled)
 
 
-def is_expired(current: Current | None, now_s: float) -> bool:
-    """Whether nobody vouches any more for what is published."""
+def find_expiry(current: Current | None, now_s: float) -> dict[str, Flag | None]:
+    """Whether nobody vouches any more for what is published, or soon will not."""
+    expires_s = None
     with suppress(BentoError):
-        if current is not None and current.signed is not None:
-            return client.parse_time(client.parse_signed(current.signed, "").expires) <= now_s
-    return False
+        if current is not None and current.vow is not None:
+            expires_s = client.parse_time(client.parse_signed(current.vow.text, "").expires)
+    if expires_s is None or now_s < expires_s - NOTICE_S:
+        return {}
+    if now_s < expires_s:
+        words = f"signature expires in {age(expires_s - now_s)}: 'bento.py sign --key FILE'"
+        return {"expires_soon": Flag(words, expires_s - NOTICE_S, "signature expires soon: 'bento.py sign --key FILE'")}
+    return {"expired": Flag("signature expired: 'bento.py sign --key FILE'", expires_s)}
 
 
 # The states, what is urgent first, each with its symbol and its colour on a terminal.
 STATES = {
     "failing": ("✗", "31"), "rolled-back": ("↶", "31"), "unknown": ("?", "31"), "pending": ("…", "33"), "held": ("‖", "33"),
-    "building": ("⚙", "36"), "waiting": ("↻", "33"), "new": ("·", "2"), "left": ("-", "2"), "up-to-date": ("✓", "32"),
+    "building": ("⚙", "36"), "waiting": ("↻", "33"), "offline": ("!", "31"), "new": ("·", "2"), "left": ("-", "2"), "up-to-date": ("✓", "32"),
 }  # fmt: skip
 URGENCY = tuple(STATES)
 
 
 def sort_rows(rows: Iterable[Row]) -> list[Row]:
-    """What needs a person first, and of that who is silent: it may be all that there is to know of a host."""
-    return sorted(
-        rows,
-        key=lambda row: (not row.needs_a_person, row.reasons[:1] != ["offline"], URGENCY.index(row.state), row.host),
-    )
+    """What needs a person first: of that the worst, and of that what broke last."""
+    order = list(FLAGS)
+
+    def rank(row: Row) -> tuple[object, ...]:
+        worst = order.index(row.reasons[0]) if row.reasons else len(order)
+        return worst, -row.broke_s, URGENCY.index(row.state), row.host
+
+    return sorted(rows, key=rank)
 
 
-# What may be the matter with a host besides its state, and what a metric says of that.
-MARKS = {
-    "offline": "Whether a host has not been seen for too long.",
-    "drift": "Whether a host runs another system than its release's.",
-    "needs_reboot": "Whether a host needs a reboot.",
-    "other_client": "Whether a host runs another version of the client than the server has.",
-    "failed_units": "Whether units failed when a host's release was activated, and still do.",
-    "paused": "Whether a host deploys nothing for now.",
-    "expired": "Whether nobody vouches any more for what is published for a host.",
-    "absent": "Whether a host is known to be away.",
-    "not_published": "Whether a host's configuration failed to be published.",
-    "stuck": "Whether a host has been building for longer than any build takes.",
-    "two_machines": "Whether another machine has reported as a host, too.",
-}
 RESULT_MARKS: dict[str, str] = {
     Result.OK: "✓", Result.BUILD_FAILED: "✗", Result.FETCH_FAILED: "↓", Result.ROLLED_BACK: "↶", Result.ROLLBACK_FAILED: "‼",
     Result.POSTPONED: "…", Result.INTERRUPTED: "~",
@@ -1334,36 +2002,27 @@ RESULT_MARKS: dict[str, str] = {
 # Of the parts of a bar, the last for all that are older than the others, and for what nobody knows.
 SHADES, NOT_KNOWN, UNKNOWN_RELEASE = "█▓▒░", "·", "not known"
 # What a revision begins with, by default.
-COMMIT = re.compile(r"[0-9a-f]{7,40}\b\+?")
+COMMIT = re.compile(r"[0-9a-f]{7,40}(?![\w])\+?")
 # Where the encoding of stdout has none of our symbols.
 PLAIN = str.maketrans("✗↶…⚙↻·✓‖↓‼█▓▒░", "x<~*@.+|v%#=:-")
 
 
-def format_table(
-    rows: Sequence[Row], now_s: float, width: int, *, height: int | None = None, decorated: bool = False
-) -> str:
-    """The status table for `width` columns, and a summary. `decorated`: symbols and colours, for a terminal.
-
-    Of a table that has more than `height` lines, the top and the summary.
-    """
+def format_table(rows: Sequence[Row], now_s: float, width: int, *, decorated: bool = False) -> str:
+    """The status table for `width` columns, and a summary. `decorated`: symbols and colours, for a terminal."""
     name_width = max([4, *(len(row.host) for row in rows)])
     columns = [("HOST", name_width), ("STATE", 11), ("RUNS", 7), ("SINCE", 5), ("SEEN", 5)]
     if width >= name_width + 80:
         columns.insert(3, ("SYSTEM", 8))
-    if wide := width >= name_width + 120 and any(row.revision for row in rows):
+    if wide := width >= name_width + 120 and any(row.subject for row in rows):
         columns[2] = ("RUNS", 8 + REVISION_WIDTH)
     bar = format_bar(rows, width)
     summary = [*([bar] if bar else []), *textwrap.wrap(format_summary(rows), width)]
-    shown = rows
-    if height is not None and len(rows) > height - 1 - len(summary):
-        shown = rows[: max(0, height - 2 - len(summary))]
-        summary.insert(0, f"({len(rows) - len(shown)} more)")
     gutter = "  " if decorated else ""
     lines = [clip((gutter + " ".join(f"{title:<{size}}" for title, size in columns) + "  NOTES").rstrip(), width)]
-    for row in shown:
+    for row in rows:
         cells = row_cells(row, now_s)
-        if wide and row.revision is not None:
-            cells["RUNS"] += f" {clip(row.revision, REVISION_WIDTH)}"
+        if wide:
+            cells["RUNS"] += f" {clip(row.subject, REVISION_WIDTH)}"
         text = " ".join(f"{cells[title]:<{size}}" for title, size in columns)
         line = clip(f"{text}  {'; '.join(notes(row, now_s))}".rstrip(), width - len(gutter))
         if decorated:
@@ -1375,7 +2034,7 @@ def format_table(
 
 def symbol_of(row: Row) -> str:
     """What a state looks like, unless something else is the matter with a host."""
-    alarm = row.offline or (row.needs_a_person and row.reasons[0] not in ("failed", "stuck", "problem"))
+    alarm = row.silent or (row.needs_a_person and row.reasons[0] not in ("failed", "problem"))
     return "!" if alarm else STATES[row.state][0]
 
 
@@ -1406,7 +2065,7 @@ def row_cells(row: Row, now_s: float) -> dict[str, str]:
     return {
         "HOST": row.host,
         "STATE": row.state,
-        "RUNS": (report.release or "-")[:7] if report else "-",
+        "RUNS": row.runs or "-",
         "SYSTEM": one_line(report.system.removeprefix("/nix/store/")[:8]) if report else "-",
         "SINCE": "-" if (since_s := row.since_s) is None else age(now_s - since_s),
         "SEEN": "never" if row.seen_s is None else age(now_s - row.seen_s),
@@ -1425,7 +2084,7 @@ def format_host(row: Row, now_s: float) -> str:
     since_s = row.since_s
     lines: list[tuple[str, str | None]] = [
         ("state", row.state + (f" since {moment(since_s, now_s)}" if since_s is not None else "")),
-        *(("needs you", words) for reason in row.reasons if (words := note(row, reason, now_s))),
+        *(("needs you", row.flags[reason].words) for reason in row.reasons),
         ("seen", "never" if row.seen_s is None else moment(row.seen_s, now_s)),
         ("published", f"{current.release} {current.published}" if current else None),
         ("", current.revision if current else None),
@@ -1466,7 +2125,7 @@ def report_lines(row: Row, report: Report, now_s: float) -> list[tuple[str, str 
         ("waiting", f"{report.waiting_for_boot} runs from the next boot on" if report.waiting_for_boot else None),
         ("reboot", "needed" if report.needs_reboot else None),
         ("failed", ", ".join(report.failed_units) or None),
-        ("paused", f"until {report.paused_until}" if row.paused else None),
+        ("paused", f"until {report.paused_until}" if "paused" in row.flags else None),
         ("phase", report.phase),
         ("client", report.client + (f", its clock is {wrong}" if wrong else "")),
         ("offline", f"after {age(patience_s(report, OFFLINE_AFTER_S))} of silence"),
@@ -1481,66 +2140,43 @@ def count_words(rows: Sequence[Row]) -> dict[str, int]:
     """How many hosts are in each state, and have each mark."""
     counts = dict.fromkeys((*URGENCY, *MARKS), 0)
     for row in rows:
-        for word in (row.state, *(mark for mark in MARKS if getattr(row, mark))):
+        for word in {row.state, *(mark for mark in MARKS if mark in row.flags)}:
             counts[word] = counts.get(word, 0) + 1
     return counts
 
 
 def notes(row: Row, now_s: float) -> list[str]:
     """What a person should know of a host, most important first."""
-    found = [words for flag in (*row.reasons, *MARKS) if (words := note(row, flag, now_s))]
     last = row.report.last if row.report else None
+    # Silence is told first: whatever else is known of the host was so before.
+    found = [row.flags[name].words for name in sorted(row.flags, key=lambda name: name != "offline")]
     if row.held:
         found.append(row.held)
-    if row.state in ("pending", "building", "new") and row.current is not None and row.published_s is not None:
-        found.append(f"{row.current.release[:7]} published {age(now_s - row.published_s)} ago")
-    elif row.current is None and not row.problem:
+    if row.was:
+        found.append(f"was {row.was}")
+    if row.state in ("pending", "building", "new") and row.published_s is not None and "late" not in row.flags:
+        found.append(f"{what_is_published(row)} published {age(now_s - row.published_s)} ago")
+    elif row.current is None and "problem" not in row.flags:
         found.append("nothing published")
     elif row.state == "up-to-date" and last is not None and last.reason:
         found.append(one_line(last.reason))
-    if row.report is not None and row.other_client:
-        found.append(f"client {row.report.client}")
     if wrong := clock_error(row):
         found.append(f"clock {wrong}")
     return list(dict.fromkeys(found))
 
 
-def note(row: Row, flag: str, now_s: float) -> str:
-    """One thing that is the matter with a host, in words. Nothing for what is not, or is told elsewhere."""
-    report, refusal = row.report, row.refusal
-    if not getattr(row, flag):
-        return ""
-    if flag == "problem":
-        return row.problem
-    if flag == "failed":
-        return failure_words(row)
-    if flag == "offline" and row.seen_s is not None:
-        return f"offline for {age(now_s - row.seen_s)}"
-    if flag == "failed_units" and report is not None:
-        return f"failed units: {one_line(', '.join(report.failed_units), 1000)}"
-    if flag == "not_published" and refusal is not None:
-        since_s = client.parse_time(refusal.since)
-        return f"not published for {age(now_s - since_s)}, tried {counted(refusal.times, 'time')}: {refusal.error}"
-    if flag == "paused" and report is not None and report.paused_until is not None:
-        return f"paused until {report.paused_until}"
-    if flag == "absent":
-        return f"absent: {row.absence}" if row.offline else f"back again: remove hosts/{row.host}.absent"
-    known = {
-        "expired": f"signature expired: 'bento.py sign {row.host}'",
-        "stuck": "no end of its build",
-        "two_machines": f"two machines report as {row.host}",
-        "other_client": "",
-    }
-    return known.get(flag, flag.replace("_", " "))
+def what_is_published(row: Row) -> str:
+    return name_of(row.current) if row.current is not None else "-"
 
 
-def failure_words(row: Row) -> str:
-    """Which release fails, how often, and why."""
+def failure_words(row: Row, *, alone: bool = True) -> str:
+    """Which release fails, how often, and why; or only why, as it may be the same for many."""
     last = row.report.last if row.report else None
     if last is None:
         return ""
-    what = (last.release or "")[:7] or "what is published"
-    tried = f", tried {counted(last.attempt, 'time')}" if last.attempt > 1 else ""
+    mine = row.current is not None and row.current.release == last.release
+    what = what_is_published(row) if mine else (last.release or "")[:7] or "what is published"
+    tried = f", tried {counted(last.attempt, 'time')}" if last.attempt > 1 and alone else ""
     reason = last.reason if last.result == row.state else f"{last.result}: {last.reason}"
     return one_line(f"{what}{tried}: {reason}", 1000)
 
@@ -1551,15 +2187,42 @@ def since(when_s: float, now_s: float) -> str:
 
 def complaint(row: Row, now_s: float) -> Failure:
     """What a person is told of a host that needs one, who does not see the table. What is wrong comes first."""
-    since_s, found = row.since_s, [words for words in notes(row, now_s) if words != note(row, "offline", now_s)]
+    since_s, silent = row.since_s, row.flags.get("offline")
+    found = [words for words in notes(row, now_s) if silent is None or words not in (silent.words, f"was {row.was}")]
     state = row.state + (f" {since(since_s, now_s)}" if since_s is not None else "")
-    if row.offline and row.seen_s is not None:
-        words = [f"offline {since(row.seen_s, now_s)}, it was {row.state}", *found]
-    elif row.reasons[:1] in (["failed"], ["stuck"], ["problem"]):
+    if silent is not None and row.seen_s is not None:
+        words = [f"offline {since(row.seen_s, now_s)}, it was {row.was or row.state}", *found]
+    elif row.reasons[:1] in (["failed"], ["problem"]):
         words = [f"{state}: {'; '.join(found)}"]
     else:
         words = [*found, state]
     return Failure(row.host, "; ".join(words))
+
+
+def complaints(rows: Iterable[Row], now_s: float) -> list[tuple[list[Row], str]]:
+    """What those need who need a person, in the order of the rows: of one host all that there is to say; of many that have
+    the same for a first reason, that, and for how long."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.needs_a_person:
+            flag = row.flags[row.reasons[0]]
+            groups.setdefault((row.reasons[0], flag.about or flag.words), []).append(row)
+    found = []
+    for (reason, about), group in groups.items():
+        words = complaint(group[0], now_s).text
+        if len(group) > 1:
+            began = [row.flags[reason].since_s for row in group]
+            ages = sorted(now_s - began_s for began_s in began if began_s is not None)
+            spans = list(dict.fromkeys([age(ages[0]), age(ages[-1])])) if ages else []
+            state = f"{group[0].state}: " if reason == "failed" else ""
+            words = f"{state}{about}" + (f", for {' to '.join(spans)}" if spans else "")
+        found.append((group, words))
+    return found
+
+
+def who(group: Sequence[Row]) -> str:
+    """The hosts that something is about: their names, as many as anybody reads."""
+    return group[0].host if len(group) == 1 else f"{counted(len(group))} ({show_names([row.host for row in group])})"
 
 
 class Shade(NamedTuple):
@@ -1613,8 +2276,8 @@ def format_bar(rows: Sequence[Row], width: int) -> str:
     return clip(f"{bar}  {'  '.join(words)}", width)
 
 
-# Of what is known of a host: the metric that has it, and what that says.
-GAUGES = {mark: (mark, text) for mark, text in MARKS.items()} | {
+# Of what else is known of a host: the metric that has it, and what that says.
+GAUGES = {
     "needs_a_person": ("needs_attention", "Whether a host needs a person."),
     "seen_s": ("last_seen_timestamp_seconds", "When a host reported last, on the server's clock."),
     "since_s": ("state_since_timestamp_seconds", "When a host came into its state."),
@@ -1626,7 +2289,7 @@ GAUGES = {mark: (mark, text) for mark, text in MARKS.items()} | {
 
 def format_prometheus(rows: Sequence[Row]) -> str:
     """For node_exporter's textfile collector. A host's name is the only text in it, and has no character to escape."""
-    counts, lines = count_words(rows), list[str]()
+    lines = list[str]()
 
     def gauge(name: str, text: str, samples: Iterable[tuple[str, float | None]]) -> None:
         lines.extend([f"# HELP {name} {text}", f"# TYPE {name} gauge"])
@@ -1634,11 +2297,14 @@ def format_prometheus(rows: Sequence[Row]) -> str:
             if value is not None:
                 lines.append(f"{name}{{{labels}}} {value if isinstance(value, float) else int(value)}")
 
+    counts = Counter(row.state for row in rows)
     gauge("bento_hosts", "Hosts in each state.", [(f'state="{state}"', counts[state]) for state in URGENCY])
     states = [(f'host="{row.host}",state="{state}"', row.state == state) for row in rows for state in URGENCY]
     gauge("bento_host_state", "1 for the state that a host is in.", states)
     releases = [(f'host="{row.host}",{release_labels(row)}', 1) for row in rows]
     gauge("bento_host_release_info", "The releases that a host runs, is to run, and tried last.", releases)
+    for mark, text in MARKS.items():
+        gauge(f"bento_host_{mark}", text, [(f'host="{row.host}"', mark in row.flags) for row in rows])
     for known, (name, text) in GAUGES.items():
         gauge(f"bento_host_{name}", text, [(f'host="{row.host}"', getattr(row, known)) for row in rows])
     return "\n".join(lines) + "\n"
@@ -1719,7 +2385,12 @@ Why = Callable[[str, str], str]
 
 
 def format_html(
-    rows: Sequence[Row], now_s: float, logs_url: str, troubles: Sequence[str] = (), why: Why = lambda *_: ""
+    rows: Sequence[Row],
+    now_s: float,
+    logs_url: str,
+    troubles: Sequence[str] = (),
+    why: Why = lambda *_: "",
+    line: str = "",
 ) -> str:
     """One page without scripts. The filter is the end of its address: links open the page again, with a query, so that
     a browser that loads it anew does so with the filter. Chromium then does not, hence the word about an old page.
@@ -1742,7 +2413,7 @@ def format_html(
         filters="\n".join(filters),
         targets="".join(f'<i id="{word}"></i>' for word, _, _ in kinds[1:]),
         persons=html_persons(rows, now_s, troubles),
-        rollout=html_roll_out(rows, now_s),
+        rollout=html_roll_out(rows, now_s, line),
         links="\n".join(f'<a href="?{word}#{word}">{text} {count}</a>' for word, text, count in kinds),
         rows="\n".join(html_row(row, now_s, logs_url, why, len(rows) > MANY_HOSTS) for row in rows),
     )
@@ -1752,19 +2423,18 @@ def format_html(
 def html_persons(rows: Sequence[Row], now_s: float, troubles: Sequence[str]) -> str:
     """Who needs a person, and why: the first of them, and how many more there are."""
     lines = [f'<p class="alarm">{html.escape(text)}</p>' for text in troubles]
-    wanting = [row for row in rows if row.needs_a_person]
+    wanting = complaints(rows, now_s)
     if not wanting:
         return "".join(lines)
     lines.append("<h2>Needs a person</h2>\n<ul>")
-    for row in wanting[:SHOWN_PERSONS]:
-        failure = complaint(row, now_s)
-        lines.append(f"<li><span class=mark>{symbol_of(row)}</span> <b>{row.host}</b> {html.escape(failure.text)}")
-    if len(wanting) > SHOWN_PERSONS:
-        lines.append(f"<li>... and {len(wanting) - SHOWN_PERSONS} more, at the top of the table")
+    for group, words in wanting[:SHOWN_PERSONS]:
+        lines.append(f"<li><span class=mark>{symbol_of(group[0])}</span> <b>{who(group)}</b> {html.escape(words)}")
+    if more := sum(len(group) for group, _ in wanting[SHOWN_PERSONS:]):
+        lines.append(f"<li>... and {more} more, at the top of the table")
     return "\n".join([*lines, "</ul>"])
 
 
-def html_roll_out(rows: Sequence[Row], now_s: float) -> str:
+def html_roll_out(rows: Sequence[Row], now_s: float, line: str) -> str:
     """How many hosts run which revision, and which are held, and by whom."""
     parts, lines = [], []
     for number, shade in enumerate(count_shades(rows)):
@@ -1776,20 +2446,21 @@ def html_roll_out(rows: Sequence[Row], now_s: float) -> str:
     for words, count in Counter(row.held for row in rows if row.held).most_common(SHOWN):
         lines.append(f"<li>{STATES['held'][0]} {counted(count)} held: {html.escape(words)}")
     bar = f'<div class="bar">{"".join(parts)}</div>'
-    return "\n".join(["\n<h2>Roll-out</h2>", bar, "<ul>", *lines, "</ul>"]) if rows else ""
+    sentence = f"<p>{html.escape(line)}</p>" if line else ""
+    return "\n".join(["\n<h2>Roll-out</h2>", sentence, bar, "<ul>", *lines, "</ul>"]) if rows else ""
 
 
 def html_row(row: Row, now_s: float, logs_url: str, why: Why, brief: bool) -> str:
     cells = {title: html.escape(text) for title, text in row_cells(row, now_s).items()}
-    classes = [row.state, *(mark for mark in MARKS if getattr(row, mark)), *(["person"] if row.needs_a_person else [])]
+    classes = [row.state, *(mark for mark in MARKS if mark in row.flags), *(["person"] if row.needs_a_person else [])]
     url = html.escape(f"{logs_url}/{row.host}/logs/")
-    state = f"<b>{symbol_of(row)} {'offline' if row.offline else cells['STATE']}</b>"
-    state += f", was {cells['STATE']}" if row.offline else ""
-    revision = html.escape(clip(one_line(row.revision or ""), REVISION_WIDTH - 4))
+    state = f"<b>{symbol_of(row)} {'offline' if row.silent else cells['STATE']}</b>"
+    state += f", was {row.was or row.state}" if row.silent else ""
+    subject = html.escape(clip(row.subject, REVISION_WIDTH - 4))
     since = f"<td class=since>{cells['SINCE']}" if cells["SINCE"] != "-" else "<td>"
     return (
         f'<tr class="{" ".join(classes)}"><td>{row.host}<td>{state}{since}'
-        f"<td><code>{cells['RUNS']}</code> {revision}<td class=seen>{cells['SEEN']}"
+        f"<td><code>{cells['RUNS']}</code> {subject}<td class=seen>{cells['SEEN']}"
         f'<td class="notes">{html.escape("; ".join(notes(row, now_s)))}'
         f'<td>{html_attempts(row, why, brief)} <a href="{url}">logs</a></tr>'
     )
@@ -1815,24 +2486,24 @@ def html_attempts(row: Row, why: Why, brief: bool) -> str:
     return "".join(found)
 
 
-def format_json(rows: Sequence[Row], now_s: float, troubles: Sequence[str] = ()) -> str:
+def format_json(rows: Sequence[Row], now_s: float, troubles: Sequence[str] = (), line: str = "") -> str:
     """A line a host. Without `indent`, which would make json.dumps ten times as slow."""
-    lines = ",\n".join(json.dumps(row_json(row)) for row in rows)
-    head = f'"format": 1, "time": "{format_time(now_s)}", "problems": {json.dumps(list(troubles))}'
+    lines = ",\n".join(json.dumps(row_json(row, now_s)) for row in rows)
+    head = f'"format": 1, "time": "{format_time(now_s)}", "problems": {json.dumps(list(troubles))}, "rollout": {json.dumps(line or None)}'
     return f'{{{head}, "hosts": [\n{lines}\n]}}\n'
 
 
-def row_json(row: Row) -> dict[str, object]:
+def row_json(row: Row, now_s: float) -> dict[str, object]:
     """A host in `status --json`. Every string that a host wrote is one line of printable characters."""
     last, since_s = row.report.last if row.report else None, row.since_s
     published = row.current._asdict() if row.current else {}
-    for name in ("parts", "signed", "signature", "signer"):  # of no interest to whom this is for
+    for name in ("parts", "signed", "vow", "signer", "again"):  # of no interest to whom this is for
         published.pop(name, None)
     fields = ("release", "system", "client", "phase", "signer", "waiting_for_boot", "paused_until")
     return {
         "host": row.host,
         "state": row.state,
-        **{mark: getattr(row, mark) for mark in MARKS},
+        **{mark: mark in row.flags for mark in MARKS},
         "failed_units": [one_line(unit) for unit in row.report.failed_units] if row.report else [],
         "absent": row.absence or None,
         "held": row.held or None,
@@ -1847,192 +2518,364 @@ def row_json(row: Row) -> dict[str, object]:
         "since": None if since_s is None else format_time(since_s),
         "seen": None if row.seen_s is None else format_time(row.seen_s),
         "clock_ahead_s": row.ahead_s,
-        "problem": row.problem or None,
+        "was": row.was or None,
+        "problem": row.flags["problem"].words if "problem" in row.flags else None,
+        "flags": {name: flag_json(name, flag) for name, flag in row.flags.items()},
+        "attempts": [attempt._asdict() for attempt in row.attempts],
+        "notes": notes(row, now_s),
     }
+
+
+def flag_json(name: str, flag: Flag) -> dict[str, object]:
+    since = None if flag.since_s is None else format_time(flag.since_s)
+    return {"words": flag.words, "since": since, "needs_a_person": FLAGS[name][0]}
 
 
 # --- waves ---
 
 UNITS_S = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 # A host that is not there is not waited for. One that failed stops the roll-out.
-ABSENT = {"new", "left", "offline"}
+ABSENT = {"new", "left", "offline", "absent", "paused"}
 FAILED = {"failing", "rolled-back", "failed units", "not published"}
+# What is tried again by itself is no verdict.
+PASSING = {Result.POSTPONED, Result.FETCH_FAILED, Result.INTERRUPTED}
+MAX_CANDIDATES = 50
+RUNS, NEVER_S = "runs it", 1e12
 
 
-class Wave(NamedTuple):
-    """A line of hosts/waves: its hosts, and for how long each must have run its release before later ones get theirs."""
+def parse_waves(text: str, hosts: Sequence[str], known: Collection[str] = ()) -> tuple[list[Wave], list[str], set[str]]:
+    """A wave a line, and one more of all that are in none; what to warn of; and the words that stand for somebody.
 
-    hosts: tuple[str, ...]
-    soak_s: float
-
-
-class Standing(NamedTuple):
-    """Where a host stands. `wanted`: the release that hosts/ holds for it, or "" if that cannot be published; `since_s`:
-    since when it runs the one that it reports."""
-
-    wanted: str
-    found: Found
-    since_s: float = 0.0
-
-    @property
-    def published(self) -> str:
-        return self.found.current.release if self.found.current is not None else ""
-
-    @property
-    def changed(self) -> bool:
-        return "" != self.published != self.wanted != ""
-
-
-class Blocker(NamedTuple):
-    """A host that others wait for."""
-
-    host: str
-    why: str
-
-
-class Held(NamedTuple):
-    """A host that waits with the release `published`, while hosts/ has `wanted` for it."""
-
-    host: str
-    since_s: float
-    published: str
-    wanted: str
-
-
-class Proven(NamedTuple):
-    """Since when the server knows that a host runs a release."""
-
-    host: str
-    since_s: float
-    release: str
-
-
-class Rollout(NamedTuple):
-    """.rollout.json: what the last `populate` of the whole fleet waits for. `blockers` hold all hosts in `held`."""
-
-    blockers: tuple[Blocker, ...] = ()
-    held: tuple[Held, ...] = ()
-    proven: tuple[Proven, ...] = ()
-
-    @property
-    def reason(self) -> str:
-        return f"wait for {show_names([f'{host} ({why})' for host, why in self.blockers])}"
-
-    def words(self, now_s: float) -> dict[tuple[str, str], str]:
-        """What to say of each host that is held, by its name and its release: it may have got another since."""
-        reason = self.reason
-        return {(each.host, each.published): f"held {age(now_s - each.since_s)}: {reason}" for each in self.held}
-
-
-def parse_waves(text: str, hosts: Sequence[str]) -> list[Wave]:
-    """A wave a line. BentoError for a word that stands for no host: whom it was meant for would come in the last."""
-    waves, left, known = list[Wave](), list(hosts), set(hosts)
+    BentoError for a word that stands for no host: whom it was meant for would come last. One that was `known` to stand for
+    somebody is only worth a word: a host was removed.
+    """
+    waves, left, names, warnings, fits = list[Wave](), list(hosts), set(hosts), list[str](), set[str]()
     for number, line in enumerate(text.splitlines(), 1):
-        soak_s, meant, where = None, set[str](), f"hosts/waves:{number}"
+        limits, meant, empty, where = dict[str, float](), set[str](), False, f"hosts/waves:{number}"
         for word in line.partition("#")[0].split():
-            if word.startswith("@"):
-                found = re.fullmatch(rf"@([0-9]{{1,5}})({'|'.join(UNITS_S)})", word)
-                if found is None or soak_s is not None:
-                    raise BentoError(f"{where}: {one_line(word, 40)}: a wave has one soak time, as @90min, @2h or @1d")
-                soak_s = float(found[1]) * UNITS_S[found[2]]
-            elif matching := [word] if word in known else fnmatch.filter(hosts, word):
+            if word[0] in "@!":
+                read_limit(word, limits, where)
+            elif matching := [word] if word in names else fnmatch.filter(hosts, word):
                 meant.update(matching)
+                fits.add(word)
+            elif word in known:
+                empty = True
+                warnings.append(f"{where}: {one_line(word, 40)}: no such host any more: take it out")
+                fits.add(word)
             else:
                 raise BentoError(f"{where}: {one_line(word, 40)}: no such host")
-        if meant:
-            waves.append(Wave(tuple(name for name in left if name in meant), soak_s or 0.0))
+        if meant or (empty and limits):
+            mine = tuple(name for name in left if name in meant)
+            waves.append(Wave(mine, limits.get("@", 0.0), int(limits.get("!", 0))))
             left = [name for name in left if name not in meant]
-        elif soak_s is not None:
-            raise BentoError(f"{where}: a soak time goes with the hosts of its wave, and there are none in this line")
-    return [*waves[:-1], waves[-1]._replace(hosts=(*waves[-1].hosts, *left))] if waves else []
+        elif limits:
+            word = "a soak time goes" if "@" in limits else "a number that may fail goes"
+            raise BentoError(f"{where}: {word} with the hosts of its wave, and there are none in this line")
+    return [*waves, *([Wave(tuple(left), 0.0)] if waves and left else [])], warnings, fits
 
 
-def read_waves(fleet: Fleet, hosts: Sequence[str]) -> list[Wave]:
+def read_limit(word: str, limits: dict[str, float], where: str) -> None:
+    """A wave's soak time, or how many of it may fail."""
+    if word[0] == "@":
+        found = re.fullmatch(rf"@([0-9]{{1,5}})({'|'.join(UNITS_S)})", word)
+        value = float(found[1]) * UNITS_S[found[2]] if found is not None else None
+    else:
+        found = re.fullmatch(r"!([0-9]{1,5})", word)
+        value = float(found[1]) if found is not None else None
+    if value is None or word[0] in limits:
+        what = "one soak time, as @90min, @2h or @1d" if word[0] == "@" else "one number of hosts that may fail, as !2"
+        raise BentoError(f"{where}: {one_line(word, 40)}: a wave has {what}")
+    limits[word[0]] = value
+
+
+def read_waves(fleet: Fleet, hosts: Sequence[str], known: Collection[str]) -> tuple[list[Wave], list[str], set[str]]:
     """The waves in hosts/waves; none without it. A host may have that name, from before there were waves."""
     path = fleet.host("waves")
     if not os.path.lexists(path) or path.is_dir():
-        return []
+        return [], [], set()
     try:
-        return parse_waves(read_limited(path, MAX_WAVES_BYTES).decode("utf-8"), hosts)
+        return parse_waves(read_own(fleet, "hosts/waves", MAX_WAVES_BYTES).decode("utf-8"), hosts, known)
     except (OSError, UnicodeDecodeError) as error:
         raise BentoError(f"hosts/waves: cannot be read: {one_line(str(error))}") from None
 
 
-def reason_to_wait(standing: Standing, soak_s: float, now_s: float) -> str:
-    """Why others wait for this host; nothing when it runs what hosts/ holds for it, proven, for long enough.
+def note_run(runs: tuple[Run, ...], found: Found, log_s: float | None) -> tuple[Run, ...]:
+    """What a host has run without a verdict, with what it reports now. `log_s`: when the log came that tells of it.
+
+    The same system under another name goes on. No time lies behind the report: a clock that was wrong costs no more than it
+    was wrong.
+    """
+    report, current, seen_s = found.report, found.current, found.seen_s
+    if report is None or seen_s is None or report.release is None:
+        return runs
+    if current is not None and verdict(current, report):
+        return ()
+    runs = tuple(run._replace(since_s=min(run.since_s, seen_s)) for run in runs)
+    last = runs[-1] if runs else None
+    failing = tuple(report.failed_units)
+    if last is not None and last.release == report.release:
+        worse = set(failing) - set(last.units)
+        return (
+            (*runs[:-1], last._replace(since_s=seen_s, units=tuple(u for u in failing if u in last.units)))
+            if worse
+            else runs
+        )
+    mine = report.last is not None and report.last.release == report.release and report.last.result == Result.OK
+    since_s = log_s if mine and log_s is not None else seen_s
+    if current is not None and current.release == report.release:  # a host can date its files back
+        since_s = max(since_s, client.parse_time(current.published))
+    since_s = min(since_s, seen_s)
+    if last is not None and last.system == report.system:
+        since_s = last.since_s
+    units = failing if last is None else tuple(unit for unit in failing if unit in last.units)
+    others = tuple(run for run in runs if run.release != report.release)
+    return (*others[1 - MAX_CANDIDATES :], Run(report.release, report.system, since_s, units))
+
+
+def verdict(current: Current, report: Report) -> str:
+    """The state of a host that has failed what is published for it, for good or until somebody mends it."""
+    last = report.last
+    if last is None or last.release != current.release or last.result == Result.OK or last.result in PASSING:
+        return ""
+    return "rolled-back" if last.result == Result.ROLLED_BACK else "failing"
+
+
+def why_waited_for(standing: Standing, wanted: set[str], soak_s: float, now_s: float) -> str:
+    """Why others wait for this host; nothing when it has run one of the releases `wanted`, proven, for long enough.
 
     By when its report came: of a host that has been silent since, nobody knows what it runs.
     """
-    found, report, seen_s = standing.found, standing.found.report, standing.found.seen_s
+    found, report, current, seen_s = (
+        standing.found,
+        standing.found.report,
+        standing.found.current,
+        standing.found.seen_s,
+    )
     if report is None or seen_s is None:
         return "unreadable" if found.problem else "new"
-    state, offline, _, _ = judge(found.current, report, seen_s, now_s, patience_s(report, OFFLINE_AFTER_S))
-    if state == "left" or (state in FAILED and not standing.changed):
+    state, offline, _, _ = judge(current, report, seen_s, now_s, patience_s(report, OFFLINE_AFTER_S))
+    if state == "left":
         return state
-    if offline:
-        return "offline"
-    if not standing.wanted:
+    if standing.absent and offline:
+        return "absent"
+    if standing.published in wanted and current is not None and (failed := verdict(current, report)):
+        return failed
+    if offline:  # one that began it, and fell silent, may hang
+        return "silent since it began" if state == "building" and standing.published in wanted else "offline"
+    if standing.absent:
+        return "absent"
+    if not wanted - {""} or (standing.refused and standing.published not in wanted):
         return "not published"
-    if standing.changed:
-        return "pending"
-    if state != "up-to-date":
-        return state
-    if report.failed_units:
-        return "failed units"
-    ran_s = max(0.0, seen_s - standing.since_s)
-    return f"runs it {age(ran_s)} of {age(soak_s)}" if ran_s < soak_s else ""
+    run = standing.runs[-1] if standing.runs else Run("", "", seen_s)
+    if report.release in wanted and run.release == report.release and state not in ("building", "waiting"):
+        if set(report.failed_units) - set(run.units):
+            return "failed units"
+        began_s = min((each.since_s for each in standing.runs if each.release in wanted), default=run.since_s)
+        ran_s = max(0.0, seen_s - began_s)
+        return f"{RUNS} {age(ran_s)} of {age(soak_s)}" if ran_s < soak_s else ""
+    if pause_left_s(report) > now_s - seen_s:
+        return "paused"
+    if standing.published in wanted and state == "failing" and report.last is not None:
+        return report.last.result
+    return state if state in ("building", "waiting") else "pending"
 
 
-def find_blockers(wave: Wave, standings: Mapping[str, Standing], now_s: float) -> tuple[Blocker, ...]:
-    """Whom a wave waits for, those that failed first: hosts that are there and not done, or all when nobody is there."""
-    reasons = [Blocker(name, reason_to_wait(standings[name], wave.soak_s, now_s)) for name in wave.hosts]
-    waiting = [blocker for blocker in reasons if blocker.why and blocker.why not in ABSENT]
-    if not waiting and all(blocker.why for blocker in reasons):
-        waiting = reasons
-    return tuple(sorted(waiting, key=lambda blocker: blocker.why not in FAILED))
+def find_blockers(
+    wave: Wave, index: int, candidates: Sequence[Candidate], standings: Mapping[str, Standing], now_s: float
+) -> tuple[tuple[str, str], ...]:
+    """Whom a wave waits for before others get a candidate, those that failed first; all when nobody of it is there."""
+    reasons = []
+    for name in wave.hosts:
+        wanted = {candidate.release(name) for candidate in candidates[index:] if name in candidate.wanted}
+        reasons.append((name, why_waited_for(standings[name], wanted, wave.soak_s, now_s) if wanted else "new"))
+    failed = [each for each in reasons if each[1] in FAILED]
+    waiting = [each for each in reasons if each[1] and each[1] not in ABSENT | FAILED]
+    if len(failed) > wave.may_fail:
+        return (*failed, *waiting)
+    if not waiting and reasons and all(why for _, why in reasons):
+        return tuple(sorted(reasons, key=lambda each: each[1] not in FAILED))
+    return tuple(waiting)
 
 
-def decide(
-    waves: Sequence[Wave], standings: Mapping[str, Standing], now_s: float
-) -> tuple[tuple[Blocker, ...], list[str]]:
-    """Whom the first wave that is not done waits for, and who has to wait. A host that has nothing yet never has."""
+Blockers = Callable[[int, int], tuple[tuple[str, str], ...]]
+
+
+def advance(
+    candidates: Sequence[Candidate], waves: Sequence[Wave], blockers: Blockers, now_s: float
+) -> list[Candidate]:
+    """How many waves may have each candidate now."""
+    found = []
+    for index, candidate in enumerate(candidates):
+        reached = next((n for n in range(1, len(waves)) if blockers(n - 1, index)), len(waves))
+        if reached > candidate.reached:
+            candidate = candidate._replace(moved_s=now_s)
+        found.append(candidate._replace(reached=reached))
+    return found
+
+
+def choose(name: str, wave: int, candidates: Sequence[Candidate], standing: Standing) -> int | None:
+    """The candidate that a host gets: the newest that its wave may have, and never one older than what it has. None: it
+    keeps what it has. A host that has nothing yet never waits."""
+    current, report, newest = standing.found.current, standing.found.report, len(candidates) - 1
+    if current is None:
+        return newest
+    releases = [candidate.release(name) for candidate in candidates]
+    has = max((index for index, release in enumerate(releases) if release == current.release), default=None)
+    known = {*releases, current.release, *(each.release for each in standing.found.history), None}
+    # Published by hand since, or before a restored backup was made: only what is newer for sure.
+    after_s = client.parse_time(current.published) if has is None else 0.0
+    strange = report is not None and report.release not in known
+    for index in range(newest, -1 if has is None else has, -1):
+        sure = index == newest or (candidates[index].made_s >= after_s and not strange)
+        if releases[index] and wave < candidates[index].reached and sure:
+            return index
+    return has
+
+
+def is_stopped(blockers: Iterable[tuple[str, str]]) -> bool:
+    return any(why in FAILED for _, why in blockers)
+
+
+def find_holds(
+    candidates: Sequence[Candidate],
+    waves: Sequence[Wave],
+    chosen: Mapping[str, int | None],
+    standings: Mapping[str, Standing],
+    blockers: Blockers,
+) -> list[Hold]:
+    """Who has to wait, and for whom: for the oldest candidate that is anything new for them, and is not stopped."""
+    groups: dict[tuple[int, int], dict[str, str]] = {}
     for number, wave in enumerate(waves):
-        if blockers := find_blockers(wave, standings, now_s):
-            later = [name for each in waves[number + 1 :] for name in each.hosts]
-            return blockers, [name for name in later if standings[name].changed]
-    return (), []
+        for name in wave.hosts:
+            has, published = chosen[name], standings[name].published
+            gets = candidates[has].release(name) if has is not None else published
+            first = 0 if has is None else has + 1
+            news = [n for n in range(first, len(candidates)) if candidates[n].release(name) not in ("", gets)]
+            if news and candidates[-1].release(name) not in ("", gets):
+                waits = [n for n in news if candidates[n].reached <= number] or news
+                alive = [n for n in waits if not is_stopped(blockers(min(candidates[n].reached, number) - 1, n))]
+                groups.setdefault((number, (alive or waits)[0]), {})[name] = gets
+    holds: dict[tuple[int, tuple[tuple[str, str], ...]], Hold] = {}
+    for (number, index), hosts in groups.items():
+        candidate = candidates[index]
+        before_it = min(candidate.reached, number) - 1
+        found, since_s = blockers(before_it, index), max(candidate.made_s, candidate.moved_s)
+        # While somebody's time runs, or somebody failed, which is told of that host, it does not stand still.
+        still = not is_stopped(found) and not all(why.startswith(RUNS) for _, why in found)
+        still_s = since_s + waves[before_it].soak_s + LATE_S if still else NEVER_S
+        hold = Hold(candidate.name, found, candidate.made_s, still_s, hosts)
+        before = holds.get((index, found))
+        holds[index, found] = hold if before is None else before._replace(hosts={**before.hosts, **hosts})
+    return list(holds.values())
 
 
-def read_rollout(chroot_dir: Path) -> Rollout:
-    """How far the last `populate` could go; an empty one without waves. What is damaged is written anew by the next."""
-    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+def thin_out(candidates: Sequence[Candidate], waves: int) -> list[Candidate]:
+    """Without those that a newer one has passed, and no more than there may be: one in the middle goes, never the oldest."""
+    passed = max((index for index, candidate in enumerate(candidates) if candidate.reached >= waves), default=0)
+    kept = list(candidates[passed:])
+    while len(kept) > MAX_CANDIDATES:
+        del kept[len(kept) // 2]
+    return kept
+
+
+def describe(
+    candidates: Sequence[Candidate], waves: Sequence[Wave], holds: Sequence[Hold], standings: Mapping[str, Standing]
+) -> str:
+    """The roll-out as a sentence: of the one that is furthest, if several are under way, and is not stopped for good."""
+    if not candidates or not waves:
+        return ""
+    names = [hold.candidate for hold in sorted(holds, key=lambda hold: (bool(hold.stopped), -len(hold.hosts)))]
+    index = next((n for n, each in enumerate(candidates) if names and each.name == names[0]), len(candidates) - 1)
+    candidate, ran = candidates[index], 0
+    for name, standing in standings.items():
+        report, wanted = standing.found.report, {each.release(name) for each in candidates[index:]} - {""}
+        ran += report is not None and report.release in wanted
+    if ran == len(standings):
+        return ""
+    words = f"{candidate.name}: wave {candidate.reached} of {len(waves)}, {ran} of {counted(len(standings))}"
+    hold = next((hold for hold in holds if hold.candidate == candidate.name), None)
+    if hold is None:
+        return words
+    named = hold.stopped or list(hold.blockers)
+    return (
+        f"{words}, {'stopped by' if hold.stopped else 'waits for'} {show_names([f'{n} ({why})' for n, why in named])}"
+    )
+
+
+def name_candidate(wanted: Mapping[str, Current | None], before: Candidate | None) -> str:
+    """By the commits of what is new in it, for people."""
+    new = Counter(
+        one_line(current.revision or current.release[:7], 100)
+        for host, current in wanted.items()
+        if current is not None and (before is None or before.release(host) != current.release)
+    )
+    names = [name for name, _ in new.most_common()]
+    return names[0] + (f", and {len(names) - 1} more" if len(names) > 1 else "") if names else "the newest commit"
+
+
+def read_rollout(chroot_dir: Path, now_s: float) -> Rollout:
+    """What the last `populate` left; what is damaged is written anew. Whatever it says of a time to come is of now: the clock
+    was wrong."""
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, BentoError):
         data = json.loads((chroot_dir / ".rollout.json").read_bytes())
+        candidates, wanted = [], dict[str, Current | None]()
+        for each in data["candidates"]:
+            wanted = wanted | {host: current and read_wanted(host, current) for host, current in each["wanted"].items()}
+            wanted = {host: current for host, current in wanted.items() if host not in each["gone"]}
+            times = (min(each["made_s"], now_s), min(each["moved_s"], now_s))
+            candidates.append(Candidate(times[0], each["name"], wanted, each["reached"], times[1]))
+        runs = {
+            host: tuple(Run(r, s, min(t, now_s), tuple(u)) for r, s, t, u in runs)
+            for host, runs in data["runs"].items()
+        }
+        holds = [Hold(**each | {"blockers": tuple(map(tuple, each["blockers"]))}) for each in data["holds"]]
+        refused = {host: Refusal(**each) for host, each in data["refused"].items()}
+        for each in refused.values():
+            client.parse_time(each.since)
         return Rollout(
-            tuple(Blocker(**each) for each in data["blockers"]),
-            tuple(Held(**each) for each in data["held"]),
-            tuple(Proven(**each) for each in data["proven"]),
+            tuple(candidates),
+            runs,
+            tuple(holds),
+            refused,
+            tuple(data["fits"]),
+            data["line"],
+            data["error"],
         )
     return Rollout()
 
 
+def read_wanted(host: str, data: dict[str, Any]) -> Current:
+    return client.parse_current(json.dumps(data).encode(), ".rollout.json", host)
+
+
 def write_rollout(chroot_dir: Path, rollout: Rollout) -> None:
-    if rollout != Rollout():
-        text = json.dumps({"format": client.FORMAT} | client.plain(rollout), indent=1) + "\n"
-        client.write_atomic(chroot_dir / ".rollout.json", text.encode(), 0o644)
-    else:
+    """Of each candidate only what differs from the one before. Where there is nothing to remember, there is no file."""
+    if rollout == NO_ROLLOUT:
         client.remove(chroot_dir / ".rollout.json")
+        return
+    candidates, before = [], dict[str, Current | None]()
+    for each in rollout.candidates:
+        new = {host: current for host, current in each.wanted.items() if host not in before or before[host] != current}
+        wanted = {host: current and json.loads(client.encode(current)) for host, current in new.items()}
+        gone = [host for host in before if host not in each.wanted]
+        candidates.append(each._asdict() | {"wanted": wanted, "gone": gone})
+        before = dict(each.wanted)
+    data = rollout._asdict() | {
+        "candidates": candidates,
+        "runs": {host: [list(run) for run in runs] for host, runs in rollout.runs.items()},
+        "holds": [hold._asdict() for hold in rollout.holds],
+        "refused": {host: refusal._asdict() for host, refusal in rollout.refused.items()},
+    }
+    text = json.dumps({"format": client.FORMAT} | data) + "\n"
+    client.write_atomic(chroot_dir / ".rollout.json", text.encode(), 0o644)
 
 
-def runs_since_s(chroot: Path, found: Found, known: Proven | None) -> float:
-    """Since when a host runs what it reports, on this server's clock: when its log came, or the first report that we saw;
-    not from before that release was published. Its own clock has no say."""
-    current, report, seen_s = found.current, found.report, found.seen_s
-    if current is None or report is None or report.last is None or seen_s is None:
-        return 0.0
-    times = [seen_s, *([known.since_s] if known is not None and known.release == report.release else [])]
+def log_came_s(chroot: Path, found: Found) -> float | None:
+    """When the log of the last attempt came, on this server's clock: the host's own has no say."""
     with suppress(OSError), open_logs(chroot) as logs:
-        times.append(arrival_s(os.stat(report.last.log, dir_fd=logs, follow_symlinks=False)))
-    return max(min(times), client.parse_time(current.published))
+        if found.report is not None and found.report.last is not None:
+            return arrival_s(os.stat(found.report.last.log, dir_fd=logs, follow_symlinks=False))
+    return None
 
 
 # --- publication ---
@@ -2091,9 +2934,8 @@ def prepare_chroot(chroot: Path, owner: tuple[int, int] | None) -> None:
             os.chown(path, *ids)
         if stat.S_IMODE(found.st_mode) != mode:
             os.chmod(path, mode)
-    for left in os.listdir(chroot):
-        if left.startswith("."):
-            client.remove(chroot / left)
+    for left in LEFT_NAMES.intersection(os.listdir(chroot)):
+        client.remove(chroot / left)
 
 
 def is_whole(chroot: Path, current: Current) -> bool:
@@ -2104,30 +2946,31 @@ def is_whole(chroot: Path, current: Current) -> bool:
         whole = all(stat.S_ISREG((found := os.lstat(path)).st_mode) and found.st_size == size for path, size in files)
     except OSError:
         return False
-    return whole and os.path.isdir(release)
+    return whole
 
 
 class Store:
-    """Each release once, as ID/ (its tree), ID.tar and ID.parts/, for the chroots of its hosts to link to.
+    """Each release once, as ID.tar and ID.parts/, for the chroots of its hosts to link to.
 
-    What a run adds lies in .new until it is on disk for sure; ID.json is the last that such a release gets. Without
-    `archives`, there are only trees. Unused is a release whose archive nobody else links to.
+    What a run adds lies in .new until it is on disk for sure; ID.json is the last that such a release gets. Unused is a
+    release whose archive nobody else links to.
     """
 
-    def __init__(self, directory: Path, *, archives: bool = True) -> None:
-        self.directory, self.archives = directory, archives
-        self.new, self.pool = directory / ".new", directory / ".pool"
+    def __init__(self, source: Source, directory: Path) -> None:
+        self.source, self.directory, self.new = source, directory, directory / ".new"
         self.parts: dict[str, tuple[Part, ...]] = {}
+        self.kept: set[str] = set()  # a roll-out has them to come
 
     def find(self, release: str) -> Path:
         """Where a release lies, if it is here: the path that its names begin with."""
         return (self.new if (self.new / f"{release}.json").exists() else self.directory) / release
 
-    def add(self, release: Release) -> Release:
-        """Makes sure that a release is here. The one that it is, if files have changed since they were read."""
-        found = self.find(release.id)
-        if Path(f"{found}.json").exists() and (release.id in self.parts or self.verify(found, release)):
-            return release
+    def has(self, release: str) -> bool:
+        found = self.find(release)
+        return Path(f"{found}.json").exists() and (release in self.parts or self.verify(found, release))
+
+    def keep(self, members: Sequence[Member]) -> tuple[str, int]:
+        """Reads a release into the store; its id and size."""
         self.directory.mkdir(mode=0o700, exist_ok=True)
         if not self.parts:  # the first of this run
             client.remove(self.new)
@@ -2136,12 +2979,11 @@ class Store:
         client.remove(aside)
         try:
             aside.mkdir(mode=0o755)
-            self.pool.mkdir(exist_ok=True)
-            return self.write(release, aside)
+            return self.write(members, aside)
         finally:  # on a full disk, the first thing that is needed is room
             client.remove(aside)
 
-    def verify(self, found: Path, release: Release) -> bool:
+    def verify(self, found: Path, release: str) -> bool:
         """Whether what an earlier run has left is what it was: a chroot may have been damaged, whose files it shares."""
         try:
             data = client.parse_object(Path(f"{found}.json").read_bytes(), f"{found}.json")
@@ -2149,33 +2991,37 @@ class Store:
                 client.read_record(Part, client.as_object(part, "parts", ""), f"{found}.json") for part in data["parts"]
             )
             sizes = [os.stat(f"{found}.parts/{part.sha256}").st_size == part.size for part in parts]
-            good = all(sizes) and found.is_dir() and client.hash_file(Path(f"{found}.tar")) == release.id
+            good = all(sizes) and client.hash_file(Path(f"{found}.tar")) == release
         except (BentoError, OSError, KeyError, TypeError):
             good = False
         if good:
-            self.parts[release.id] = parts
+            self.parts[release] = parts
         else:
-            self.discard(release.id)
+            self.discard(release)
         return good
 
-    def write(self, release: Release, aside: Path) -> Release:
-        parts: tuple[Part, ...] = ()
-        with open(aside / "tar" if self.archives else os.devnull, "wb", 1 << 20) as file:
-            if self.archives:
-                os.fchmod(file.fileno(), 0o644)
-            written = Release(*write_release(release.members, file, aside / "tree", self.pool), release.members)
-        place = self.new / written.id
-        if self.archives:
-            parts = cut_release(aside, written.members)
-            os.rename(aside / "tar", f"{place}.tar")
-            if parts:
-                os.rename(aside / "parts", f"{place}.parts")
-        client.remove(place)
-        os.rename(aside / "tree", place)
+    def write(self, members: Sequence[Member], aside: Path) -> tuple[str, int]:
+        large = sorted((m for m in members if m.size >= LARGE_FILE), key=lambda m: m.size)[-MAX_LARGE_FILES:]
+        known: dict[str, Part] = dict.fromkeys((member.name for member in large), Part("", 0))
+        (aside / "parts").mkdir(mode=0o755)
+
+        def take(name: str, content: Iterable[bytes]) -> None:
+            known[name] = write_part(content, aside / "parts")
+
+        with open(aside / "tar", "wb", 1 << 20) as file:
+            os.fchmod(file.fileno(), 0o644)
+            release, size = write_release(self.source, members, file, known, take)
+        if self.has(release):
+            return release, size
+        place, parts = f"{self.new}/{release}", cut_release(aside, members, known) if known else ()
+        os.rename(aside / "tar", f"{place}.tar")
+        if parts:
+            client.remove(Path(f"{place}.parts"))
+            os.rename(aside / "parts", f"{place}.parts")
         text = json.dumps({"format": client.FORMAT, "parts": client.plain(parts)})
         Path(f"{place}.json").write_text(text, "utf-8")
-        self.parts[written.id] = parts
-        return written
+        self.parts[release] = parts
+        return release, size
 
     def settle(self) -> None:
         """All that was added is on disk by now."""
@@ -2186,16 +3032,15 @@ class Store:
                 os.rename(self.new / name, self.directory / name)
 
     def discard(self, release: str) -> None:
-        client.remove(self.pool)  # on a full disk, its room is needed
-        for directory, ending in itertools.product((self.new, self.directory), (".json", ".tar", ".parts", "")):
+        for directory, ending in itertools.product((self.new, self.directory), (".json", ".tar", ".parts")):
             client.remove(directory / f"{release}{ending}")
         self.parts.pop(release, None)
 
     def prune(self) -> None:
         with suppress(FileNotFoundError):
-            names = os.listdir(self.directory)
+            names = [name for name in os.listdir(self.directory) if name != ".known"]
             for name in names:
-                if name.startswith("."):
+                if "." not in name or name.startswith("."):  # a tree, of version 1.1
                     client.remove(self.directory / name)
             for release in {name.partition(".")[0] for name in names if not name.startswith(".")}:
                 self.drop(self.directory, release)
@@ -2203,89 +3048,59 @@ class Store:
     def drop(self, directory: Path, release: str) -> None:
         """Gives the room of a release back, if nobody has it: on a full disk, it is the next host's."""
         try:
-            unused = os.stat(directory / f"{release}.tar").st_nlink == 1
+            unused = os.stat(directory / f"{release}.tar").st_nlink == 1 and release not in self.kept
         except FileNotFoundError:
             unused = True
         if unused or not (directory / f"{release}.json").exists():
             self.discard(release)
 
 
-def link_tree(source: Path, target: Path, members: Sequence[Member], private: str = "") -> None:
-    """The same tree again, of links to the same files, but for those of the name `private`: a copy that may change."""
-    os.mkdir(target, 0o755)
-    for member in members:
-        if member.is_directory:
-            os.mkdir(f"{target}/{member.name}", 0o755)
-        else:
-            link(f"{source}/{member.name}", f"{target}/{member.name}", member.name.rpartition("/")[2] != private)
-    for member in reversed(members):
-        if member.is_directory:
-            os.utime(f"{target}/{member.name}", (1, 1))
-    os.utime(target, (1, 1))
-
-
-def link(source: str, target: str, sharing: bool = True) -> None:
+def link(source: str, target: str) -> None:
     """A link, or a copy: a file has as many links as it can have, and a chroot may be a file system of its own."""
-    if sharing:
-        try:
-            os.link(source, target)
-            return
-        except OSError as error:
-            if error.errno not in (errno.EMLINK, errno.EXDEV, errno.EPERM):
-                raise
+    try:
+        os.link(source, target)
+        return
+    except OSError as error:
+        if error.errno not in (errno.EMLINK, errno.EXDEV, errno.EPERM):
+            raise
     shutil.copyfile(source, target)
     shutil.copymode(source, target)
     os.utime(target, (1, 1))
 
 
-def cut_release(staged: Path, members: Sequence[Member]) -> tuple[Part, ...]:
-    """Cuts the archive before and after each large file, for hosts that have that file already.
-
-    Each part lies in parts/, beside tar and tree, under its SHA-256; a large one is a hard link to the file in the
-    tree, and costs no room. A release without large files has no parts.
-    """
-    tree, directory = staged / "tree", staged / "parts"
-    large = sorted((m for m in members if m.size >= LARGE_FILE), key=lambda m: m.size)[-MAX_LARGE_FILES:]
+def cut_release(staged: Path, members: Sequence[Member], large: Mapping[str, Part]) -> tuple[Part, ...]:
+    """Cuts the archive before and after each large file, which is a part already, for hosts that have that file. Each part
+    lies in parts/, beside tar, under its SHA-256."""
     parts: list[Part] = []
-    if not large:
-        return ()
-    directory.mkdir(mode=0o755)
-    names = {member.name for member in large}
     with open(staged / "tar", "rb") as file:
         position = cut = 0
+
+        def stretch(end: int) -> Iterator[bytes]:
+            file.seek(cut)
+            while chunk := file.read(min(1 << 20, end - file.tell())):
+                yield chunk
+
         for member in members:
             position += len(header(member.name, member.size, member.is_directory, member.executable))
-            if member.name in names:
-                parts.append(copy_part(file, cut, position, directory))
-                parts.append(Part(client.hash_file(tree / member.name), member.size))
-                with suppress(FileExistsError):  # the same content twice
-                    os.link(tree / member.name, directory / parts[-1].sha256)
+            if member.name in large:
+                parts += [write_part(stretch(position), staged / "parts"), large[member.name]]
                 cut = position + member.size
             position += member.size + -member.size % tarfile.BLOCKSIZE
-        parts.append(copy_part(file, cut, os.fstat(file.fileno()).st_size, directory))
+        parts.append(write_part(stretch(os.fstat(file.fileno()).st_size), staged / "parts"))
     return tuple(parts)
 
 
-def copy_part(archive: BinaryIO, start: int, end: int, directory: Path) -> Part:
-    """Copies the bytes from `start` to `end` of an archive into a file that is named by their SHA-256."""
-    digest = hashlib.sha256()
-    archive.seek(start)
+def write_part(content: Iterable[bytes], directory: Path) -> Part:
+    """Writes a stretch of an archive into a file that is named by its SHA-256."""
+    digest, size = hashlib.sha256(), 0
     with open(directory / "part", "wb") as file:
-        while chunk := archive.read(min(1 << 20, end - archive.tell())):
+        for chunk in content:
             digest.update(chunk)
+            size += len(chunk)
             file.write(chunk)
         os.fchmod(file.fileno(), 0o644)
     os.rename(directory / "part", directory / digest.hexdigest())
-    return Part(digest.hexdigest(), end - start)
-
-
-class Published(NamedTuple):
-    """A line of a host's `history`."""
-
-    time: str
-    release: str
-    revision: str | None
-    system: str | None
+    return Part(digest.hexdigest(), size)
 
 
 def read_history(chroot: Path | str, limit: int = MAX_HISTORY_BYTES) -> list[Published]:
@@ -2306,14 +3121,22 @@ def read_history(chroot: Path | str, limit: int = MAX_HISTORY_BYTES) -> list[Pub
                 take("release", client.RELEASE_ID),
                 one_line(str(data.get("revision") or ""), 200) or None,
             )
-            lines.append(Published(*found, take("system", client.STORE_PATH, null=True)))
+            by = one_line(str(data.get("by") or ""), 40)
+            lines.append(Published(*found, take("system", client.STORE_PATH, null=True), by))
     return lines
+
+
+def publisher() -> str:
+    """Who publishes: the person behind sudo, if that was it."""
+    with suppress(KeyError):
+        return one_line(os.environ.get("SUDO_USER") or pwd.getpwuid(os.getuid()).pw_name, 40)
+    return str(os.getuid())
 
 
 def write_history(chroot: Path, current: Current) -> Path:
     """The history with one more publication, aside."""
     lines = read_history(chroot)[1 - KEEP_HISTORY :]
-    lines.append(Published(current.published, current.release, current.revision, current.system))
+    lines.append(Published(current.published, current.release, current.revision, current.system, publisher()))
     aside = chroot / ".history.new"
     aside.write_text("".join(json.dumps(line._asdict()) + "\n" for line in lines), "utf-8")
     aside.chmod(0o644)
@@ -2322,37 +3145,36 @@ def write_history(chroot: Path, current: Current) -> Path:
 
 def place(chroot: Path, store: Store, job: Job, system: str | None, now_s: float) -> Current:
     """Gives the host its links to a release in the store, and writes current.json aside. No host is told yet."""
-    release, before, aside = job.release, job.before, chroot / "releases/.new"
+    release, before = job.release, job.before
     if before is not None:
         tidy(chroot, before)
-    found = store.find(release.id)
-    client.remove(aside)
-    aside.mkdir(mode=0o755)
-    try:
-        link_tree(found, aside / "tree", release.members)
-        link(f"{found}.tar", f"{aside}/tar")
-        if parts := store.parts[release.id]:
-            (aside / "parts").mkdir(mode=0o755)
-            for part in {part.sha256 for part in parts}:
-                link(f"{found}.parts/{part}", f"{aside}/parts/{part}")
-        # Never earlier than the one before, even if the clock was set back: hosts with several servers compare them.
-        published = format_time(now_s)
-        if before is not None and before.published >= published:
-            published = next_time(before.published)
-        for name, ending in (("tree", ""), ("tar", ".tar"), ("parts", ".parts")):
-            target = chroot / f"releases/{release.id}{ending}"
-            client.remove(target)
-            if name != "parts" or parts:
-                os.rename(aside / name, target)
-    finally:
-        client.remove(aside)
+    found, target = str(store.find(release.id)), f"{chroot}/releases/{release.id}"
+    parts, links = store.parts[release.id], {".tar"}
+    client.remove(Path(f"{target}.parts"))
+    if parts:
+        os.mkdir(f"{target}.parts", 0o755)
+        links |= {f".parts/{part.sha256}" for part in parts}
+    for name in links:  # aside first: the host may be fetching that very release
+        with suppress(FileNotFoundError):
+            os.unlink(f"{chroot}/releases/.new")
+        link(f"{found}{name}", f"{chroot}/releases/.new")
+        os.rename(f"{chroot}/releases/.new", f"{target}{name}")
+    published = format_time(now_s) if before is None else later_than(before.published, now_s)
     current = Current(job.name, release.id, release.size, published, system, parts, job.revision)
-    current = with_signature(current, job.signature)
+    if job.kept is None:
+        current = with_signature(current, job.signature)
+    else:
+        current = job.kept._replace(published=published, system=system or job.kept.system, parts=parts)
     new = chroot / ".current.json.new"
     new.write_bytes(client.encode(current))
     new.chmod(0o644)
     write_history(chroot, current)
     return current
+
+
+def later_than(published: str, now_s: float) -> str:
+    """The time of a publication after this one, even if the clock was set back: hosts compare them."""
+    return max(format_time(now_s), next_time(published))
 
 
 def next_time(text: str) -> str:
@@ -2371,15 +3193,8 @@ def reveal(chroot: Path, current: Current) -> None:
 
 def tidy(chroot: Path, current: Current) -> None:
     """What follows a publication. Done again for an unchanged host: a kill may have come between the two."""
-    path, target = f"{chroot}/config", f"releases/{current.release}"
-    try:
-        done = os.readlink(path) == target
-    except OSError:
-        done = False
-        if os.path.isdir(path):
-            client.remove(Path(path))
-    if not done:
-        client.replace_link(Path(path), target)
+    with suppress(FileNotFoundError):  # of version 1.1
+        client.remove(chroot / "config")
     history = read_history(chroot, LAST_HISTORY_BYTES)
     if not history or (history[-1].time, history[-1].release) != (current.published, current.release):
         os.rename(write_history(chroot, current), chroot / "history")
@@ -2394,7 +3209,7 @@ def prune_releases(chroot: Path, current: str, history: Sequence[Published]) -> 
     """
     releases = f"{chroot}/releases"
     names = os.listdir(releases)
-    whole = {name.removesuffix(".tar") for name in names if name.endswith(".tar")} & set(names)
+    whole = {name.removesuffix(".tar") for name in names if name.endswith(".tar")}
     order = {published.release: number for number, published in enumerate(history)}
     times = {release: os.stat(f"{releases}/{release}.tar").st_mtime for release in whole}
     latest = times.get(current, float("inf"))
@@ -2402,7 +3217,7 @@ def prune_releases(chroot: Path, current: str, history: Sequence[Published]) -> 
     earlier.sort(key=lambda release: (order.get(release, -1), times[release]), reverse=True)
     keep = {current, *earlier[: KEEP_RELEASES - 1]}
     for name in names:
-        if name.removesuffix(".tar").removesuffix(".parts") not in keep:
+        if "." not in name or name.partition(".")[0] not in keep:  # a tree: of version 1.1
             client.remove(Path(releases, name))
 
 
@@ -2434,17 +3249,27 @@ def is_chroot(path: Path) -> bool:
     return any(ours) and all(ours) and all(name in CHROOT_NAMES or name.startswith(".") for name in names)
 
 
-def end_sessions(name: str) -> None:
-    """Ends what a host's account has open: a session outlives its account, and goes on writing."""
+def account_of(chroot: Path) -> int | None:
+    """The number of a host's account: whose logs/ is, which the host cannot replace. After the switch that removed the
+    account nobody knows its name any more. None where that number is root's, or another account's by now."""
     try:
-        uid = pwd.getpwnam(f"bento-{name}").pw_uid
+        uid = os.lstat(chroot / "logs").st_uid
+        return uid if uid and pwd.getpwuid(uid).pw_name == f"bento-{chroot.name}" else None
     except KeyError:
+        return uid
+    except FileNotFoundError:
+        return None
+
+
+def end_sessions(chroot: Path) -> None:
+    """Ends what a host's account has open: a session outlives its account, and goes on writing."""
+    if (uid := account_of(chroot)) is None:
         return
     for path in Path("/proc").glob("[0-9]*/status"):
         with suppress(OSError):
             # Its owner says nothing: of a process that has changed its user, that is root.
             users = re.search(r"^Uid:\s+(.*)$", path.read_text(errors="replace"), re.MULTILINE)
-            if uid != 0 and users is not None and set(users[1].split()) == {str(uid)}:
+            if users is not None and set(users[1].split()) == {str(uid)}:
                 os.kill(int(path.parent.name), signal.SIGKILL)
 
 
@@ -2475,7 +3300,7 @@ def prune_chroots(gone: Sequence[Path], plan: Plan, failures: list[Failure]) -> 
                 client.remove(path / "current.json")
                 if os.geteuid() == 0:
                     client.remove(GCROOTS / path.name)
-                    end_sessions(path.name)
+                    end_sessions(path)
                 for left in ("logs", "config", ""):
                     client.remove(path / left)
         except OSError as error:  # the host is writing there, say
@@ -2488,76 +3313,154 @@ def prune_chroots(gone: Sequence[Path], plan: Plan, failures: list[Failure]) -> 
 
 # --- signatures ---
 
-ARMOR = "-----BEGIN SSH SIGNATURE-----\n"
 VALID_DAYS, MAX_DAYS = 30, 36_500
+# hosts/signed has a line a host.
+MAX_SIGNED_BYTES = 64 << 20
+LAST_S = 253402300799  # of what a clock can show
+ARMOR_END = "-----END SSH SIGNATURE-----\n"
 
 
-class Signature(NamedTuple):
-    """`hosts/NAME.sig`: the signed text, what it says, and the signature as ssh-keygen writes it."""
+class Tree:
+    """The Merkle tree over leaves (RFC 6962, 2.1): `levels` of hashes, from the leaves' to the root's."""
+
+    def __init__(self, leaves: Sequence[str]) -> None:
+        self.levels = [[client.hash_leaf(leaf) for leaf in leaves]]
+        while len(below := self.levels[-1]) > 1:
+            pairs = itertools.zip_longest(below[::2], below[1::2])
+            self.levels.append([left if right is None else client.hash_node(left, right) for left, right in pairs])
+
+    @property
+    def root(self) -> str:
+        return self.levels[-1][0].hex()
+
+    def path(self, number: int) -> tuple[str, ...]:
+        """What leads from a leaf to the root, as client.find_root() follows it."""
+        steps = []
+        for level in self.levels[:-1]:
+            if (beside := number ^ 1) < len(level):
+                steps.append(f"{'left' if number % 2 else 'right'} {level[beside].hex()}")
+            number //= 2
+        return tuple(steps)
+
+
+class Signatures(NamedTuple):
+    """`hosts/signed`: the text for the fleet, what it says, the signature as ssh-keygen writes it, and each host's leaf."""
 
     text: str
     signed: client.Signed
     armored: str
+    leaves: dict[str, str]
+    numbers: dict[str, int]
+    tree: Tree
+
+    def vow(self, name: str) -> client.Vow:
+        return client.Vow(self.text, self.armored, self.leaves[name], self.tree.path(self.numbers[name]))
 
 
-def read_signature(fleet: Fleet, name: str) -> Signature | None:
-    """What the administrator signed for a host; None where nothing is."""
-    where = f"hosts/{name}.sig"
+class Signature(NamedTuple):
+    """What is signed of one host."""
+
+    vow: client.Vow
+    signed: client.Signed
+    leaf: client.Leaf
+
+
+def parse_signatures(content: str, where: str) -> Signatures:
+    text, armor, rest = content.partition(client.ARMOR)
+    rest, end, lines = rest.partition(ARMOR_END)
+    if not armor or not end:
+        raise BentoError(f"{where}: no signature in it: 'bento.py sign --key FILE' makes it anew")
+    signed, leaves = client.parse_signed(text, where), {}
+    for line in lines.splitlines():
+        leaves[client.parse_leaf(line, f"{where}: {one_line(line, 40)}").host] = line
+    tree = Tree(list(leaves.values()))
+    if not leaves or tree.root != signed.root:
+        raise BentoError(
+            f"{where}: its hosts are not those that were signed (a merge?): 'bento.py sign --key FILE' anew"
+        )
+    return Signatures(
+        text, signed, armor + rest + end, leaves, {name: number for number, name in enumerate(leaves)}, tree
+    )
+
+
+@functools.lru_cache(2)
+def load_signatures(fleet: Fleet, stamp: tuple[int, ...]) -> Signatures:
+    return parse_signatures(read_own(fleet, "hosts/signed", MAX_SIGNED_BYTES).decode("utf-8"), "hosts/signed")
+
+
+def read_signatures(fleet: Fleet) -> Signatures | None:
+    """What was signed of this fleet; None where nothing is."""
+    path = fleet.directory / "hosts/signed"
     try:
-        content = read_limited(fleet.directory / where, client.MAX_JSON_BYTES).decode("utf-8")
+        found = path.stat()
+        if stat.S_ISDIR(found.st_mode):  # a host of that name, from before there were signatures
+            return None
+        return load_signatures(fleet, (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise BentoError(f"{where}: cannot be read: {one_line(str(error))}") from None
-    text, armor, rest = content.partition(ARMOR)
-    if not armor:
-        raise BentoError(f"{where}: no signature in it: 'bento.py sign {name} --key FILE' makes it anew")
-    return Signature(text, client.parse_signed(text, where), armor + rest)
+        raise BentoError(f"hosts/signed: cannot be read: {one_line(str(error))}") from None
 
 
-def check_signature(fleet: Fleet, name: str, release: Release) -> Signature | None:
-    """The host's signature, if it is of this very release. BentoError when it is of another one: that is not for the
-    host, which would refuse it."""
-    found, wanted = read_signature(fleet, name), (name, release.id, release.size)
-    if found is None or (found.signed.host, found.signed.release, found.signed.size) == wanted:
+def check_signature(fleet: Fleet, name: str, release: Release, before: Current | None = None) -> Signature | None:
+    """What is signed of a host, if it is of this very release. BentoError when it is of another one: that is not for the
+    host, which would refuse it. `before`: what is published for it."""
+    found = find_signature(fleet, name)
+    if found is None:
+        if before is not None and (
+            before.signed or (before.vow and not client.parse_leaf(before.vow.leaf, name).unsign)
+        ):
+            raise BentoError(
+                f"not signed: hosts/signed has no {name}, and what is published is signed: 'bento.py sign'"
+            )
+        return None
+    if before is not None and before.vow is not None:
+        seen = client.parse_signed(before.vow.text, name).serial
+        if found.signed.serial < seen and client.take_apart(before.vow.signature)[0] not in found.signed.revoked:
+            raise BentoError(
+                f"not signed: hosts/signed has serial {found.signed.serial}, and {seen} is published: the hosts would refuse"
+                f" it: 'git pull', or 'bento.py sign --serial {seen + 1}'"
+            )
+    if (found.leaf.release, found.leaf.size) == (release.id, release.size):
         return found
-    about = f"hosts/{name}.sig is for release {found.signed.release[:12]}, and this is {release.id[:12]}"
-    if found.signed.host != name:
-        about = f"hosts/{name}.sig is for host {found.signed.host!r}"
-    names = differing(fleet.chroot(name) / "releases" / found.signed.release, release.members)
-    shown = ", ".join(one_line(name, 80) for name in names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
-    differs = f" (they differ in {shown})" if names else ""
-    raise BentoError(f"not signed: {about}{differs}: 'bento.py sign {name} --key FILE', where the key is")
+    raise BentoError(
+        f"not signed: hosts/signed has release {found.leaf.release[:12]}, and this is {release.id[:12]}:"
+        f" 'bento.py sign --key FILE', where the key is"
+    )
+
+
+def find_signature(fleet: Fleet, name: str) -> Signature | None:
+    found = read_signatures(fleet)
+    if found is None or name not in found.leaves:
+        return None
+    vow = found.vow(name)
+    return Signature(vow, found.signed, client.parse_leaf(vow.leaf, "hosts/signed"))
 
 
 def with_signature(current: Current, found: Signature | None) -> Current:
     """What is published of a release beside the signature that it has, or has not, in hosts/."""
-    system = check_system(found, current.system)
-    text, armored = (found.text, found.armored) if found is not None else (None, None)
-    return current._replace(system=system, signed=text, signature=armored)
+    if found is None:
+        return current
+    return current._replace(system=check_system(found, current.system), commit=found.leaf.commit, vow=found.vow)
 
 
 def check_system(found: Signature | None, system: str | None) -> str | None:
     """The system to publish beside the release: what was built here has to be what was signed."""
-    if found is None or found.signed.system is None:
+    if found is None or found.leaf.system is None:
         return system
-    if system is not None and system != found.signed.system:
-        raise BentoError(f"not signed: this was built to {system}, and {found.signed.system} is signed")
-    return found.signed.system
+    if system is not None and system != found.leaf.system:
+        raise BentoError(f"not signed: this was built to {system}, and {found.leaf.system} is signed")
+    return found.leaf.system
 
 
-def differing(tree: Path, members: Sequence[Member]) -> list[str]:
-    """In which members a release that lies here differs from those of this checkout; none if it does not lie here."""
-    try:
-        there = {str(path.relative_to(tree)): fingerprint(path) for path in tree.rglob("*")}
-        here = {member.name: fingerprint(Path(member.path)) for member in members} if there else {}
-    except OSError:
-        return []
-    return sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
-
-
-def fingerprint(path: Path) -> str:
-    return "directory" if path.is_dir() else f"{path.stat().st_mode & 0o100} {client.hash_file(path)}"
+def renew_vow(fleet: Fleet, name: str, before: Current | None) -> None:
+    """Publishes a later signature of just what is published, whatever lies in hosts/ by now: so that it does not expire."""
+    found = find_signature(fleet, name)
+    if before is None or before.vow is None or found is None or found.vow.leaf != before.vow.leaf:
+        return
+    if found.signed.serial > client.parse_signed(before.vow.text, name).serial:
+        text = client.encode(before._replace(vow=found.vow))
+        client.write_atomic(fleet.chroot(name) / "current.json", text, 0o644)
 
 
 # --- builds ---
@@ -2647,8 +3550,8 @@ class Work:
     """A check, a build, or a publication under way: what it is to do, and what has become of it.
 
     `lock`: for what is read, and for the store, when several builds go on. `users`: how many hosts still need a
-    directory, where each release is only needed for their builds. `decided`: each host's release, when the waves were
-    asked.
+    directory, where each release is only needed for their builds. `decided`: what each host's commit gave, when the waves
+    were asked. `instead`: what a host gets of an older candidate.
     """
 
     def __init__(self, fleet: Fleet, plan: Plan, store: Store) -> None:
@@ -2658,16 +3561,21 @@ class Work:
         self.progress = Progress(quiet=plan.publish)
         self.lock = threading.RLock()
         self.users: Counter[str] = Counter()
-        self.decided: dict[str, str] = {}
+        self.decided: dict[str, Current | None] = {}
+        self.instead: dict[str, Current] = {}
+        self.warnings: list[str] = []
 
     def add(self, job: Job) -> Job:
         """The job with its release in the store: for all that share it the one that is there now."""
-        release, known = self.store.add(job.release), self.fleet.source.releases
-        if self.decided.get(job.name, release.id) != release.id:  # a newer one has to begin with the first wave
+        if self.store.has(job.release.id):
+            return job
+        if job.kept is not None:
+            raise BentoError(f"release {job.release.id[:12]} is gone from {self.store.directory}: the next one follows")
+        members, _ = list_members(self.fleet, job.name)
+        release = Release(*self.store.keep(members), key_of(members))
+        if release != job.release:  # a filter that gives another content each time
             raise BentoError(f"hosts/{job.name}: changed while this was at work: run this again")
-        if release.id != job.release.id:
-            known.update({top: release for top, shared in known.items() if shared is job.release})
-        return job._replace(release=release)
+        return job
 
     def fail(self, name: str, error: Exception) -> None:
         """One host's failure, whatever it is: it stops no other."""
@@ -2677,7 +3585,6 @@ class Work:
             if client.verbose:
                 traceback.print_exception(error)
         self.failures.append(Failure(name, text))
-        self.fleet.source.clear()  # if a file has changed, the next host gets it as it is now
         if self.plan.as_json:
             self.progress.clear()
             print(json.dumps({"host": name, "result": "failed", "error": text}), flush=True)
@@ -2698,9 +3605,19 @@ def examine(work: Work, name: str) -> Job:
     """What there is to publish for a host, and whether it is published already."""
     fleet, plan = work.fleet, work.plan
     owner = find_owner(fleet, name) if plan.publish and not plan.dry_run else None
-    release, recipe = read_release(fleet, name)
-    signature = check_signature(fleet, name, release) if plan.publish else None
-    chroot, before = fleet.chroot(name), None
+    if (kept := work.instead.get(name)) is not None:
+        before = read_published(fleet.chroot(name), name)
+        same = before is not None and before.release == kept.release and is_whole(fleet.chroot(name), before)
+        return Job(name, Release(kept.release, kept.size, ""), owner, before, same, kept.revision, None, kept)
+    chroot, known = fleet.chroot(name), fleet.source.recall(name)
+    if known is not None and plan.publish:
+        with suppress(BentoError, OSError):
+            published = read_published(chroot, name)
+            if published is not None and published.release == known.id and is_whole(chroot, published):
+                signature = examine_signature(work, name, known, published)
+                return Job(name, known, owner, published, True, published.revision, signature)
+    release, recipe = read_release(fleet, name, None if plan.dry_run else work.store.keep)
+    before = None
     try:
         before = read_published(chroot, name) if plan.publish else None
     except BentoError as error:
@@ -2710,14 +3627,36 @@ def examine(work: Work, name: str) -> Job:
     except PermissionError:
         if not plan.dry_run:  # which is for anybody
             raise
+    signature = examine_signature(work, name, release, before) if plan.publish else None
     if before is not None and before.release == release.id and is_whole(chroot, before):
         return Job(name, release, owner, before, True, before.revision, signature)
-    for found in local_inputs(release.members, recipe):
+    for found in local_inputs(list_members(fleet, name)[0], recipe):
         fleet.source.leave_out("local", "", f"hosts/{name}: {found}")
     if plan.publish and recipe != Recipe(name):
         check_client(chroot, name)
-    top = os.path.realpath(f"{fleet.real_hosts}/{name}")
-    return Job(name, release, owner, before, False, plan.revision or fleet.source.revision(top), signature)
+    return Job(name, release, owner, before, False, plan.revision or fleet.source.revision(name), signature)
+
+
+def examine_signature(work: Work, name: str, release: Release, before: Current | None) -> Signature | None:
+    """What is signed of what there is to publish. What is published may have got a later signature, even where that is
+    another release by now."""
+    chroot = work.fleet.chroot(name)
+    if before is not None and before.signed and before.vow is None and not knows_vows(read_report(chroot, name).report):
+        raise BentoError(
+            "what is published is signed for a client before 1.2, which would refuse what this bento.py signs: left alone"
+            " until it reports 1.2: give it that client with bento.py 1.1"
+        )
+    try:
+        return check_signature(work.fleet, name, release, before)
+    except BentoError:
+        if not work.plan.dry_run:
+            renew_vow(work.fleet, name, before)
+        raise
+
+
+def knows_vows(report: Report | None) -> bool:
+    found = re.match(r"(\d+)\.(\d+)", report.client) if report else None
+    return found is not None and (int(found[1]), int(found[2])) >= client.PIN_SINCE
 
 
 def check_client(chroot: Path, name: str) -> None:
@@ -2751,10 +3690,8 @@ def build_one(work: Work, name: str) -> Built | Exception:
             directory.mkdir(mode=0o755)
             if work.plan.publish:
                 prepare_chroot(work.fleet.chroot(name), job.owner)
-            # The tree's name matters: a channel configuration that says ./. gets it into a store path. And Nix may
-            # write to a flake.lock.
-            found = work.store.find(job.release.id)
-            link_tree(found, directory / "config", job.release.members, private="flake.lock")
+            # The tree's name matters: a channel configuration that says ./. gets it into a store path.
+            client.unpack(Path(f"{work.store.find(job.release.id)}.tar"), directory / "config")
         work.progress.set(name, "building" if work.plan.action == "build" else "checking")
         if work.plan.jobs == 1:
             work.progress.draw()
@@ -2839,18 +3776,20 @@ def group_failures(failures: Iterable[Failure]) -> list[str]:
 def command_add(fleet: Fleet, name: str, key: str | None, *, flake: bool, link_to: str | None) -> int:
     if not client.HOST_NAME.fullmatch(name):
         raise UsageError(f"{one_line(name)}: {NO_HOST_NAME}")
-    if name == "waves":
-        raise UsageError("waves: no host name: hosts/waves is the order of a roll-out")
+    if (taken := {"waves": "the order of a roll-out", "signed": "what is signed"}.get(name)) is not None:
+        raise UsageError(f"{name}: no host name: hosts/{name} is {taken}")
     lines = read_key_file(key) if key is not None else []
     host, public = fleet.host(name), fleet.host(f"{name}.pub")
     made: list[Path] = []
-    if not os.path.lexists(host):
-        host.parent.mkdir(parents=True, exist_ok=True)
-        made = link_host(fleet, host, link_to) if link_to is not None else scaffold(fleet, host, flake)
-    elif not lines or flake or link_to is not None:
-        raise BentoError(f"hosts/{name} is there already{': give --key alone' if lines else ''}")
+    with acting_as(fleet.ruler):
+        if not os.path.lexists(host):
+            host.parent.mkdir(parents=True, exist_ok=True)
+            made = link_host(fleet, host, link_to) if link_to is not None else scaffold(fleet, host, flake)
+        elif not lines or flake or link_to is not None:
+            raise BentoError(f"hosts/{name} is there already{': give --key alone' if lines else ''}")
+        if lines:
+            client.write_atomic(public, ("\n".join(lines) + "\n").encode(), 0o644)
     if lines:
-        client.write_atomic(public, ("\n".join(lines) + "\n").encode(), 0o644)
         fleet.source.make_known(*made, public)
         print(f"hosts/{name}.pub: {counted(len(lines), 'key')}")
         print("next: 'bento.py fleet', switch this server to it, 'bento.py populate'")
@@ -2947,14 +3886,14 @@ FLAKE = """\
 """
 
 
-def lost_keys(before: str, after: str) -> list[str]:
+def lost_keys(fleet: Fleet, before: str, after: str) -> list[str]:
     """What to do about hosts that had a key in the fleet.nix before, and have it no more: sshd does not end a session."""
     kept = set(KEY_BLOB.findall(after))
     hosts = re.findall(r'"([A-Za-z0-9_-]+)" = \[(.*?)\];', before, re.DOTALL)
     names = [name for name, keys in hosts if not kept.issuperset(KEY_BLOB.findall(keys))]
     return [
         f"{name}: a key is gone, and a session that is open with it goes on: after the switch, end it with"
-        f" 'pkill -KILL -u bento-{name}'"
+        f" 'pkill -KILL -u {account_of(fleet.chroot(name)) or f'bento-{name}'}'"
         for name in names
     ]
 
@@ -2965,19 +3904,25 @@ def command_fleet(fleet: Fleet) -> int:
     warn(left_out_keys(fleet))
     if errors:
         return complain([*dict.fromkeys(errors.values()), "fleet.nix is left as it was"])
-    template = fleet.directory / "fleet.nix.in"
-    if not template.exists():
-        template = Path(__file__).resolve().parent / "fleet.nix.in"
-    text = format_fleet(template.read_text("utf-8"), keys, str(fleet.chroot_dir)).encode()
+    if (fleet.directory / "fleet.nix.in").exists():
+        template = read_own(fleet, "fleet.nix.in", MAX_FLEET_BYTES)
+    else:
+        template = (Path(__file__).resolve().parent / "fleet.nix.in").read_bytes()
+    text = format_fleet(template.decode("utf-8"), keys, str(fleet.chroot_dir)).encode()
     target = fleet.directory / "fleet.nix"
-    if target.exists() and target.read_bytes() == text:
+    there = read_own(fleet, "fleet.nix", MAX_FLEET_BYTES) if target.exists() else b""
+    if there == text:
         print(f"fleet.nix: unchanged, {counted(len(keys))}")
     else:
-        before = target.read_text("utf-8", errors="replace") if target.exists() else ""
-        client.write_atomic(target, text, 0o644)
+        with acting_as(fleet.ruler):
+            client.write_atomic(target, text, 0o644)
         fleet.source.make_known(target)
-        warn(lost_keys(before, text.decode()))
+        warn(lost_keys(fleet, there.decode("utf-8", "replace"), text.decode()))
         print(f"fleet.nix: written, {counted(len(keys))}; include it in this server's configuration and switch")
+    if os.geteuid() == 0 and fleet.chroot_dir.is_dir():
+        for path in fleet.chroot_dir.iterdir():
+            if path.name not in keys and is_chroot(path):
+                end_sessions(path)
     return 0
 
 
@@ -2988,7 +3933,7 @@ def command_rebuild(fleet: Fleet, wanted: Sequence[str], plan: Plan) -> int:
     hosts, errors = find_hosts(fleet, wanted)
     with ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="bento-"))
-        work = Work(fleet, plan, Store(Path(directory, "store"), archives=False))
+        work = Work(fleet, plan, Store(fleet.source, Path(directory, "store")))
         work.users.update(os.path.realpath(fleet.host(name)) for name in hosts)
         built = stack.enter_context(closing(build_all(work, hosts)))
         for job, system, took_s in built:
@@ -3002,89 +3947,243 @@ def command_rebuild(fleet: Fleet, wanted: Sequence[str], plan: Plan) -> int:
     return complain([*errors, *group_failures(work.failures)])
 
 
-class Vow(NamedTuple):
+class Oath(NamedTuple):
     """What `sign` was asked to vouch for. `key`: a private key's file, or a public one's whose private half an agent or a
-    security key has. `revoked`: fingerprints."""
+    security key has; `own`: its public half. `named`: hosts were. `again`: that this state is meant, whatever became of
+    it. `revoked`: fingerprints."""
 
     key: str
+    own: Mapping[str, str]
+    named: bool = False
     days: int = VALID_DAYS
     build: bool = False
+    again: bool = False
     unsign: bool = False
     revoked: tuple[str, ...] = ()
+    serial: int | None = None
+    fleet_id: str | None = None
 
 
-def command_sign(fleet: Fleet, wanted: Sequence[str], vow: Vow) -> int:
-    """Signs what `hosts/` holds now, wherever the same commit is checked out: a release has the same name everywhere."""
-    import tempfile  # most commands need none, and status is mostly start-up
+def make_oath(options: argparse.Namespace) -> Oath:
+    if abs(options.days) > MAX_DAYS:
+        raise UsageError(f"--days {options.days}: at most {MAX_DAYS}, a hundred years")
+    own = own_keys(options.key)
+    revoked = tuple(sorted(client.read_signers(Path(options.revoke)))) if options.revoke else ()
+    if own.keys() & set(revoked):
+        raise UsageError(f"--revoke {options.revoke}: {options.key} itself is in it: sign with another key")
+    if options.fleet_id is not None and not client.FLEET_ID.fullmatch(options.fleet_id):
+        raise UsageError(f"--fleet-id {one_line(options.fleet_id, 40)}: it is 32 of 0-9 and a-f, as in hosts/signed")
+    return Oath(
+        options.key, own, bool(options.hosts), options.days, options.build, options.again, options.unsign, revoked,
+        options.serial, options.fleet_id,
+    )  # fmt: skip
 
-    if abs(vow.days) > MAX_DAYS:
-        raise UsageError(f"--days {vow.days}: at most {MAX_DAYS}, a hundred years")
-    hosts, errors = find_hosts(fleet, wanted)
+
+def command_sign(fleet: Fleet, wanted: Sequence[str], oath: Oath) -> int:
+    """Signs what `hosts/` holds now, wherever the same commit is checked out: a release has the same name everywhere. One
+    signature is for all hosts; those that are not wanted have what was signed of them before."""
+    hosts, errors = find_hosts(fleet, [])
+    anew = find_hosts(fleet, wanted)[0] if wanted else hosts
+    before, ours = find_before(fleet, oath)
+    if not ours and len(anew) < len(hosts):
+        raise BentoError("hosts/signed is not of this key, which takes no host over from it: sign all, without NAME")
     failures: list[Failure] = []
-    with tempfile.TemporaryDirectory(prefix="bento-") as made:
-        work, texts = Path(made), {}
-        for name in hosts:
-            try:
-                texts[name] = vow_text(fleet, name, vow, work)
-                (work / name).write_text(texts[name], "utf-8")
-            except (BentoError, OSError) as error:
-                failures.append(Failure(name, str(error)))
-        if texts:
-            make_signatures(vow.key, work, list(texts))
-        for name, text in texts.items():
-            armored = (work / f"{name}.sig").read_bytes()
-            client.write_atomic(fleet.host(f"{name}.sig"), text.encode() + armored, 0o644)
-            signed = client.parse_signed(text, name)
-            print(f"{name}: signed {signed.release[:12]}, until {signed.expires}")
+    leaves: dict[str, str] = {}
+    for name in hosts:
+        old = before.leaves.get(name) if before is not None else None
+        try:
+            if name in anew:
+                last = client.parse_leaf(old, "hosts/signed") if old is not None else None
+                old = make_leaf(
+                    fleet, name, last if ours or last is None else last._replace(system=None, unsign=False), oath
+                )
+        except (BentoError, OSError) as error:
+            failures.append(Failure(name, str(error)))
+            old = old if ours else None
+        if old is not None:
+            leaves[name] = old
+    if leaves:
+        text = oath_text(before, ours, Tree(list(leaves.values())).root, oath)
+        content = text + make_signature(text, oath) + "".join(f"{leaf}\n" for leaf in leaves.values())
+        with acting_as(fleet.ruler):
+            client.write_atomic(fleet.directory / "hosts/signed", content.encode(), 0o644)
+        changed = [name for name, leaf in leaves.items() if before is None or before.leaves.get(name) != leaf]
+        print(format_signed(client.parse_signed(text, ""), leaves, changed))
     return complain([*errors, *group_failures(failures)])
 
 
-def vow_text(fleet: Fleet, name: str, vow: Vow, work: Path) -> str:
-    """The text to sign for a host."""
-    release, _ = read_release(fleet, name)
-    before, now_s = None, time.time()
-    with suppress(BentoError):  # a damaged one is made anew
-        before = read_signature(fleet, name)
-    system = before.signed.system if before is not None and before.signed.release == release.id else None
-    if vow.build:
-        tree = work / f"{name}.build" / "config"
-        tree.parent.mkdir()
-        write_release(release.members, None, tree)
-        system = rebuild("build", tree, name, BUILD_LIMIT_S)
+def find_before(fleet: Fleet, oath: Oath) -> tuple[Signatures | None, bool]:
+    """What was signed before, and whether by this key. If not, who can push may have written it."""
+    import tempfile
+
+    try:
+        found = read_signatures(fleet)
+    except BentoError as error:
+        if oath.serial is not None and oath.fleet_id is not None and not oath.named:
+            return None, True
+        raise BentoError(f"{error}: 'git checkout hosts/signed', or all hosts with --serial and --fleet-id") from None
+    if found is None:
+        return None, True
+    with tempfile.TemporaryDirectory(prefix="bento-") as made:
+        try:
+            client.find_signer(found.text, found.armored, oath.own, Path(made))
+            return found, True
+        except BentoError:
+            print("hosts/signed is not of this key: only fleet and serial are taken over from it", file=sys.stderr)
+            return found, False
+
+
+def make_leaf(fleet: Fleet, name: str, last: client.Leaf | None, oath: Oath) -> str:
+    """What is signed of a host. `last`: what was before, which holds as long as the release is the same."""
+    import tempfile
+
+    (release, recipe), members = read_release(fleet, name), list_members(fleet, name)[0]
+    if missing := unlocked_inputs(members, recipe):
+        raise BentoError(
+            f"flake.lock lacks {', '.join(missing)}: nobody would know what was signed: 'nix flake lock', and commit it"
+        )
+    again = (last.again if last is not None else 0) + oath.again
+    if last is None or (last.release, last.size) != (release.id, release.size):
+        last = client.Leaf(name, release.id, release.size, None, commit_of(fleet, name))
+    system, unsign = last.system, oath.unsign or (last.unsign and not oath.named)
+    if oath.build:
+        with tempfile.TemporaryDirectory(prefix="bento-") as made:
+            tree = Path(made, "config")
+            unpack_release(fleet.source, members, tree)
+            system = rebuild("build", tree, name, BUILD_LIMIT_S)
+        vouch_for_closure(str(system), oath)
+    return client.format_leaf(last._replace(system=system, again=again, unsign=unsign))
+
+
+def commit_of(fleet: Fleet, name: str) -> str | None:
+    repository = fleet.source.enter(fleet.source.top(name))
+    return None if repository.plain else repository.commit
+
+
+def oath_text(before: Signatures | None, ours: bool, root: str, oath: Oath) -> str:
+    """The text to sign. Its serial is higher than the last one's, which a signer's clock may once have put into the future;
+    but not than one that somebody else wrote there, for there may be none."""
+    now_s, day_s = time.time(), 24 * 3600
+    last = before.signed.serial if before is not None else 0
+    ahead = last > now_s + day_s
+    if ahead and oath.serial is None:
+        kept = "signing goes on from there" if ours else f"where hosts refuse a lower one: --serial {last + 1}"
+        print(f"hosts/signed has serial {last}, of {format_time(min(last, LAST_S))}: {kept}", file=sys.stderr)
+    serial = oath.serial if oath.serial is not None else max(int(now_s), last + 1 if ours or not ahead else 0)
+    if not (last if ours else -1) < serial < 1 << 53:
+        raise UsageError(f"serial {serial}: it has to be higher than {last}, and lower than {1 << 53}")
+    revoked = {*oath.revoked, *(before.signed.revoked if before is not None and ours else ())}
+    fleet = oath.fleet_id or (before.signed.fleet if before is not None else os.urandom(16).hex())
     # To the full day, so that whoever signs the same on this day writes the same.
-    day_s = 24 * 3600
-    expires = format_time((now_s // day_s + vow.days + 1) * day_s)
-    serial = max(int(now_s), before.signed.serial + 1 if before is not None else 0)
-    return client.format_signed(
-        client.Signed(name, release.id, release.size, system, serial, expires, vow.unsign, vow.revoked)
+    expires = format_time((now_s // day_s + oath.days + 1) * day_s)
+    return client.format_signed(client.Signed(fleet, serial, expires, root, tuple(sorted(revoked))))
+
+
+def format_signed(signed: client.Signed, leaves: Mapping[str, str], changed: Sequence[str]) -> str:
+    lines = [f"{name}: {client.parse_leaf(leaves[name], name).release[:12]}" for name in changed]
+    count = f"{counted(len(changed))} anew, {len(leaves) - len(changed)} as before"
+    return "\n".join([*lines, f"signed: {count}, fleet {signed.fleet}, serial {signed.serial}, until {signed.expires}"])
+
+
+def own_keys(key: str) -> dict[str, str]:
+    """The public half of a key, which lies beside the private one, or is all that there is of it."""
+    if not Path(key).is_file():
+        raise UsageError(f"--key {key}: no such file: it is an SSH key, which 'ssh-keygen -t ed25519' makes")
+    for path in (f"{key}.pub", key):
+        with suppress(UsageError):
+            return client.read_signers(Path(path))
+    raise UsageError(f"--key {key}: there is no {key}.pub: 'ssh-keygen -y -f {key} >{key}.pub' makes it")
+
+
+def make_signature(text: str, oath: Oath) -> str:
+    """Has ssh-keygen sign, with its questions for a passphrase or a touch going to the person. What hosts would refuse is no
+    signature."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="bento-") as made:
+        Path(made, "hosts").write_text(text, "utf-8")
+        argv = ["ssh-keygen", "-q", "-Y", "sign", "-f", os.path.abspath(oath.key), "-n", client.NAMESPACE, "hosts"]
+        try:
+            done = subprocess.run(argv, cwd=made, check=False)
+        except OSError as error:
+            raise BentoError(f"cannot run ssh-keygen: {error.strerror}; is OpenSSH on PATH?") from None
+        if done.returncode != 0 or not Path(made, "hosts.sig").exists():
+            raise BentoError(f"ssh-keygen could not sign with {oath.key}: exit {done.returncode}: nothing is signed")
+        armored = Path(made, "hosts.sig").read_text("utf-8")
+        client.find_signer(text, armored, oath.own, Path(made))
+    return armored
+
+
+def nix_key(oath: Oath) -> tuple[Path, str]:
+    """The signer's key for Nix, beside that for SSH, made where there is none; and its public half."""
+    secret = Path(f"{oath.key}.nix")
+
+    def ask(*words: str, given: bytes = b"") -> bytes:
+        argv = ["nix", "--extra-experimental-features", "nix-command", "key", *words]
+        try:
+            return subprocess.run(argv, input=given, stdout=subprocess.PIPE, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise BentoError(f"no key for Nix: {one_line(str(error), 200)}") from None
+
+    if not secret.exists():
+        name = "bento-" + re.sub("[^A-Za-z0-9]", "", next(iter(oath.own)))[6:14]
+        client.write_atomic(secret, ask("generate-secret", "--key-name", name) + b"\n", 0o600)
+    return secret, ask("convert-secret-to-public", given=secret.read_bytes()).decode()
+
+
+def vouch_for_closure(system: str, oath: Oath) -> None:
+    """For a host that builds nothing: signs for Nix what it is to fetch, with a key of the signer's, and brings it to the
+    server. A store path is a name: what lies there is whose signature Nix asks for (services.bento.cacheKey)."""
+    settings = client.settings_of(system)
+    if settings.get("build") != "server":
+        return
+    secret, public = nix_key(oath)
+    if public not in str(settings.get("cache_key") or "").split():
+        raise BentoError(f'it builds nothing, and would not trust this key: services.bento.cacheKey = "{public}";')
+    servers = settings.get("server")
+    server = f"ssh-ng://{servers if isinstance(servers, str) else next(iter(servers or []), '')}"
+    limit_s = BUILD_LIMIT_S
+    nix = ["nix", "--extra-experimental-features", "nix-command"]
+    client.run([*nix, "store", "sign", "--recursive", "--key-file", str(secret), system], timeout=limit_s)
+    client.run([*nix, "copy", "--to", server, system], timeout=limit_s)
+    # What the server had already has no signature of ours yet.
+    client.run(
+        [*nix, "store", "copy-sigs", "--recursive", "--store", server, "--substituter", "auto", system], timeout=limit_s
     )
 
 
-def make_signatures(key: str, work: Path, names: Sequence[str]) -> None:
-    """Has ssh-keygen sign these files, with its questions for a passphrase or a touch going to the person."""
-    if not Path(key).is_file():
-        raise UsageError(f"--key {key}: no such file: it is an SSH key, which 'ssh-keygen -t ed25519' makes")
-    argv = ["ssh-keygen", "-q", "-Y", "sign", "-f", os.path.abspath(key), "-n", client.NAMESPACE, *names]
-    try:
-        done = subprocess.run(argv, cwd=work, check=False)
-    except OSError as error:
-        raise BentoError(f"cannot run ssh-keygen: {error.strerror}; is OpenSSH on PATH?") from None
-    missing = [name for name in names if not (work / f"{name}.sig").exists()]
-    if done.returncode != 0 or missing:
-        raise BentoError(f"ssh-keygen could not sign with {key}: exit {done.returncode}: nothing is signed")
-
-
 def say_of_each(hosts: Sequence[str], errors: list[str], say: Callable[[str], str], prefix: str = "") -> int:
-    """Prints what there is to say of each host. One host's error stops no other."""
+    """Prints what there is to say of each host. One host's error stops no other; hosts that have the same have one line."""
+    failures = list[Failure]()
     for name in hosts:
         try:
             words = say(name)
         except (BentoError, OSError) as error:
-            errors.append(f"{prefix}{name}: {error}")
+            failures.append(Failure(f"{prefix}{name}", str(error)))
             continue
         if words:
             print(f"{prefix}{name}: {words}", flush=True)
-    return complain(errors)
+    return complain([*errors, *group_failures(failures)])
+
+
+def command_show(fleet: Fleet, name: str, directory: str | None) -> int:
+    """Lists what is published for a host, or unpacks it into a new directory."""
+    find_hosts(fleet, [name])
+    current = read_published(fleet.chroot(name), name)
+    if current is None:
+        raise BentoError(f"{name}: nothing is published for it: 'bento.py populate {name}'")
+    archive = fleet.chroot(name) / f"releases/{current.release}.tar"
+    if directory is None:
+        with open(archive, "rb") as tar:
+            while (entry := client.read_entry(tar)) is not None:
+                print(one_line(entry.name) + ("/" if entry.size is None else ""))
+                tar.seek((entry.size or 0) + -(entry.size or 0) % tarfile.BLOCKSIZE, os.SEEK_CUR)
+        return 0
+    if os.path.lexists(directory):
+        raise BentoError(f"{directory}: it is there already: name a new directory")
+    client.unpack(archive, Path(directory))
+    print(f"{name}: {current.release[:12]} is in {directory}")
+    return 0
 
 
 def command_diff(fleet: Fleet, wanted: Sequence[str]) -> int:
@@ -3098,15 +4197,20 @@ def is_here(system: str) -> bool:
 
 
 def command_closure(fleet: Fleet, package: str) -> int:
-    """Which versions of a package are in the system that each host reports, as far as this server's store has it."""
+    """Which versions of a package are in the system that each host reports, as far as this server's store has it. That it
+    has not is an error: who asks must not take nothing for an answer."""
     versions = functools.cache(functools.partial(find_versions, package))
 
     def say(name: str) -> str:
         found = read_report(fleet.chroot(name), name)
         if found.report is None or not found.report.system:
-            return f"unknown: {found.problem or 'it has not reported'}"
-        system = found.report.system
-        return versions(system) if is_here(system) else f"unknown: {one_line(system)} is not in this server's store"
+            raise BentoError(f"unknown: {found.problem or 'it has not reported'}")
+        if not is_here(system := found.report.system):
+            how = (
+                "a host builds its own: 'bento.py build' here, or services.bento.build = \"server\" there, brings them"
+            )
+            raise BentoError(f"unknown: its system is not in this server's store: {how}")
+        return versions(system)
 
     return say_of_each(*find_hosts(fleet, []), say)
 
@@ -3147,40 +4251,43 @@ def command_update(fleet: Fleet, name: str | None) -> int:
     """Updates the lock files of the hosts' flakes, each flake once, and says what moved. `name`: of one input."""
     import tempfile
 
-    done: set[str] = set()
+    done: dict[str, bool] = {}
 
     def say(host: str) -> str:
         with tempfile.TemporaryDirectory(prefix="bento-") as work:
             return update_host(fleet, host, name, Path(work), done)
 
-    return say_of_each(*find_hosts(fleet, []), say, "hosts/")
+    code = say_of_each(*find_hosts(fleet, []), say, "hosts/")
+    if name is not None and not any(done.values()) and code == 0:
+        raise UsageError(f"{one_line(name)}: no flake of this fleet has such an input")
+    return code
 
 
-def update_host(fleet: Fleet, host: str, name: str | None, work: Path, done: set[str]) -> str:
-    """Updates the lock of a host's flake, in a copy of its release: Nix would read all that lies about in the tree, and
-    keep it where everybody can read it. What moved; nothing if it is no flake, or one that is `done`."""
-    top = fleet.host(host)
-    if not top.is_dir():
-        return ""
-    directory = os.path.realpath(top / client.read_recipe(top, host).directory)
-    if directory in done or not os.path.exists(f"{directory}/flake.nix"):
-        return ""
-    done.add(directory)
-    before = read_lock(directory)
-    if name is not None and name not in before and before:
-        return f"has no input {name}"
-    members = list_members(fleet, host)
+def update_host(fleet: Fleet, host: str, name: str | None, work: Path, done: dict[str, bool]) -> str:
+    """Updates the lock of a host's flake, in a copy of what is committed: Nix would read all that lies about in the tree,
+    and keep it where everybody can read it. What moved; nothing if it is no flake, or one that is `done`, which says
+    whether it has that input."""
+    members, _ = list_members(fleet, host)
     recipe = find_recipe(fleet, members, host)
-    write_release(members, None, work / "config")
+    directory = os.path.join(fleet.source.top(host), recipe.directory).rstrip("/")
+    entry = f"{recipe.directory}/flake.nix".lstrip("/")
+    if directory in done or not any(member.name == entry for member in members):
+        return ""
+    tree = work / "config" / recipe.directory
+    unpack_release(fleet.source, members, work / "config")
+    before = read_lock(tree, directory)
+    done[directory] = name is None or name in before or not before
+    if not done[directory]:
+        return f"has no input {name}"
+    committed = (tree / "flake.lock").read_bytes() if (tree / "flake.lock").exists() else None
     update_lock(work / "config", recipe.directory, name)
-    made, lock = work / "config" / recipe.directory / "flake.lock", Path(directory, "flake.lock")
-    if made.exists() and not (lock.exists() and lock.read_bytes() == made.read_bytes()):
-        owner = os.stat(directory)
-        client.write_atomic(lock, made.read_bytes(), 0o644)
-        with suppress(PermissionError):  # the directory is not ours alone; only root can give a file away
-            os.chown(lock, owner.st_uid, owner.st_gid, follow_symlinks=False)
+    made = (tree / "flake.lock").read_bytes() if (tree / "flake.lock").exists() else None
+    if made is not None and made != committed:
+        lock = Path(directory, "flake.lock")
+        with acting_as(find_tree_ruler(directory)):
+            client.write_atomic(lock, made, 0o644)
         fleet.source.make_known(lock)
-    after = read_lock(directory)
+    after = read_lock(tree, directory)
     moved = [f"{i} {before.get(i, 'new')} -> {after[i]}" for i in sorted(after) if before.get(i) != after[i]]
     return "; ".join(moved) or "nothing moved"
 
@@ -3196,10 +4303,10 @@ def update_lock(tree: Path, directory: str, name: str | None) -> None:
     client.run([*NIX, *argv], timeout=1800)
 
 
-def read_lock(directory: str) -> dict[str, str]:
-    """What a flake's direct inputs are locked to, in a few letters a person can compare."""
+def read_lock(tree: Path, directory: str) -> dict[str, str]:
+    """What a flake's direct inputs are locked to, in a few letters a person can compare. `directory`: where it is from."""
     try:
-        nodes = json.loads(Path(directory, "flake.lock").read_bytes())["nodes"]
+        nodes = json.loads((tree / "flake.lock").read_bytes())["nodes"]
         inputs = nodes["root"].get("inputs", {})
         locked = {i: nodes[node]["locked"] for i, node in inputs.items() if isinstance(node, str)}
         return {
@@ -3222,7 +4329,7 @@ def note_system(fleet: Fleet, name: str, release: str, system: str) -> None:
             if current is None or current.release != release:
                 return
             # What is signed is what the host takes: another one beside it would keep populate from passing.
-            signed = client.parse_signed(current.signed, "").system if current.signed is not None else None
+            signed = client.parse_leaf(current.vow.leaf, "").system if current.vow is not None else None
             if current.system != system and signed in (None, system):
                 text = client.encode(current._replace(system=system))
                 client.write_atomic(fleet.chroot(name) / "current.json", text, 0o644)
@@ -3253,22 +4360,28 @@ def attempt(work: Work, name: str, job: Job | None = None, system: str | None = 
         if job.unchanged and job.before is not None:
             if not work.plan.dry_run:
                 prepare_chroot(chroot, job.owner)
-                current = with_signature(job.before._replace(system=system or job.before.system), job.signature)
+                current = job.before._replace(system=system or job.before.system)
+                if job.kept is None:
+                    current = with_signature(current, job.signature)
+                if work.plan.again:
+                    current = current._replace(published=later_than(current.published, time.time()))
                 if current != job.before:
                     client.write_atomic(chroot / "current.json", client.encode(current), 0o644)
-                tidy(chroot, job.before)
+                tidy(chroot, current)
                 prune_logs(chroot)
-            work.counts["unchanged"] += 1
-            work.tell(job, "unchanged", f"unchanged, {release.id[:12]}" if client.verbose else "", system)
+            work.counts["published" if work.plan.again else "unchanged"] += 1
+            words = f"unchanged, {release.id[:12]}{', published again' if work.plan.again else ''}"
+            work.tell(job, "unchanged", words if client.verbose or work.plan.again else "", system)
         elif work.plan.dry_run:
             work.counts["published"] += 1
             work.tell(job, "would-publish", f"would publish {release.id[:12]} ({release.size} bytes)")
         else:
             prepare_chroot(chroot, job.owner)
             job = work.add(job)
-            check_system(check_signature(work.fleet, name, job.release), system)  # files may have changed meanwhile
+            if job.kept is None:  # files may have changed meanwhile
+                check_system(check_signature(work.fleet, name, job.release, job.before), system)
             current = place(chroot, work.store, job, system, time.time())
-            return job._replace(release=job.release._replace(members=())), current
+            return job, current
     except BrokenPipeError:  # whoever reads what we say has gone: no host's failure
         raise
     except Exception as error:
@@ -3299,95 +4412,137 @@ def announce(work: Work, placed: Sequence[tuple[Job, Current]]) -> None:
         work.tell(job, "published", words, current.system)
 
 
-def survey(work: Work, waves: Sequence[Wave], good: set[str], known: Sequence[Proven]) -> dict[str, Standing]:
-    """Where each host stands. What cannot be published is a failure, told once."""
-    standings, proven = dict[str, Standing](), {each.host: each for each in known}
+def survey(work: Work, waves: Sequence[Wave], good: set[str], memory: Rollout, now_s: float) -> dict[str, Standing]:
+    """Where each host stands; `work` gets what its commit gives. What cannot be published is a failure, told once."""
+    standings = dict[str, Standing]()
     for name in (name for wave in waves for name in wave.hosts):
-        chroot = work.fleet.chroot(name)
+        chroot, absent = work.fleet.chroot(name), work.fleet.host(f"{name}.absent").exists()
         work.progress.tell(name, "comparing")
-        standings[name] = Standing("", Found(None, None, None, "unreadable"))
+        standings[name] = Standing(Found(None, None, None, "unreadable"), (), absent)
+        work.decided[name] = None
         try:
             found = read_host(str(chroot), name)
-            standings[name] = Standing("", found, runs_since_s(chroot, found, proven.get(name)))
+            runs = note_run(memory.runs.get(name, ()), found, log_came_s(chroot, found))
+            standings[name] = Standing(found, runs, absent, name in memory.refused)
             if name in good:
-                standings[name] = standings[name]._replace(wanted=examine(work, name).release.id)
+                job = examine(work, name)
+                job = job if job.unchanged or work.plan.dry_run else work.add(job)
+                current = Current(name, job.release.id, job.release.size, format_time(now_s), None, (), job.revision)
+                work.decided[name] = with_signature(current, job.signature)
         except Exception as error:
             work.fail(name, error)
     return standings
 
 
-def plan_rollout(work: Work, hosts: Sequence[str], good: Sequence[str]) -> Rollout:
-    """How far hosts/waves lets this run go."""
-    waves, now_s = [] if work.plan.now else read_waves(work.fleet, hosts), time.time()
-    before = read_rollout(work.fleet.chroot_dir)
-    standings = survey(work, waves, set(good), before.proven)
-    work.decided = {name: standing.wanted for name, standing in standings.items()}
-    blockers, names = decide(waves, standings, now_s)
-    since_s = {each.host: each.since_s for each in before.held}
-    held = [Held(name, since_s.get(name, now_s), standings[name].published, standings[name].wanted) for name in names]
-    proven = [
-        Proven(name, since_s, report.release)
-        for name, (_, found, since_s) in standings.items()
-        if (report := found.report) is not None and report.release is not None
+def add_candidate(
+    candidates: Sequence[Candidate],
+    found: Mapping[str, Current | None],
+    standings: Mapping[str, Standing],
+    now_s: float,
+) -> list[Candidate]:
+    """With one more, if what the commits give is new for any host. A later signature of the same takes its place."""
+    known = []
+    for candidate in candidates:
+        later = {host: found.get(host) or current for host, current in candidate.wanted.items()}
+        same = {
+            host: current for host, current in later.items() if current and current.release == candidate.release(host)
+        }
+        known.append(candidate._replace(wanted={**candidate.wanted, **same}))
+    before = known[-1] if known else None
+    new = [
+        host
+        for host, current in found.items()
+        if (current.release if current is not None else "")
+        != (before.release(host) if before is not None else standings[host].published if current is not None else "")
     ]
-    return Rollout(blockers, tuple(held), tuple(proven))
+    return [*known, Candidate(now_s, name_candidate(found, before), dict(found), 0, now_s)] if new else known
 
 
-def roll_out(work: Work, hosts: Sequence[str], good: Sequence[str]) -> list[Failure]:
+def plan_rollout(work: Work, hosts: Sequence[str], good: Sequence[str], memory: Rollout, now_s: float) -> Rollout:
+    """How far hosts/waves lets this run go, and what each host gets of it."""
+    if work.plan.now:
+        return memory._replace(candidates=(), holds=(), line="")
+    waves, work.warnings, fits = read_waves(work.fleet, hosts, memory.fits)
+    memory = memory._replace(fits=tuple(sorted(fits)))
+    if not waves:
+        return memory._replace(candidates=(), runs={}, holds=(), line="")
+    standings = survey(work, waves, set(good), memory, now_s)
+    memory = memory._replace(runs={name: standing.runs for name, standing in standings.items() if standing.runs})
+    candidates = add_candidate(memory.candidates, work.decided, standings, now_s)
+    if not candidates:
+        return memory._replace(holds=(), line="")
+
+    @functools.cache
+    def blockers(wave: int, index: int) -> tuple[tuple[str, str], ...]:
+        return find_blockers(waves[wave], index, candidates, standings, now_s)
+
+    candidates = advance(candidates, waves, blockers, now_s)
+    chosen = {
+        name: choose(name, number, candidates, standings[name])
+        for number, wave in enumerate(waves)
+        for name in wave.hosts
+    }
+    for name, index in chosen.items():
+        older = candidates[index].wanted.get(name) if index is not None and index < len(candidates) - 1 else None
+        if older is not None:
+            work.instead[name] = older
+    holds = find_holds(candidates, waves, chosen, standings, blockers)
+    line = describe(candidates, waves, holds, standings)
+    return memory._replace(candidates=tuple(thin_out(candidates, len(waves))), holds=tuple(holds), line=line)
+
+
+def roll_out(work: Work, hosts: Sequence[str], good: Sequence[str], memory: Rollout) -> tuple[Rollout, list[Failure]]:
     """Publishes as far as hosts/waves lets us, and tells whom it holds. `good`: the hosts whose keys are in order. Returns
-    the hosts that failed with others behind them."""
-    chroots, dry_run = work.fleet.chroot_dir, work.plan.dry_run
-    rollout = plan_rollout(work, hosts, good)
-    if not dry_run:  # now, for what follows may take hours
-        write_rollout(chroots, rollout)
-    out = {each.host for each in rollout.held} | {failure.host for failure in work.failures}
+    the hosts that failed with others behind them, and roll-outs that stand still."""
+    now_s = time.time()
+    rollout = plan_rollout(work, hosts, good, memory, now_s)
+    if not work.plan.dry_run:  # now, for what follows may take hours
+        work.store.kept = rollout.releases
+        if work.store.kept - memory.releases:  # what is remembered is on disk
+            os.sync()
+            work.store.settle()
+        write_rollout(work.fleet.chroot_dir, rollout)
+    held = {host: release for hold in rollout.holds for host, release in hold.hosts.items()}
+    out = {host for host, release in held.items() if not gets_another(work, host, release)}
+    out |= {failure.host for failure in work.failures}
     populate_hosts(work, [name for name in good if name not in out])
-    failed = {failure.host for failure in work.failures}
-    blockers = [each._replace(why="not published") if each.host in failed else each for each in rollout.blockers]
-    after = rollout._replace(blockers=tuple(blockers))
-    if after != rollout and not dry_run:
-        write_rollout(chroots, after)
-    tell_rollout(work, after)
+    tell_rollout(work, rollout, set(held) & out)
     # What could not be published is told already.
-    stops = [each for each in after.blockers if after.held and each.why in FAILED and each.why != "not published"]
+    stops = dict(each for hold in rollout.holds for each in hold.stopped if each[1] != "not published")
     words = "this stops the roll-out, until a release mends it: see 'bento.py log'"
-    return [Failure(each.host, f"{each.why}: {words}") for each in stops]
+    still = [Failure(*text.split(": ", 1)) for text in rollout.still(now_s).values()]
+    return rollout, [*(Failure(host, f"{why}: {words}") for host, why in stops.items()), *still]
 
 
-def tell_rollout(work: Work, rollout: Rollout) -> None:
+def gets_another(work: Work, host: str, release: str) -> bool:
+    """Whether a host that is held gets an older candidate meanwhile, or one that is damaged is mended."""
+    return host in work.instead and work.instead[host].release == release and not examine(work, host).unchanged
+
+
+def tell_rollout(work: Work, rollout: Rollout, out: set[str]) -> None:
     """Whom it holds, once."""
     work.progress.clear()
-    work.counts["held"] = len(rollout.held)
-    if not rollout.held:
-        return
-    waits_for = [blocker._asdict() for blocker in rollout.blockers]
-    if not work.plan.as_json:
-        print(f"{counted(len(rollout.held))}: held: {rollout.reason}")
-    for each in rollout.held if work.plan.as_json else ():
-        told = {"host": each.host, "result": "held", "release": each.wanted, "since": format_time(each.since_s)}
-        print(json.dumps(told | {"waits_for": waits_for}))
+    work.counts["held"] = len(out)
+    for hold in rollout.holds:
+        waits_for = [{"host": host, "why": why} for host, why in hold.blockers]
+        if not work.plan.as_json:
+            print(f"{counted(len(hold.hosts))}: held: {hold.reason}")
+        for host in hold.hosts if work.plan.as_json else ():
+            wanted = work.decided.get(host)
+            told = {"host": host, "result": "held", "release": wanted.release if wanted is not None else None}
+            print(json.dumps(told | {"since": format_time(hold.since_s), "waits_for": waits_for}))
 
 
-def read_refusals(fleet: Fleet) -> dict[str, Refusal]:
-    """The hosts whose configuration failed to be published when it was tried last: the lock's holder writes them there."""
-    found: dict[str, Refusal] = {}
-    for name, data in read_json(fleet.chroot_dir / ".lock").items():
-        with suppress(BentoError, AttributeError, TypeError):
-            take = functools.partial(client.take, data, what=".lock")
-            found[name] = Refusal(take("since", client.TIME), take("times", int), one_line(take("error", str), 1000))
-    return found
-
-
-def remember_failures(work: Work, hosts: Sequence[str], failures: Iterable[Failure]) -> None:
+def remember_failures(
+    before: Mapping[str, Refusal], hosts: Sequence[str], failures: Iterable[Failure]
+) -> dict[str, Refusal]:
     """Keeps what failed until it passes, for `status`: what is published meanwhile looks as good as ever."""
-    before, now = read_refusals(work.fleet), format_time(time.time())
+    now = format_time(time.time())
     kept = {name: refusal for name, refusal in before.items() if name not in hosts}
     for failure in failures:
         since, times, _ = before.get(failure.host, Refusal(now, 0, ""))
         kept[failure.host] = Refusal(since, times + 1, one_line(failure.text, 1000))
-    text = json.dumps({name: refusal._asdict() for name, refusal in kept.items()}) if kept else ""
-    with suppress(OSError):  # a full disk
-        (work.fleet.chroot_dir / ".lock").write_text(text)
+    return kept
 
 
 def publish(work: Work, hosts: Sequence[str], bad_keys: Mapping[str, str], *, everyone: bool) -> None:
@@ -3396,23 +4551,33 @@ def publish(work: Work, hosts: Sequence[str], bad_keys: Mapping[str, str], *, ev
     if not plan.dry_run:
         for left in (chroots / ".copies", *chroots.glob(".tmp-*")):  # of version 1.0; of a kill
             client.remove(left)
+        work.store.kept = read_rollout(chroots, time.time()).releases
         work.store.prune()
     unfit = [Failure(name, bad_keys[name]) for name in hosts if name in bad_keys]
     for name, error in sorted(unfit) if plan.as_json else ():
         print(json.dumps({"host": name, "result": "failed", "error": error}))
     good = [name for name in hosts if name not in bad_keys]
-    stops = []
+    stops = list[Failure]()
+    memory = read_rollout(chroots, time.time())
+    rollout = memory
     if everyone:
-        stops = roll_out(work, hosts, good)
+        rollout, stops = roll_out(work, hosts, good, memory)
     else:
         populate_hosts(work, good)
     if not plan.dry_run:
         work.store.prune()
-        remember_failures(work, hosts, [*work.failures, *unfit])
+        refused = remember_failures(memory.refused, hosts, [*work.failures, *unfit])
+        refused = {name: each for name, each in refused.items() if os.path.lexists(work.fleet.host(name))}
+        with suppress(OSError):  # a full disk
+            write_rollout(chroots, rollout._replace(refused=refused, error="" if everyone else rollout.error))
+            if everyone:
+                os.utime(chroots / ".lock", (time.time(),) * 2)
+        work.fleet.source.save()
     work.failures += stops
 
 
 def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: bool) -> int:
+    """Publishes what the hosts' commits have."""
     if prune and wanted:
         raise UsageError("--prune goes with the whole fleet, not with single hosts")
     find_hosts(fleet, wanted)
@@ -3425,10 +4590,16 @@ def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: boo
         hosts, errors = find_hosts(fleet, wanted)  # as they are now, not when the wait began
         _, bad_keys = check_keys(fleet)
         errors += dict.fromkeys(text for name, text in bad_keys.items() if name in hosts or not wanted)
-        work = Work(fleet, plan, Store(fleet.chroot_dir / ".store"))
+        work = Work(fleet, plan, Store(fleet.source, fleet.chroot_dir / ".store"))
         if prune:
             prune_chroots(find_gone(fleet, hosts), plan, work.failures)
-        publish(work, hosts, bad_keys, everyone=not wanted)
+        try:
+            publish(work, hosts, bad_keys, everyone=not wanted)
+        except BentoError as error:
+            if not plan.dry_run and not wanted:  # nobody may be looking: for `status`
+                memory = read_rollout(fleet.chroot_dir, time.time())
+                write_rollout(fleet.chroot_dir, memory._replace(error=one_line(str(error), 1000)))
+            raise
     work.progress.clear()
     if not plan.as_json:
         would, held = "would be " if plan.dry_run else "", work.counts["held"]
@@ -3436,35 +4607,41 @@ def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: boo
             f"{counted(len(hosts))}: {work.counts['published']} {would}published, {work.counts['unchanged']}"
             f" unchanged, {f'{held} held, ' if held else ''}{len(hosts) - sum(work.counts.values())} failed"
         )
-    warn([*fleet.source.warnings(), *unknown_keys(fleet, hosts)])
+    for root, files in fleet.source.plain.items():
+        print(f"{root}: no Git here: what lies there is published, {counted(files, 'file')}", file=sys.stderr)
+    warn([*work.warnings, *fleet.source.warnings(), *unknown_keys(fleet, hosts)])
     return complain([*errors, *group_failures(work.failures)])
 
 
 def gather(
-    fleet: Fleet, wanted: Sequence[str], offline_after_s: float, now_s: float, memory: Memory | None = None
-) -> tuple[list[Row], list[str], dict[str, str]]:
+    fleet: Fleet, wanted: Sequence[str], view: View, now_s: float
+) -> tuple[list[Row], list[str], dict[str, str], str]:
     """The rows that every form of `status` shows, what is wrong with hosts/, and what is the matter with the server: what it
-    is about, which stays, and the words.
-
-    `memory`: of the time before; only what changed is read.
-    """
+    is about, which stays, and the words; at last the roll-out as a sentence."""
     hosts, errors = find_hosts(fleet, wanted)
-    beside, rows = read_beside(fleet, now_s), []
+    beside = read_beside(fleet, now_s, view.late_reboot_s)._replace(logs=view.logs)
+    rows = list[Row]()
     for name in hosts:
         chroot = f"{fleet.chroot_dir}/{name}"  # a Path takes its time, ten thousand times
-        found = read_host(chroot, name) if memory is None else recall_host(chroot, name, memory)
-        rows.append(make_row(name, found, now_s, offline_after_s, beside))
-    troubles = look_at_disk(fleet.chroot_dir) | ({} if wanted else look_at_silence(rows, now_s))
-    return sort_rows(rows), errors, troubles
+        rows.append(look_at(name, chroot, now_s, view.offline_after_s, beside))
+    troubles = look_at_disk(fleet.chroot_dir)
+    if not wanted:
+        troubles |= look_at_silence(rows, now_s) | look_at_strangers(fleet, now_s)
+        troubles |= look_at_rollout(fleet.chroot_dir, beside.rollout, now_s, view.published_within_s)
+    return sort_rows(rows), errors, troubles, beside.rollout.line
 
 
-def read_beside(fleet: Fleet, now_s: float) -> Beside:
+def read_beside(fleet: Fleet, now_s: float, late_reboot_s: float = LATE_PERSON_S) -> Beside:
     """What lies beside the chroots and the hosts. What cannot be read there keeps nobody from the table."""
     absent = {}
     for path in (fleet.directory / "hosts").glob("*.absent"):
-        with suppress(OSError):
-            absent[path.stem] = one_line(path.read_text("utf-8", "replace")) or "nobody said why"
-    return Beside(absent, read_refusals(fleet), read_rollout(fleet.chroot_dir).words(now_s))
+        try:
+            words = read_own(fleet, f"hosts/{path.name}", MAX_ABSENT_BYTES).decode("utf-8", "replace")
+        except (BentoError, OSError) as error:
+            words = str(error) if isinstance(error, BentoError) else ""
+        absent[path.stem] = one_line(words) or "nobody said why"
+    rollout = read_rollout(fleet.chroot_dir, now_s)
+    return Beside(absent, dict(rollout.refused), rollout.words(now_s), late_reboot_s, rollout=rollout)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -3491,11 +4668,40 @@ def look_at_disk(directory: Path) -> dict[str, str]:
 
 def look_at_silence(rows: Sequence[Row], now_s: float) -> dict[str, str]:
     """What to say when all hosts fell silent: that is hardly the fault of each."""
-    seen = [row.seen_s for row in rows if row.seen_s is not None and not row.absent]
-    if len(seen) < 2 or not all(row.offline for row in rows if row.seen_s is not None and not row.absent):
+    there = [row for row in rows if row.seen_s is not None and not row.absence]
+    seen = [row.seen_s for row in there if row.seen_s is not None]
+    if len(seen) < 2 or not all("offline" in row.flags for row in there):
         return {}
     words = f"all {len(seen)} hosts are silent {since(max(seen), now_s)}: was this server down, or its disk full?"
     return {SILENCE: words}
+
+
+def look_at_strangers(fleet: Fleet, now_s: float) -> dict[str, str]:
+    """What to say of machines that are in hosts/ no more, and did not leave: nobody would miss them."""
+    troubles, hosts = dict[str, str](), {entry.name for entry in scan_hosts(fleet)}
+    with suppress(OSError):
+        for name in sorted(set(os.listdir(fleet.chroot_dir)) - hosts):
+            found = read_report(f"{fleet.chroot_dir}/{name}", name) if client.HOST_NAME.fullmatch(name) else None
+            if found is not None and found.report is not None and found.report.phase != Phase.LEFT:
+                seen = age(now_s - (found.seen_s or 0.0))
+                words = f"{name}: it is not in hosts/, and reported {seen} ago: put it back"
+                troubles[f"{name}: not in hosts/"] = f"{words}, or 'bento.py populate --prune' removes its chroot"
+    return troubles
+
+
+def look_at_rollout(chroots: Path, rollout: Rollout, now_s: float, within_s: float | None) -> dict[str, str]:
+    """What to say when nothing is published any more, or a roll-out stands still."""
+    troubles = rollout.still(now_s)
+    if rollout.error:
+        troubles["nothing is published"] = f"nothing is published: 'bento.py populate': {rollout.error}"
+    elif within_s is not None and (chroots / ".lock").exists():
+        done_s = (chroots / ".lock").stat().st_mtime
+        if now_s - done_s > within_s:
+            words = (
+                f"the last 'bento.py populate' of the whole fleet that came to its end was {age(now_s - done_s)} ago"
+            )
+            troubles["nothing is published"] = f"nothing is published: {words}: see 'journalctl -u bento-populate'"
+    return troubles
 
 
 def for_stdout(text: str) -> str:
@@ -3515,24 +4721,33 @@ class View(NamedTuple):
     output: str | None = None
     logs_url: str | None = None
     changes: str | None = None
+    late_reboot_s: float = LATE_PERSON_S
+    logs: tuple[str, ...] = ()
+    published_within_s: float | None = None
 
 
 def command_status(fleet: Fleet, wanted: Sequence[str], view: View) -> int:
     now_s = time.time()
-    rows, errors, troubles = gather(fleet, wanted, view.offline_after_s, now_s)
+    try:
+        rows, errors, troubles, line = gather(fleet, wanted, view, now_s)
+    except BentoError as error:
+        if view.changes is not None:
+            tell_changes(Path(view.changes), [], {LOOK: f"{LOOK}: {error}"}, now_s, "")
+        raise
     terminal = sys.stdout.isatty() and view.output is None
     if view.form == "json":
-        text = format_json(rows, now_s, list(troubles.values()))
+        text = format_json(rows, now_s, list(troubles.values()), line)
     elif view.form == "prometheus":
         text = format_prometheus(rows)
     elif view.form == "html":
         url = view.logs_url or fleet.chroot_dir.as_uri()
-        why = functools.partial(find_reason, fleet, itertools.count())
-        text = format_html(rows, now_s, url, list(troubles.values()), why)
+        why = functools.partial(find_reason, (str(fleet.chroot_dir), *view.logs), itertools.count())
+        text = format_html(rows, now_s, url, list(troubles.values()), why, line)
     else:
         width = shutil.get_terminal_size(fallback=(200, 24)).columns
         text = format_table(rows, now_s, width, decorated=terminal and "NO_COLOR" not in os.environ) + "\n"
-        if len(wanted) == 1:
+        text = "".join(f"{each}\n" for each in textwrap.wrap(line, width) if not wanted) + text
+        if wanted and len(rows) == 1:
             top, _, summary = text[:-1].rpartition("\n")
             text = f"{top}\n\n{format_host(rows[0], now_s)}\n\n{summary}\n"
     if view.output is None:
@@ -3541,29 +4756,26 @@ def command_status(fleet: Fleet, wanted: Sequence[str], view: View) -> int:
     else:
         client.write_atomic(Path(view.output), text.encode(), 0o644)
     if view.changes is not None:
-        tell_changes(Path(view.changes), rows, troubles, now_s)
+        tell_changes(Path(view.changes), rows, troubles, now_s, line)
     elif view.output is None:  # cron mails what is on stderr
-        silent = SILENCE in troubles
-        wanting = [row for row in rows if row.needs_a_person and not terminal and not (silent and row.offline)]
-        errors = [*troubles.values(), *errors, *group_failures(complaint(row, now_s) for row in wanting)]
+        wanting = [row for row in rows if not terminal and not (SILENCE in troubles and row.silent)]
+        errors = [*troubles.values(), *errors, *(f"{who(g)}: {words}" for g, words in complaints(wanting, now_s))]
     warn(unknown_keys(fleet, [row.host for row in rows]))
     return max(complain(errors), int(bool(troubles) or any(row.needs_a_person for row in rows)))
 
 
-def find_reason(fleet: Fleet, asked: Iterator[int], host: str, log: str) -> str:
+def find_reason(tops: Sequence[str], asked: Iterator[int], host: str, log: str) -> str:
     """Why an attempt ended as it did, from the end of its log: of so many logs, no more."""
-    if next(asked) < MAX_REASONS:
-        with suppress(BentoError, OSError), open_logs(fleet.chroot(host)) as logs:
+    for top in tops if next(asked) < MAX_REASONS else ():
+        with suppress(BentoError, OSError), open_logs(f"{top}/{host}") as logs:
             return last_words(logs, log)
     return ""
 
 
-def tell_changes(path: Path, rows: Sequence[Row], troubles: Mapping[str, str], now_s: float) -> None:
-    """A line on stderr for each problem that has begun since the last call, and one for each that is over. What was
-    told lies in a file."""
-    before = read_json(path).get("problems", {})
-    before = before if isinstance(before, dict) else {}
-    words = dict(troubles)
+def find_concerns(rows: Sequence[Row], *, silence: bool) -> dict[str, tuple[Row, str]]:
+    """What of each host needs a person, by what it is about: host, flag, release, units. While all are silent, that is no
+    host's news."""
+    found = {}
     for row in rows:
         for reason in row.reasons:
             which = ""
@@ -3571,44 +4783,52 @@ def tell_changes(path: Path, rows: Sequence[Row], troubles: Mapping[str, str], n
                 which = (row.report.last.release or "")[:7]
             elif reason == "failed_units" and row.report:
                 which = ", ".join(row.report.failed_units)
-            what = one_line(f"{row.host}: {reason.replace('_', ' ')} {which}", 1000)
-            words[what] = f"{row.host}: {complaint(row, now_s).text}"
-    for what in [what for what in words if what not in before]:
-        print(f"bento: begins: {words[what]}", file=sys.stderr)
-    for what in [what for what in before if what not in words]:
-        print(f"bento: over: {one_line(what)} (since {one_line(str(before[what]))})", file=sys.stderr)
-    now = {what: str(before.get(what, format_time(now_s))) for what in words}
+            if not (silence and reason == "offline"):
+                found[one_line(f"{row.host}: {reason.replace('_', ' ')} {which}", 1000)] = row, reason
+    return found
+
+
+def tell_news(row: Row, reason: str, now_s: float) -> str:
+    """What has begun, and nothing else that may be the matter with the host."""
+    flag, since_s = row.flags[reason], row.since_s
+    if reason == "failed":
+        return f"{row.state}{f' {since(since_s, now_s)}' if since_s is not None else ''}: {flag.words}"
+    if reason == "offline" and row.seen_s is not None:
+        return f"offline {since(row.seen_s, now_s)}, it was {row.was or row.state}"
+    return flag.words
+
+
+def tell_changes(path: Path, rows: Sequence[Row], troubles: Mapping[str, str], now_s: float, rollout: str) -> None:
+    """A line on stderr for each problem that has begun since the last call, and one for each that is over; for hosts that
+    have the same, one for all. What was told lies in a file."""
+    before = read_json(path).get("problems", {})
+    before = before if isinstance(before, dict) else {}
+    concerns, silence = find_concerns(rows, silence=SILENCE in troubles), SILENCE in troubles
+    waits = {what for what in before if LOOK in troubles or (silence and what.endswith(": offline"))}
+    begins = [f"bento: begins: {words}" for what, words in troubles.items() if what not in before]
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for what, (row, reason) in concerns.items():
+        if what not in before:
+            groups.setdefault((reason, row.flags[reason].about or row.flags[reason].words), []).append(row)
+    for (reason, about), group in groups.items():
+        alike = f"{group[0].state}: {about}" if reason == "failed" else about
+        words = tell_news(group[0], reason, now_s) if len(group) == 1 else alike
+        begins.append(f"bento: begins: {who(group)}: {words}")
+    over: dict[str, list[str]] = {}
+    for what in before:
+        if what not in troubles and what not in concerns and what not in waits:
+            host, _, about = one_line(what).partition(": ")
+            over.setdefault(about if about else host, []).append(what)
+    for about, whats in over.items():
+        names = [one_line(what).partition(": ")[0] for what in whats]
+        words = one_line(whats[0]) if len(whats) == 1 else f"{counted(len(whats))} ({show_names(names)}): {about}"
+        begins.append(f"bento: over: {words} (since {one_line(min(str(before[what]) for what in whats))})")
+    if begins and rollout:
+        begins.insert(0, f"bento: roll-out: {rollout}")
+    for line in begins:
+        print(line, file=sys.stderr)
+    now = {what: str(before.get(what, format_time(now_s))) for what in (*troubles, *concerns, *waits)}
     client.write_atomic(path, json.dumps({"problems": now}).encode(), 0o644)
-
-
-def command_watch(fleet: Fleet, wanted: Sequence[str], offline_after_s: float) -> int:
-    """Shows the table and draws it again, over itself, when something has changed. Ends at Ctrl-C."""
-    shown, drawn_for, memory = "", (0, 0), Memory()
-    # Kept back, a change of the terminal's size is a signal that can be waited for.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGWINCH})
-    try:
-        while True:
-            now_s = time.time()
-            rows, _, troubles = gather(fleet, wanted, offline_after_s, now_s, memory)
-            width, height = size = shutil.get_terminal_size()
-            top = [clip(f"! {trouble}", width) for trouble in troubles.values()]
-            # The hosts that need a person are on top, the summary stays in sight.
-            decorated = "NO_COLOR" not in os.environ
-            table = "\n".join(
-                [*top, format_table(rows, now_s, width, height=height - 1 - len(top), decorated=decorated)]
-            )
-            if (table, size) != (shown, drawn_for):
-                lines = for_stdout(table).splitlines()[-max(1, height - 1) :]
-                sys.stdout.write("\x1b[H" if size == drawn_for else "\x1b[2J\x1b[H")
-                sys.stdout.write("".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J")
-                sys.stdout.flush()
-                shown, drawn_for = table, size
-            signal.sigtimedwait({signal.SIGWINCH}, WATCH_PAUSE_S)
-    except KeyboardInterrupt:
-        print("\r\x1b[J", end="", flush=True)  # the ^C
-        return 0
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGWINCH})
 
 
 def find_logs(logs: int, release: str | None) -> tuple[list[tuple[float, str]], bool]:
@@ -3637,53 +4857,101 @@ def last_words(logs: int, name: str) -> str:
     return one_line(words[1]) if words else ""
 
 
-def list_log(logs: int, name: str, came_s: float) -> str:
-    """A log's line in the list: when by the host's clock, release, result and reason."""
-    line = name.removesuffix(".log").replace("_", "  ")
+class Line(NamedTuple):
+    """One of `log --list`: when it came to pass, on our clock, of which host, the same by whoever wrote it, and what."""
+
+    when_s: float
+    host: str
+    when: str
+    release: str
+    what: str
+
+
+def list_log(logs: int, host: str, name: str, came_s: float) -> Line:
+    """A log: when by the host's clock, release, result and reason."""
+    when, release, result = name.removesuffix(".log").split("_")
     try:
         words = last_words(logs, name)
-        line += f"  {words}" if words else ""
     except (BentoError, OSError) as error:
-        line += f"  {one_line(str(error))}"
+        words = one_line(str(error))
     parsed = parse_log_name(name)
-    if parsed is not None and abs(client.parse_time(parsed.finished) - came_s) > CLOCK_TOLERANCE_S:
-        line += f"  (came {format_time(came_s)})"
-    return line
+    late = parsed is not None and abs(client.parse_time(parsed.finished) - came_s) > CLOCK_TOLERANCE_S
+    what = f"{result}{f'  {words}' if words else ''}{f'  (came {format_time(came_s)})' if late else ''}"
+    return Line(came_s, host, when, release, what)
 
 
-def list_publication(published: Published) -> str:
-    when = published.time.replace("-", "").replace(":", "")
-    return f"{when}  {published.release[:12]}  published" + (f"  {published.revision}" if published.revision else "")
+def list_publication(host: str, published: Published) -> Line:
+    when, by = published.time.replace("-", "").replace(":", ""), f"  by {published.by}" if published.by else ""
+    what = "published" + (f"  {published.revision}" if published.revision else "") + by
+    return Line(client.parse_time(published.time), host, when, published.release[:12], what)
 
 
-def command_log(fleet: Fleet, name: str, show_list: bool, release: str | None) -> int:
-    """What the host uploaded, made harmless for a terminal. The newest log unless asked for another; or a list of all,
-    with what was published for it, and when."""
-    find_hosts(fleet, [name])
-    where = fleet.chroot(name) / "logs"
-    lines = [
-        (client.parse_time(published.time), list_publication(published))
-        for published in (read_history(fleet.chroot(name)) if show_list else ())
-        if published.release.startswith(release or "")
-    ]
-    text, more = None, False
+def list_host(fleet: Fleet, name: str, release: str | None) -> tuple[list[Line], dict[str, str]]:
+    """What was published for a host, and what became of it; and which commit each release was made of."""
+    history = read_history(fleet.chroot(name))
+    commits = {each.release[:12]: found[0][:7] for each in history if (found := COMMIT.match(each.revision or ""))}
+    lines = [list_publication(name, each) for each in history if each.release.startswith(release or "")]
+    more = False
+    with suppress(FileNotFoundError), open_logs(fleet.chroot(name)) as logs:
+        newest, more = find_logs(logs, release)
+        lines += [list_log(logs, name, log, came_s) for came_s, log in newest]
+    if more:
+        print(
+            f"{name}: more than {MAX_LOG_ENTRIES} files in {fleet.chroot(name)}/logs: not all were looked at",
+            file=sys.stderr,
+        )
+    return lines, commits
+
+
+def command_log_list(fleet: Fleet, wanted: Sequence[str], release: str | None) -> int:
+    """What was published, and what became of it, the newest first: of one host, or of many, each line with its name."""
+    hosts, errors = find_hosts(fleet, wanted)
+    lines, commits, failures = list[Line](), dict[str, str](), list[Failure]()
+    for name in hosts:
+        try:
+            found, known = list_host(fleet, name, release)
+        except NotADirectoryError:
+            failures.append(Failure(name, no_logs(fleet, name)))
+            continue
+        lines, commits = lines + found, commits | known
+    if not lines and len(hosts) == 1 and not failures:
+        failures.append(Failure(hosts[0], no_log(fleet, hosts[0], release)))
+    width = max(map(len, hosts)) if len(hosts) > 1 else 0
+    for _, host, when, of, what in sorted(lines, key=lambda line: line.when_s, reverse=True):
+        who = f"{host:<{width}}  " if width else ""
+        print(f"{when}  {who}{of}{f' {commits[of]}' if of in commits else ''}  {what}")
+    return complain([*errors, *group_failures(failures)])
+
+
+def no_logs(fleet: Fleet, name: str) -> str:
+    return f"{fleet.chroot(name)}/logs is no directory: 'bento.py populate {name}' makes one"
+
+
+def no_log(fleet: Fleet, name: str, release: str | None) -> str:
+    return f"no log{' of that release' if release else ''} in {fleet.chroot(name)}/logs: it has not reported one yet"
+
+
+def command_log(fleet: Fleet, wanted: Sequence[str], release: str | None) -> int:
+    """What a host uploaded last, made harmless for a terminal."""
+    hosts, _ = find_hosts(fleet, wanted)
+    if len(hosts) != 1:
+        raise UsageError(f"log: {counted(len(hosts))}: give one NAME, or --list")
+    (name,), text, more = hosts, None, False
     try:
         with suppress(FileNotFoundError), open_logs(fleet.chroot(name)) as logs:
-            found, more = find_logs(logs, release)
-            if show_list:
-                lines += [(came_s, list_log(logs, log, came_s)) for came_s, log in found]
-            elif found:
-                text = read_untrusted(logs, found[0][1], MAX_LOG_BYTES)[0][:MAX_LOG_BYTES].decode(errors="replace")
+            newest, more = find_logs(logs, release)
+            if newest:
+                text = read_untrusted(logs, newest[0][1], MAX_LOG_BYTES)[0][:MAX_LOG_BYTES].decode(errors="replace")
     except NotADirectoryError:
-        raise BentoError(f"{name}: {where} is no directory: 'bento.py populate {name}' makes one") from None
+        raise BentoError(f"{name}: {no_logs(fleet, name)}") from None
     if more:
-        print(f"{name}: more than {MAX_LOG_ENTRIES} files in {where}: not all were looked at", file=sys.stderr)
-    if text is None and not lines:
-        of_that = " of that release" if release else ""
-        raise BentoError(f"{name}: no log{of_that} in {where}: it has not reported one yet")
-    for _, line in sorted(lines, key=lambda line: line[0], reverse=True):
-        print(line)
-    for line in text.splitlines() if text is not None else ():
+        print(
+            f"{name}: more than {MAX_LOG_ENTRIES} files in {fleet.chroot(name)}/logs: not all were looked at",
+            file=sys.stderr,
+        )
+    if text is None:
+        raise BentoError(f"{name}: {no_log(fleet, name, release)}")
+    for line in text.splitlines():
         print("".join(c if c.isprintable() or c == "\t" else "?" for c in line))
     return 0
 
@@ -3692,7 +4960,7 @@ def command_log(fleet: Fleet, name: str, show_list: bool, release: str | None) -
 
 
 def add_hosts(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("hosts", nargs="*", metavar="NAME", help="hosts (default: all)")
+    parser.add_argument("hosts", nargs="*", metavar="NAME", help="hosts, or patterns (default: all)")
 
 
 def add_builds(parser: argparse.ArgumentParser, jobs: int) -> None:
@@ -3755,6 +5023,10 @@ def add_populate(command: Command) -> None:
     add_after_build(populate)
     populate.add_argument("--dry-run", action="store_true", help="only say what would be done")
     populate.add_argument("--wait", action="store_true", help="for another populate, instead of giving up")
+    populate.add_argument("--no-git", action="store_true", help="all that lies there, also where a .gitignore does")
+    populate.add_argument(
+        "--again", action="store_true", help="also what is unchanged: this state is meant; hosts try it again"
+    )
     populate.add_argument("--now", action="store_true", help="whatever hosts/waves says")
     populate.add_argument(
         "--revision", type=not_empty, metavar="TEXT", help="what this is, for a person (default: the commit)"
@@ -3771,7 +5043,6 @@ def add_status(command: Command) -> None:
     forms.add_argument("--json", dest="form", action="store_const", const="json", help="for programs")
     forms.add_argument("--prometheus", dest="form", action="store_const", const="prometheus", help="for node_exporter")
     forms.add_argument("--html", dest="form", action="store_const", const="html", help="one page, without scripts")
-    forms.add_argument("--watch", dest="form", action="store_const", const="watch", help="stay, and show what changes")
     status.add_argument("--output", type=not_empty, metavar="FILE", help="replace FILE instead of printing")
     status.add_argument(
         "--changes",
@@ -3779,7 +5050,24 @@ def add_status(command: Command) -> None:
         metavar="FILE",
         help="on stderr only what has begun or is over since the last call, which FILE remembers",
     )
+    status.add_argument(
+        "--logs",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="DIR",
+        help="other servers' chroots: a host's newest report counts",
+    )
     status.add_argument("--logs-url", metavar="URL", help="where the page's links find the chroots (default: as files)")
+    status.add_argument(
+        "--late-reboot", type=float, default=LATE_PERSON_S / 86400, metavar="DAYS", help="a person's reboot: default 30"
+    )
+    status.add_argument(
+        "--published-within",
+        type=float,
+        metavar="HOURS",
+        help="a person is needed when no populate came to its end for so long",
+    )
     status.add_argument(
         "--offline-after", type=float, default=OFFLINE_AFTER_S / 3600, metavar="HOURS", help="default: 2"
     )
@@ -3794,14 +5082,24 @@ def add_others(command: Command) -> None:
     sign.add_argument("--key", required=True, metavar="FILE", help="an SSH key, or the public half of an agent's")
     sign.add_argument("--days", type=int, default=VALID_DAYS, metavar="N", help="vouched for so long (default 30)")
     sign.add_argument("--build", action="store_true", help="build each, and sign the system's store path, too")
-    sign.add_argument("--unsign", action="store_true", help="the new system may do without signatures from then on")
+    sign.add_argument(
+        "--again", action="store_true", help="this state is meant: have it tried again where it was given up"
+    )
+    sign.add_argument("--unsign", action="store_true", help="the new system may trust others, or nobody, from then on")
+    sign.add_argument(
+        "--serial", type=int, metavar="N", help="this one, where hosts have seen a higher one than is known"
+    )
+    sign.add_argument("--fleet-id", metavar="ID", help="the fleet's, where hosts/signed was lost: current.json has it")
     sign.add_argument("--revoke", metavar="FILE", help="public keys whose signatures count no more")
     add_hosts(sign)
     update = command("update", "update the flakes' lock files, and say what moved")
     update.add_argument("input", nargs="?", metavar="INPUT", help="only this input")
+    show = command("show", "list what is published for a host, or unpack it")
+    show.add_argument("name", metavar="NAME")
+    show.add_argument("directory", nargs="?", type=not_empty, metavar="DIR", help="a new directory for it")
     log = command("log", "what a host uploaded last")
-    log.add_argument("name", metavar="NAME")
-    log.add_argument("--list", action="store_true", help="list its logs: when, release, result")
+    log.add_argument("hosts", nargs="*", metavar="NAME", help="a host; with --list also a pattern, several, or all")
+    log.add_argument("--list", action="store_true", help="what was published and what became of it, a line each")
     log.add_argument("--release", metavar="ID", help="the newest log of that release")
 
 
@@ -3848,7 +5146,23 @@ def plan_of(options: argparse.Namespace) -> Plan:
         revision=one_line(options.revision, 200) if options.revision else None,
         after=options.after_build,
         now=options.now,
+        again=options.again,
     )
+
+
+def view_of(options: argparse.Namespace) -> View:
+    """What `status` was asked for."""
+    after_s = options.offline_after * 3600
+    for option, file in (("--output", options.output), ("--changes", options.changes)):
+        if file is not None and Path(file).is_dir():
+            raise UsageError(f"{option} {file}: this is a directory: name a file")
+    for top in options.logs:
+        if not Path(top).is_dir():
+            raise UsageError(f"--logs {top}: no such directory")
+    form, late_s = options.form or "table", options.late_reboot * 86400
+    within_s = None if options.published_within is None else options.published_within * 3600
+    files = (options.output, options.logs_url, options.changes)
+    return View(form, after_s, *files, late_s, tuple(options.logs), within_s)
 
 
 def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:
@@ -3863,28 +5177,24 @@ def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:
         return command_rebuild(fleet, options.hosts, plan._replace(after=getattr(options, "after_build", ())))
     if command == "closure":
         return command_closure(fleet, options.package)
+    if command == "show":
+        return command_show(fleet, options.name, options.directory)
     if command == "diff":
         return command_diff(fleet, options.hosts)
     if command == "sign":
-        revoked = tuple(sorted(client.read_signers(Path(options.revoke)))) if options.revoke else ()
-        vow = Vow(options.key, options.days, options.build, options.unsign, revoked)
-        return command_sign(fleet, options.hosts, vow)
+        return command_sign(fleet, options.hosts, make_oath(options))
     if command == "update":
         return command_update(fleet, options.input)
     if command == "populate":
+        fleet.source.no_git = options.no_git
         return command_populate(fleet, options.hosts, plan_of(options), options.prune)
     if command == "status":
-        after_s = options.offline_after * 3600
-        for option, file in (("--output", options.output), ("--changes", options.changes)):
-            if file is not None and options.form == "watch":
-                raise UsageError(f"{option} goes with a status that ends, not with --watch")
-            if file is not None and Path(file).is_dir():
-                raise UsageError(f"{option} {file}: this is a directory: name a file")
-        if options.form == "watch":
-            return command_watch(fleet, options.hosts, after_s)
-        view = View(options.form or "table", after_s, options.output, options.logs_url, options.changes)
-        return command_status(fleet, options.hosts, view)
-    return command_log(fleet, options.name, options.list, options.release)
+        return command_status(fleet, options.hosts, view_of(options))
+    if options.list:
+        return command_log_list(fleet, options.hosts, options.release)
+    if not options.hosts:
+        make_parser().error("log: give a NAME, or --list")
+    return command_log(fleet, options.hosts, options.release)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -3901,8 +5211,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     directory = options.fleet or os.environ.get("BENTO_DIR") or Path(__file__).resolve().parent
     chroot_dir = options.chroot_dir or os.environ.get("BENTO_CHROOT_DIR") or CHROOT_DIR
     try:
-        named = options.fleet is not None
-        code = dispatch(options, Fleet(Path(directory).absolute(), Path(chroot_dir).absolute(), named=named))
+        fleet = Fleet(Path(directory).absolute(), Path(chroot_dir).absolute(), named=options.fleet is not None)
+        with closing(fleet.source):
+            code = dispatch(options, fleet)
         sys.stdout.flush()
         return code
     except BentoError as error:

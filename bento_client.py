@@ -14,16 +14,24 @@ Files in the state directory (/var/lib/bento, mode 0700):
   partial/        a download under way, to be resumed        lock           held while a run is at work
   id_ed25519      the machine's SSH identity                 known_hosts    the server's keys
   pause.json      until when a person wants nothing deployed
-Elsewhere: /run/bento-proofs, how many proofs have failed since the boot; /nix/var/nix/gcroots/bento-way-back, which keeps
-the system to fall back to; and what the boot loader is told of a trial.
+Elsewhere: /run/bento-proofs, since when a boot is to be proven; the profile system-profiles/bento beside NixOS'
+own, which names the system to fall back to; and what the boot loader is told of a trial.
 
 Exit codes: 0 done or nothing to do, 1 the deployment failed, 2 usage, 75 the server could not be reached.
 
 Sections: constants, errors, types, names and times, formats, settings, decisions, files, processes, log, signatures, sftp,
-boot loaders, this machine, reports, fetch and build, activation, commands, command line.
+boot loaders, this machine, reports, fetch and build, proof, activation, commands, command line.
 """
 
 from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.exit(f"bento: error: Python 3.11 or later is needed; this is {sys.version.split()[0]}")
+
+if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
+    del sys.path[0]  # our own directory: others may write there, and a shlex.py beside us would run as whoever runs us
 
 import argparse
 import fcntl
@@ -36,9 +44,8 @@ import select
 import shlex
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -47,13 +54,15 @@ from typing import IO, Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
-VERSION = "1.1"
+VERSION = "1.2"
 FORMAT = 1
 
 HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,24}")
 RELEASE_ID = re.compile(r"[0-9a-f]{64}")
 TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 LOG_NAME = re.compile(r"[0-9]{8}T[0-9]{6}Z_[0-9a-f]{12}_[a-z-]{1,20}\.log")
+COMMIT = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
+FLEET_ID = re.compile(r"[0-9a-f]{32}")
 FINGERPRINT = re.compile(r"SHA256:[A-Za-z0-9+/]{43}")
 STORE_PATH = re.compile(r"/[ -~]{1,400}")
 TEXT = re.compile(r"[^\n]{0,2000}", re.DOTALL)
@@ -76,16 +85,19 @@ REQUEST_BYTES = 261120
 # What sftp may say to one command, and have in memory (a ProxyCommand, too): a server can list names without end.
 MAX_ANSWER_BYTES, MAX_SFTP_BYTES = 16 << 20, 256 << 20
 CLOCKS_DIFFER_S = 24 * 3600
+EXPIRES_SOON_S, NEVER = 7 * 24 * 3600, "9999-12-31T23:59:59Z"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 15 * 60, 24 * 3600
+# So many verdicts give a release up. The third has its own chance: a machine whose power goes each evening has it at noon.
+MOST_VERDICTS = 3
 WATCHDOG_MARGIN_S = 30
 # A poll that takes longer hangs: no watchdog guards it, and no other run could start. Twenty large logs on a slow line
 # may take hours.
 POLL_LIMIT_S = 12 * 3600
-# After a boot, this many proofs may fail for want of a server before the release is suspected: a site's power cut ends for
-# hosts before it ends for a server.
-PATIENT_PROOFS = 3
-# The same, where the old system is one without Bento: once it runs, nothing leads forward again. A day, at 15 minutes.
-FIRST_PROOFS = 96
+# For how long after a boot the proof may fail for want of a server before the release is suspected: a site's power cut ends
+# for hosts before it ends for a server. A day, where the old system is one without Bento: from it nothing leads forward.
+TRIAL_S, FIRST_TRIAL_S = 45 * 60, 24 * 3600
+# A first boot that has no client by then has come to nothing.
+TRIAL_BOOT_S = 15 * 60
 # A pause without a number of hours, and the longest one: a machine that is to be left alone for good has no timer.
 PAUSE_H, LONGEST_PAUSE_H = 8.0, 24.0 * 31
 # Each command of `after_deployment`.
@@ -93,6 +105,7 @@ HOOK_LIMIT_S = 60
 # A long build says so often that it is under way.
 HEARTBEAT_S = 30 * 60
 NO_RELEASE = "0" * 64
+BY_HAND = "by hand"
 # How long it is told that another machine reported under this name, and how often it is looked for: that is a fifth of
 # a poll on a slow line.
 TWIN_S, TWIN_LOOK_S = 24 * 3600, 6 * 3600
@@ -136,6 +149,15 @@ class Result(StrEnum):
     INTERRUPTED = "interrupted"
 
 
+class Cost(StrEnum):
+    """What an attempt that failed has cost, which decides when the next one comes."""
+
+    POLL = "poll"
+    WORK = "work"  # a build, or a change of the machine
+    VERDICT = "verdict"
+    GIVEN_UP = "given up"  # by a person
+
+
 class Phase(StrEnum):
     """What a host says it is doing, in its report."""
 
@@ -164,8 +186,9 @@ class Current(NamedTuple):
     """`current.json`: the release that a host is to run. `size` in bytes, `revision`: a line for a person.
 
     `parts`, one after the other, are the archive; there are none when it has no large file. A host that has one
-    of them already needs only the others. `signed` and `signature`: what an administrator vouches for. `signer`, the
-    fingerprint of the key, is not in the file: verify() finds it out.
+    of them already needs only the others. `commit` is the one that made it. `vow`: what an administrator vouches for;
+    `signed` is what one vouched for before 1.2.
+    `signer`, the fingerprint of the key, and `again` are not in the file: verify() finds them out.
     """
 
     host: str
@@ -176,25 +199,46 @@ class Current(NamedTuple):
     parts: tuple[Part, ...] = ()
     revision: str | None = None
     signed: str | None = None
-    signature: str | None = None
+    commit: str | None = None
+    vow: Vow | None = None
     signer: str | None = None
+    again: int = 0
+
+
+class Vow(NamedTuple):
+    """What is signed of a host's release: a `text` for the whole fleet, its `signature`, the host's `leaf`, and the `path`
+    from there to the text's root: on which side its neighbour stands, and the neighbour's hash."""
+
+    text: str
+    signature: str
+    leaf: str
+    path: tuple[str, ...] = ()
 
 
 class Signed(NamedTuple):
-    """The text that an administrator signs. `system`: what the release builds to, if that was known.
+    """The text that an administrator signs. `fleet`: which one, at random. `root`: of the Merkle tree over all hosts' leaves.
 
-    `serial`: seconds since 1970, and always higher than the one before. `unsign`: the new system need not ask for
-    signatures any more. `revoked`: fingerprints of signers whose serials count no more.
+    `serial`: seconds since 1970, and always higher than the one before. `revoked`: fingerprints of signers who count no more.
     """
+
+    fleet: str
+    serial: int
+    expires: str
+    root: str
+    revoked: tuple[str, ...] = ()
+
+
+class Leaf(NamedTuple):
+    """What is signed of one host. `system`: what the release builds to, if that was known. `again` counts how often this
+    state was said to be meant. `unsign`: the new system may trust whom it likes, or nobody."""
 
     host: str
     release: str
     size: int
     system: str | None
-    serial: int
-    expires: str
+    commit: str | None
+    again: int = 0
     unsign: bool = False
-    revoked: tuple[str, ...] = ()
 
 
 class Recipe(NamedTuple):
@@ -229,7 +273,7 @@ class Report(NamedTuple):
     system that has never booted. `known_to_boot`: the system that it falls back to. `first_contact`: when a server's key
     was last taken on trust. `machine` tells this machine from others; `twin`: when another one last reported as this host.
     `since`: when the phase began. `interval`, of polls, and `offline_after`, both in seconds: when to worry about this
-    machine's silence.
+    machine's silence. `reboot`: the setting of that name, unless it is `never`.
     """
 
     host: str
@@ -254,6 +298,21 @@ class Report(NamedTuple):
     since: str | None = None
     interval: int | None = None
     offline_after: int | None = None
+    reboot: str | None = None
+
+
+class Pinned(NamedTuple):
+    """Whom this machine trusts, whatever system runs: the `signers`, public keys, of the release with the highest serial
+    that it has committed, but for those that were `revoked`. `fleet`, and the `text` and `leaf` that were last accepted,
+    and whose they were. `cache_key`: of whom Nix takes what was built elsewhere."""
+
+    signers: tuple[str, ...]
+    revoked: tuple[str, ...] = ()
+    cache_key: str = ""
+    fleet: str = ""
+    signer: str | None = None
+    text: str = ""
+    leaf: str = ""
 
 
 class State(NamedTuple):
@@ -262,12 +321,13 @@ class State(NamedTuple):
 
     While `system` is not `good`, it waits for its first boot, since the boot with the id `boot`. `armed`: the boot loader
     has variables of ours; `set_before` is what a person had in them; `forgets`: they were gone after the last boot that
-    they were there for.
+    they were there for; `once`: the entry that it was told to start once, as long as it may have done so; `slept`: that of
+    what a hibernation is to wake. `lost`: the boot in which this file was gone, and a trial was not.
     `unpacked` is the release in config/, `tried` the last attempt at a release (`last` may be a later failure to
-    read `current.json`), `interruptions` how often that release was cut short, `doubts` how often it was blamed for a
-    server that was out of reach, `costly`: its failure costs more than a poll; `published` its publication, `rebooted` the
-    system that a reboot was last asked for. `serials`: the highest ones that were seen, each behind the fingerprint of its
-    signer; `signed` is the text that was last accepted, and `signer` whose it was. `machine`: which one wrote this file;
+    read `current.json`), `not_before` when the next one may begin, `doubts` how many verdicts there are against that release;
+    `published` its publication, `rebooted` the system that a reboot was last asked for. `down_units`: what was active before
+    an attempt, and was not after the way back. `serials`: the highest ones that were seen, each behind the fingerprint of its
+    signer, which a client before 1.2 heeds, too. `machine`: which one wrote this file;
     `twin`: see Report; `looked`: when it was looked for.
     """
 
@@ -284,18 +344,20 @@ class State(NamedTuple):
     armed: bool = False
     set_before: str = ""
     forgets: bool = False
+    once: str = ""
+    slept: str = ""
+    lost: str = ""
     published: str | None = None
     unpacked: str | None = None
     rebooted: str | None = None
-    interruptions: int = 0
+    not_before: str | None = None
     doubts: int = 0
-    costly: bool = False
     failed_units: tuple[str, ...] = ()
+    down_units: tuple[str, ...] = ()
     tried: Last | None = None
     last: Last | None = None
     serials: tuple[str, ...] = ()
-    signer: str | None = None
-    signed: str | None = None
+    pinned: Pinned | None = None
     machine: str | None = None
     twin: str | None = None
     looked: str | None = None
@@ -305,8 +367,9 @@ class Pending(NamedTuple):
     """`pending.json`, the journal. Where to go back to: `old` is what ran, `profile` what would have been booted.
 
     `switched`: the running system may be the new one, or something in between. `committed`: so may be the boot default.
-    `between`: what an earlier way back that failed has left running. `verdict`, `reason` and `doubt`: how it ends, once
-    it goes back; `rebooting`: the boot in which a reboot back was asked for. `trial`: it is about what was deployed
+    `between`: what an earlier way back that failed has left running. `verdict` and `reason`: how it ends, once it goes
+    back. `deadline_s`: until when, on the monotonic clock of the boot `deadline_boot`;
+    `rebooting`: the boot in which a reboot back was asked for. `trial`: it is about what was deployed
     before, not about the release that is published now. `job`: the newest one in systemd's queue before the switch.
     """
 
@@ -320,7 +383,8 @@ class Pending(NamedTuple):
     token: str
     started: str
     attempt: int
-    deadline_s: float = 0.0  # a client before 1.1 wants one
+    deadline_s: float = 0.0
+    deadline_boot: str = ""
     watchdog: str | None = None
     verdict: str = ""
     reason: str = ""
@@ -329,7 +393,7 @@ class Pending(NamedTuple):
     committed: bool = False
     by_hand: bool = False
     trial: bool = False
-    doubt: bool = False
+    doubt: bool = True  # for 1.1, which would give the release up on one verdict
     rebooting: str = ""
     between: str = ""
     job: int | None = None
@@ -354,6 +418,7 @@ class Settings(NamedTuple):
     identity: str = ""
     known_hosts: str = ""
     signers: str = ""
+    cache_key: str = ""
     state_dir: str = "/var/lib/bento"
     root: str = "/"
     ssh_options: tuple[str, ...] = ()
@@ -363,14 +428,18 @@ class Settings(NamedTuple):
     confirm_timeout: int = 120
     health_checks: tuple[str, ...] = ()
     upgrade_channels: bool = False
+    allow_options: tuple[str, ...] = ()
     activation: str = "live"
     rebuild_every: int = 0
     after_deployment: tuple[str, ...] = ()
     reboot: str = "never"
+    reboot_without_trial: bool = False
     build: str = "host"
     interval: int = 900
     offline_after: int = 0
     boot_loader: tuple[str, ...] = ()
+    asks: bool = False
+    esp: str = ""
 
     @property
     def state(self) -> Path:
@@ -431,10 +500,14 @@ FIELDS: dict[str, type | re.Pattern[str]] = {
     "client": re.compile(r"[!-~]{1,40}"), "step": re.compile("|".join(Step)), "last": dict, "tried": dict,
     "verdict": re.compile("|".join(("", *Result))), "Last.reason": TEXT, "Report.system": re.compile(r"[ -~]{0,400}"),
     "boot_trial": LINE, "known_to_boot": LINE, "signer": FINGERPRINT, "expires": TIME, "first_contact": TIME,
-    "since": TIME, "until": TIME, "machine": re.compile(r"[0-9a-f]{16}"), "twin": TIME, "looked": TIME,
+    "vow": dict, "pinned": dict, "commit": COMMIT, "root": RELEASE_ID, "fleet": FLEET_ID, "Pinned.fleet": LINE,
+    "since": TIME, "until": TIME, "not_before": TIME, "machine": re.compile(r"[0-9a-f]{16}"), "twin": TIME, "looked": TIME,
+    "Report.reboot": re.compile(r"[a-z0-9:-]{1,20}"),
 }  # fmt: skip
 SIMPLE: dict[str, type] = {"str": str, "int": int, "bool": bool, "float": float}
-Record = TypeVar("Record", "Current", "Signed", "Part", "Last", "Report", "State", "Pending", "Pause")
+Record = TypeVar(
+    "Record", "Current", "Vow", "Signed", "Leaf", "Part", "Last", "Report", "State", "Pinned", "Pending", "Pause"
+)
 
 
 def refuse_constant(name: str) -> float:
@@ -496,12 +569,19 @@ def read_record(kind: type[Record], data: Mapping[str, Any], what: str) -> Recor
                 read_record(Part, as_object(part, name, what), what) for part in take(data, name, list, what)
             )
         elif text.startswith("tuple"):
-            values[name] = tuple(one_line(str(each), 200) for each in take(data, name, list, what)[:100])
+            most, limit = (1000, 2000) if kind is Pinned else (100, 200)
+            values[name] = tuple(one_line(str(each), limit) for each in take(data, name, list, what)[:most])
         else:
             wanted = FIELDS.get(f"{kind.__name__}.{name}") or FIELDS.get(name) or SIMPLE[text.split(" ")[0]]
             value = take(data, name, wanted, what, null="None" in text)
-            values[name] = read_record(Last, value, what) if isinstance(value, dict) else value
+            values[name] = read_inner(name, value, what) if isinstance(value, dict) else value
     return kind(**values)
+
+
+def read_inner(name: str, value: dict[str, Any], what: str) -> Vow | Pinned | Last:
+    if name == "vow":
+        return read_record(Vow, value, what)
+    return read_record(Pinned, value, what) if name == "pinned" else read_record(Last, value, what)
 
 
 def as_object(value: object, name: str, what: str) -> dict[str, Any]:
@@ -511,7 +591,7 @@ def as_object(value: object, name: str, what: str) -> dict[str, Any]:
 
 
 def parse_current(raw: bytes, what: str, host: str | None = None) -> Current:
-    current = read_record(Current, parse_object(raw, what) | {"signer": None}, what)
+    current = read_record(Current, parse_object(raw, what) | {"signer": None, "again": None}, what)
     if current.parts and sum(part.size for part in current.parts) != current.size:
         raise BentoError(f"{what}: its parts do not add up to its size")
     if host is not None and current.host != host:
@@ -527,29 +607,8 @@ def parse_state(raw: bytes, what: str) -> State:
     return read_record(State, parse_object(raw, what), what)
 
 
-# The steps of a client before 1.1, and what is left to do after each.
-OLD_STEPS = {
-    "building": Step.ACTIVATING, "activating": Step.ACTIVATING, "proving": Step.ACTIVATING,
-    "committing": Step.COMMITTING, "rebooting": Step.COMMITTING,
-    "rolling-back": Step.ROLLING_BACK, "stepping-back": Step.ROLLING_BACK, "reverting": Step.ROLLING_BACK,
-}  # fmt: skip
-
-
-def in_new_words(data: dict[str, Any]) -> dict[str, Any]:
-    """The journal of a client before 1.1 in today's words. It kept its step on a way back whose boot default stayed."""
-    step, verdict = str(data.get("step")), data.get("verdict")
-    back = OLD_STEPS.get(step) == Step.ROLLING_BACK
-    return data | {
-        "step": Step.ROLLING_BACK if verdict and step in OLD_STEPS else OLD_STEPS.get(step, step),
-        "switched": True, "committed": step not in ("activating", "proving"), "by_hand": step == "stepping-back",
-        "verdict": verdict or (Result.INTERRUPTED if back else ""),
-        "rebooting": data.get("boot_id") if step == "reverting" else "",
-    }  # fmt: skip
-
-
 def parse_pending(raw: bytes, what: str) -> Pending:
-    data = parse_object(raw, what)
-    return read_record(Pending, data if "switched" in data else in_new_words(data), what)
+    return read_record(Pending, parse_object(raw, what), what)
 
 
 def parse_pause(raw: bytes, what: str) -> Pause:
@@ -571,6 +630,30 @@ def parse_recipe(raw: bytes, what: str, host: str) -> Recipe:
     return Recipe(attribute, "" if directory == "." else directory, tuple(options))
 
 
+# Of nixos-rebuild's options those that run nothing and read nothing, each with what may follow it.
+HARMLESS = dict.fromkeys(
+    ("-L", "--print-build-logs", "--show-trace", "-v", "--verbose", "--quiet", "-Q", "--no-build-output", "-k", "--keep-going",
+     "--fallback", "--refresh"), ""
+) | dict.fromkeys(("-j", "--max-jobs", "--cores"), "[0-9]{1,4}|auto") | {"--log-format": "[a-z-]{1,30}"}  # fmt: skip
+
+
+def check_options(recipe: Recipe, allowed: Collection[str], setting: str) -> None:
+    """BentoError for an option that could run a program as root, unless this machine's `setting` allows it."""
+    words = list(recipe.options)
+    while words:
+        word = words.pop(0)
+        if value := HARMLESS.get(word):
+            word = f"{word} {words.pop(0) if words else ''}".strip()
+            if re.fullmatch(rf"\S+ ({value})", word):
+                continue
+        elif word in HARMLESS or word in allowed:
+            continue
+        raise BentoError(
+            f"bento.json: the option {one_line(word, 80)} is not one of the harmless ones: it may run a program as root,"
+            f" and {setting} has to allow each word of it first"
+        )
+
+
 def plain(value: Any) -> Any:
     """A record, and those in it, as JSON has them."""
     if hasattr(value, "_asdict"):
@@ -580,8 +663,8 @@ def plain(value: Any) -> Any:
 
 # Not written while there is nothing in them: a file stays as it was before there were such fields.
 OPTIONAL = (
-    "parts", "signed", "signature", "signer", "expires", "serials", "first_contact", "machine", "twin", "looked", "since", "interval",
-    "offline_after",
+    "parts", "signed", "commit", "vow", "signer", "again", "expires", "serials", "pinned", "first_contact", "machine", "twin", "looked",
+    "since", "interval", "offline_after", "reboot",
 )  # fmt: skip
 
 
@@ -662,38 +745,55 @@ def settings_argv(settings: Settings) -> list[str]:
 # --- decisions ---
 
 
-def retry_pause_s(result: str, attempt: int, *, costly: bool = False) -> float:
-    """How long to wait after attempt number `attempt` before the next.
+def pause_s(result: str, cost: Cost, state: State) -> float:
+    """How long to wait after an attempt that ended so. `state`: what is remembered of the attempts before at this release.
 
-    A failed build is the release's, and a boot loader that cannot be written costs an activation (`costly`): the pauses
-    grow from the first one on. The others are a bad moment more often than not: they are tried again at the next three
-    polls.
+    A failed build is tried once more at the next poll: rate limits, a daemon that was restarted. Pauses grow after that.
     """
-    free_attempts = 0 if result == Result.BUILD_FAILED or costly else 3
-    doublings = attempt - free_attempts - 1
-    return 0.0 if doublings < 0 else float(min(FIRST_PAUSE_S * 2 ** min(doublings, 20), LONGEST_PAUSE_S))
+    tried, before_s = state.tried, 0.0
+    same = tried is not None and tried.result == result
+    if tried is not None and same and state.not_before is not None:
+        before_s = parse_time(state.not_before) - parse_time(tried.finished)
+    if cost in (Cost.VERDICT, Cost.GIVEN_UP):
+        return 0.0 if result == Result.INTERRUPTED else LONGEST_PAUSE_S
+    if cost == Cost.POLL or (result == Result.BUILD_FAILED and not same):
+        return 0.0
+    return min(max(FIRST_PAUSE_S, 2 * before_s), LONGEST_PAUSE_S)
+
+
+def left_s(state: State, now_s: float) -> float:
+    """How long an attempt has to wait still. A wait longer than the longest pause means that the clock was set back: then it
+    says nothing."""
+    wait_s = parse_time(state.not_before) - now_s if state.not_before else 0.0
+    return wait_s if 0 < wait_s <= LONGEST_PAUSE_S else 0.0
+
+
+def is_given_up(state: State, published: str) -> bool:
+    """Whether what was tried last is not to be tried again."""
+    return state.doubts >= MOST_VERDICTS and not is_meant_again(state, published)
+
+
+def is_meant_again(state: State, published: str) -> bool:
+    """Whether somebody has published anew what was tried: `populate --again`. Of a signed release `published` says nothing."""
+    return state.pinned is None and state.published is not None and published > state.published
 
 
 def is_due_again(state: State, now_s: float, rebuild_s: int) -> bool:
     """Whether what was last tried is deployed, and to be built anew, with what the channels have by now: `rebuild_s` seconds
     after the last time, or never. That such a build failed, or what it gave, is no reason to give the release up."""
     tried = state.tried
-    if not rebuild_s or tried is None or tried.release != state.release:
+    if not rebuild_s or tried is None or tried.release != state.release or left_s(state, now_s):
         return False
-    pause_s = 0.0 if tried.result == Result.OK else retry_pause_s(tried.result, tried.attempt, costly=True)
     # Far in the future: the clock was set back.
-    return not -LONGEST_PAUSE_S < now_s - parse_time(tried.finished) < max(rebuild_s, pause_s)
+    return not -LONGEST_PAUSE_S < now_s - parse_time(tried.finished) < rebuild_s
 
 
 def decide(
-    current: Current, state: State, now_s: float, *, force: bool = False, replica: bool = False, rebuild_s: int = 0
+    current: Current, state: State, now_s: float, *, force: bool = False, rebuild_s: int = 0
 ) -> tuple[bool, str]:
-    """Whether `current` is to be deployed now, and why, or why not, in words for a person.
-
-    `replica`: one of several servers answered, and it may lag behind the others.
-    """
+    """Whether `current` is to be deployed now, and why, or why not, in words for a person."""
     tried, release = state.tried, f"release {current.release[:12]}"
-    if replica and is_behind(current, state.published, now_s):
+    if is_behind(current, state.published, now_s) and not force:
         return False, f"the server is behind: it publishes a release of {current.published}"
     if tried is None or tried.release != current.release:
         return True, f"new {release}"
@@ -703,17 +803,14 @@ def decide(
         return True, f"{release}: built again, every {duration(rebuild_s)}"
     if tried.result == Result.OK:
         return False, f"up to date with {release}"
-    # Nobody can tell an outage that ended in time for the old system from a release that cut the line.
-    doubtful = tried.result == Result.ROLLED_BACK and state.doubts == 1
-    pause_s = LONGEST_PAUSE_S if doubtful else retry_pause_s(tried.result, tried.attempt, costly=state.costly)
-    wait_s = parse_time(tried.finished) + pause_s - now_s
-    if tried.result in (Result.ROLLED_BACK, Result.ROLLBACK_FAILED) and not (doubtful and wait_s <= 0):
-        return False, f"{release} was rolled back ({tried.reason}): waiting for a new release"
-    if tried.result == Result.INTERRUPTED and state.interruptions > 1:
-        return False, f"{release} was interrupted twice: waiting for a new release"
-    # A wait longer than the longest pause means that the clock was set back: then it says nothing.
-    if 0 < wait_s <= LONGEST_PAUSE_S:
-        return False, f"{release}: {tried.result}, next attempt in {duration(wait_s)}"
+    if is_meant_again(state, current.published):
+        return True, f"{release}: {tried.result} before, published again"
+    back = tried.result in (Result.ROLLED_BACK, Result.ROLLBACK_FAILED)
+    ended = f"{release} was rolled back ({tried.reason})" if back else f"{release}: {tried.result}"
+    if state.doubts >= MOST_VERDICTS:
+        return False, f"{ended}: waiting for a new release, or 'bento.py populate --again'"
+    if wait_s := left_s(state, now_s):
+        return False, f"{ended}, next attempt in {duration(wait_s)}"
     return True, f"{release}: {tried.result} before, attempt {tried.attempt + 1}"
 
 
@@ -722,9 +819,11 @@ def is_ahead(published: str, now_s: float) -> bool:
     return parse_time(published) > now_s + CLOCKS_DIFFER_S
 
 
-def is_odd(current: Current, seen: str | None, now_s: float) -> bool:
-    """Whether another server is to be asked first."""
-    return is_behind(current, seen, now_s) or is_ahead(current.published, now_s)
+def age(current: Current, now_s: float) -> tuple[int, str]:
+    """The higher, the newer: by its serial, where it is signed, and else by its publication, unless that is in the future."""
+    if current.signer is not None and current.vow is not None:
+        return parse_signed(current.vow.text, "signed text").serial, ""
+    return int(not is_ahead(current.published, now_s)), current.published
 
 
 def is_behind(current: Current, seen: str | None, now_s: float) -> bool:
@@ -740,6 +839,27 @@ def may_reboot(setting: str, hour: int, minute: int) -> bool:
     return first <= now < last if first <= last else now >= first or now < last
 
 
+class Switched(StrEnum):
+    """What came of `switch-to-configuration test`."""
+
+    LIVE = "live"
+    REFUSED = "refused"  # nothing was done, and it may be otherwise another time
+    NEEDS_BOOT = "needs a boot"
+    BROKEN = "broke in the middle"  # of the bus, logind, somebody's session
+    FAILED = "failed"
+
+
+def judge_switch(switch: Switch) -> Switched:
+    """By what it did: its exit code may be 4 for an activation that gave up, or 1 for what is nobody's fault."""
+    code, output = switch.done
+    if not switch.began:
+        blocked = code == 100 or "Pre-switch check 'switchInhibitors' failed" in output
+        return Switched.NEEDS_BOOT if blocked else Switched.REFUSED
+    if switch.finished and SCRIPT_FAILED not in output:
+        return Switched.LIVE
+    return Switched.FAILED if code in (None, 0, 2, 4) or failed_units(output) else Switched.BROKEN
+
+
 SSH_FAILURES = [
     (r"Host key verification failed|REMOTE HOST IDENTIFICATION HAS CHANGED", False,
      "its host key is not the known one: if the server was renewed, correct the known hosts, else somebody is in between"),
@@ -750,6 +870,8 @@ SSH_FAILURES = [
     (r"timed out|Timeout", True, "no answer in time"),
     (r"No route to host|Network is unreachable", True, "no route to it: is the network up?"),
     (r"Bad configuration option|command-line line|unsupported option", False, "ssh refuses an option: look at the setting 'ssh_options'"),
+    (r"Unable to negotiate with|no matching (key exchange|host key|cipher|MAC)", False,
+     "it and this machine have no algorithm in common: look at the setting 'ssh_options', and at its sshd_config"),
     (r"[Cc]onnection (closed|reset)|Broken pipe|not responding|banner exchange", True, "the connection was lost"),
 ]  # fmt: skip
 
@@ -799,11 +921,31 @@ OF_NIX = r"error: (unable to download|hash mismatch)"
 # Nix at work, among the lines of builders.
 PROGRESS = r"building '|copying |downloading |these \d|this derivation|\s*/nix/store/|error:|warning:|[…|]|\d+ *\|"
 STORE_NAME = r"(?<![^'\s])/nix/store/[a-z0-9]{32}-([^'\s]+?)(?:\.drv)?(?=['\s]|$)"
-# What a later poll may find better. A file that is not there (4xx) it will not.
-BAD_MOMENT = (
-    r"(?i:unable to download (?!.*HTTP error 4)|could(n't| not) (connect|resolve)|connection (refused|reset|timed out)"
-    r"|name resolution|network is unreachable|no route to host)"
+# What a later poll may find better, of what Nix, Git and ssh say. A file that is not there (404) it will not.
+AWAY = re.compile(
+    r"(?i:unable to download (?!.*HTTP error 4)|HTTP error (403|429)|returned error: (429|5..)|API rate limit"
+    r"|(could(n't| not)|failed to) (connect|resolve|start SSH)|connection (refused|reset|timed out|closed)|No route to host"
+    r"|name resolution|network is unreachable|cannot connect to socket|find a machine for remote build"
+    r"|Unrecognized archive|NAR info file .* is corrupt|hash mismatch importing)"
 )
+# ... and for which a build was spent, by a daemon that was restarted, or for want of memory or room.
+SPENT = re.compile(
+    r"(?i:unexpected end-of-file|disconnected unexpectedly|interrupted by the user|database is busy|No space left"
+    r"|failed with exit code 137|due to signal 9)"
+)
+OF_A_FETCHER = re.compile(
+    r"> (curl: \((6|7|28|35|52|56)\)|curl: .* returned error: (429|5..)|.*No space left on device)"
+)
+
+
+def bad_moment(output: str) -> str:
+    """What a build that failed for a passing reason has cost; "" for what is the release's fault."""
+    said = [line.strip() for line in output.splitlines() if not re.match(r"\s*warning:", line)]
+    builders = [line for line in said if line.startswith(">")]
+    others = [line for line in said if re.match("error:|fatal:|ssh:|kex_|cannot build on|Failed to find", line)]
+    if any(map(AWAY.search, others)) or any(OF_A_FETCHER.match(line) and "No space" not in line for line in builders):
+        return Cost.POLL
+    return Cost.WORK if any(map(SPENT.search, others)) or any(map(OF_A_FETCHER.match, builders)) else ""
 
 
 def find_cause(output: str) -> str:
@@ -861,10 +1003,35 @@ def builder_words(lines: Sequence[str], number: int) -> str:
     return f"({said[-1]})" if said else ""
 
 
+# What switch-to-configuration says on its way, whatever comes of it.
+OF_A_SWITCH = (
+    r"(stopping|starting|restarting|reloading|activating|setting up|NOT restarting|the following new units|WARN)\b.*"
+)
+SCRIPT_FAILED = "Failed to run activate script"
+
+
 def failed_units(output: str) -> list[str]:
     """The units that switch-to-configuration names as failed, from its output."""
     found = re.findall(r"the following (?:units|user units) failed: (.*)", output)
-    return sorted({unit.strip() for line in found for unit in line.split(",") if unit.strip()})
+    jobs = re.findall(r"(?m)^Failed to (?:start|stop|restart|reload) (?:user unit )?([^\s:]+\.[a-z]+)(?:$|:)", output)
+    return sorted({unit.strip() for line in found for unit in line.split(",") if unit.strip()} | {*jobs})
+
+
+def switch_words(output: str) -> str:
+    """What stopped a switch, by name: a check, an activation script, units, else its last error."""
+    if checks := re.findall(r"Pre-switch check '(.+?)' failed", output):
+        own = output.partition("Pre-switch check '")[0].strip().split("\n")[-1].strip()
+        return one_line(f"pre-switch check refuses: {', '.join(map(repr, checks))}" + (f" ({own})" if own else ""))
+    said = (line.strip() for line in output.splitlines())
+    lines = [line for line in said if line and not re.fullmatch(OF_A_SWITCH, line)]
+    if SCRIPT_FAILED in lines:
+        return find_cause("\n".join(lines[: lines.index(SCRIPT_FAILED)] or [SCRIPT_FAILED]))
+    for number, line in enumerate(lines):
+        if line.startswith(("Error: ", "Unable to ")):
+            causes = [each for each in lines[number + 1 :] if each != "Caused by:"]
+            return one_line(": ".join((line.removeprefix("Error: "), *causes)))
+    units = failed_units(output)
+    return f"failed: {', '.join(units)}" if units else find_cause("\n".join(lines))
 
 
 # --- files ---
@@ -1010,6 +1177,17 @@ def lock(settings: Settings) -> Iterator[bool]:
             return
         name_holder(settings, str(os.getpid()))
         yield True
+
+
+def lock_holder(path: Path) -> int | None:
+    """The process that holds the lock on a file, as the kernel says it: what is written in the file may be an older one's."""
+    found = os.stat(path)
+    where = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    for line in Path("/proc/locks").read_text().splitlines():
+        words = line.split()
+        if words[1] == "FLOCK" and words[5] == where:
+            return int(words[4])
+    return None
 
 
 # --- processes ---
@@ -1162,35 +1340,90 @@ class Log:
 # --- signatures ---
 
 NAMESPACE, PRINCIPAL = "bento-release", "bento"
-SIGNED_1 = "bento-release 1"
-PUBLIC_KEY = r"(?:^|\s)((?:ssh|ecdsa|sk)-[!-~]+) +(AAAA[A-Za-z0-9+/]+=*)(?:\s|$)"
+SIGNED_2 = "bento-releases 2"
+STEP = re.compile(r"(left|right) ([0-9a-f]{64})")
+MAX_REVOKED = 200
+# Of clients: the first one that goes on trusting whom the machine trusts, whatever system runs.
+PIN_SINCE = (1, 2)
+ARMOR = "-----BEGIN SSH SIGNATURE-----\n"
+PUBLIC_KEY = (
+    r"(ssh-(?:ed25519|rsa)|ecdsa-sha2-nistp(?:256|384|521)|sk-(?:ssh-ed25519|ecdsa-sha2-nistp256)@openssh\.com)"
+    r"\s+(AAAA[A-Za-z0-9+/]+=*)(?:\s|$)"
+)
 
 
 def format_signed(signed: Signed) -> str:
-    lines = [SIGNED_1, f"host {signed.host}", f"release {signed.release}", f"size {signed.size}"]
-    lines += [f"system {signed.system or '-'}", f"serial {signed.serial}", f"expires {signed.expires}"]
-    lines += ["unsign yes"] if signed.unsign else []
-    lines += [f"revoked {signer}" for signer in signed.revoked]
-    return "\n".join(lines) + "\n"
+    lines = [
+        SIGNED_2,
+        f"fleet {signed.fleet}",
+        f"serial {signed.serial}",
+        f"expires {signed.expires}",
+        f"root {signed.root}",
+    ]
+    return "\n".join([*lines, *(f"revoked {signer}" for signer in signed.revoked)]) + "\n"
 
 
 def parse_signed(text: str, what: str) -> Signed:
     first, *lines = text.removesuffix("\n").split("\n")
-    if first != SIGNED_1:
+    if first != SIGNED_2:
         raise BentoError(
-            f"{what}: it begins with {one_line(repr(first), 40)}, not with '{SIGNED_1}': update Bento here"
+            f"{what}: it begins with {one_line(repr(first), 40)}, not with '{SIGNED_2}': update Bento here"
         )
     pairs = [(name, value) for name, _, value in (line.partition(" ") for line in lines)]
-    revoked = tuple(value for name, value in pairs if name == "revoked" and FINGERPRINT.fullmatch(value))
-    fields: dict[str, Any] = {name: value for name, value in pairs if name != "revoked"}
-    if len(fields) + sum(name == "revoked" for name, _ in pairs) != len(pairs):
+    revoked = tuple(value for name, value in pairs if name == "revoked")
+    if len(revoked) > MAX_REVOKED or not all(map(FINGERPRINT.fullmatch, revoked)):
+        raise BentoError(f"{what}: field 'revoked' is malformed")
+    fields = read_pairs([pair for pair in pairs if pair[0] != "revoked"], ("serial",), what)
+    return read_record(Signed, fields, what)._replace(revoked=revoked)
+
+
+def format_leaf(leaf: Leaf) -> str:
+    words = f"host {leaf.host} release {leaf.release} size {leaf.size} system {leaf.system or '-'} commit {leaf.commit or '-'}"
+    return f"{words} again {leaf.again}" + " unsign yes" * leaf.unsign
+
+
+def parse_leaf(text: str, what: str) -> Leaf:
+    words = text.split(" ")
+    if len(words) % 2:
+        raise BentoError(f"{what}: it is no pairs of names and values")
+    fields = read_pairs(list(zip(words[::2], words[1::2], strict=True)), ("size", "again"), what)
+    for name in ("system", "commit"):  # what there is none of has its place all the same
+        fields[name] = None if fields.get(name) == "-" else fields.get(name, "")
+    return read_record(Leaf, fields | {"unsign": fields.get("unsign") == "yes"}, what)
+
+
+def read_pairs(pairs: Sequence[tuple[str, str]], numbers: Sequence[str], what: str) -> dict[str, Any]:
+    fields: dict[str, Any] = dict(pairs)
+    if len(fields) != len(pairs):
         raise BentoError(f"{what}: it says something twice")
-    for name in ("size", "serial"):
+    for name in numbers:
         if re.fullmatch("[0-9]{1,16}", fields.get(name, "")):
             fields[name] = int(fields[name])
-    system = fields.get("system", "")  # which is no path: the line has to be there
-    fields |= {"system": None if system == "-" else system, "unsign": fields.get("unsign") == "yes"}
-    return read_record(Signed, fields, what)._replace(revoked=revoked)
+    return fields
+
+
+def hash_leaf(leaf: str) -> bytes:
+    """As RFC 6962 has it (2.1), so that nothing is a leaf and a node."""
+    import hashlib
+
+    return hashlib.sha256(b"\0" + leaf.encode()).digest()
+
+
+def hash_node(left: bytes, right: bytes) -> bytes:
+    import hashlib
+
+    return hashlib.sha256(b"\1" + left + right).digest()
+
+
+def find_root(leaf: str, path: Sequence[str]) -> str:
+    """Where a path from a leaf leads to. BentoError for what is no path."""
+    node = hash_leaf(leaf)
+    for step in path:
+        if (found := STEP.fullmatch(step)) is None:
+            raise BentoError(f"its path to what was signed is malformed: {one_line(step, 40)}")
+        other = bytes.fromhex(found[2])
+        node = hash_node(other, node) if found[1] == "left" else hash_node(node, other)
+    return node.hex()
 
 
 def fingerprint(blob: str) -> str:
@@ -1203,7 +1436,8 @@ def fingerprint(blob: str) -> str:
 
 
 def read_signers(path: Path) -> dict[str, str]:
-    """The public keys in a file, one a line, by fingerprint."""
+    """The public keys in a file, one a line as in a .pub file, by fingerprint. What else a line says in front of its key
+    (`valid-before=`, `@revoked`) is not followed, so it is refused."""
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -1212,19 +1446,41 @@ def read_signers(path: Path) -> dict[str, str]:
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        kind, blob = match.groups() if (match := re.search(PUBLIC_KEY, line)) else ("", "?")
+        kind, blob = match.groups() if (match := re.match(PUBLIC_KEY, line.strip())) else ("", "?")
         try:
             found[fingerprint(blob)] = f"{kind} {blob}"
         except ValueError:
-            raise UsageError(f"{path}:{number}: not a public key") from None
+            raise UsageError(f"{path}:{number}: not a public key, as in a .pub file: {one_line(line, 60)}") from None
     if not found:
         raise UsageError(f"{path}: no signer's key in it")
     return found
 
 
-def find_signer(text: str, signature: str, signers: Path, directory: Path) -> str:
+def take_apart(signature: str) -> tuple[str, int]:
+    """The fingerprint of the key that a signature has in it, and the flags that a security key puts behind the signature
+    proper (OpenSSH's PROTOCOL.sshsig, PROTOCOL.u2f); 0 where there are none. ValueError for what is no signature."""
+    import base64
+
+    armored = signature.removeprefix(ARMOR).partition("\n-----END")[0]
+    rest, words = base64.b64decode("".join(armored.split()), validate=True)[len("SSHSIG") + 4 :], []
+    for number in range(7):  # key, namespace, reserved, hash; then what holds kind and signature
+        size = int.from_bytes(rest[:4], "big")
+        words.append(rest[4 : 4 + size])
+        rest = rest[4 + (0 if number == 4 else size) :]
+    return fingerprint(base64.b64encode(words[0]).decode()), rest[0] if rest else 0
+
+
+def trusted_keys(settings: Settings, state: State) -> dict[str, str] | None:
+    """Those whose signatures this machine asks for, by fingerprint; None where it asks for none. What it has committed once
+    counts, and not what the system that happens to run says."""
+    if state.pinned is not None:
+        keys = {fingerprint(key.split()[1]): key for key in state.pinned.signers}
+        return {signer: key for signer, key in keys.items() if signer not in state.pinned.revoked}
+    return read_signers(Path(settings.signers)) if settings.signers else None
+
+
+def find_signer(text: str, signature: str, keys: Mapping[str, str], directory: Path) -> str:
     """The fingerprint of the signer whose signature this is. BentoError when it is nobody's that is trusted."""
-    keys = read_signers(signers)
     allowed = "".join(f'{PRINCIPAL} namespaces="{NAMESPACE}" {key}\n' for key in keys.values())
     for name, content in (("allowed", allowed), ("signature", signature), ("text", text)):
         (directory / name).write_text(content, "utf-8")
@@ -1236,47 +1492,81 @@ def find_signer(text: str, signature: str, signers: Path, directory: Path) -> st
         raise BentoError(f"the signature cannot be checked: {one_line(said) or how_ended(done.code)}")
     found = re.search(rf"^Good .* key ({FINGERPRINT.pattern})$", said, re.MULTILINE)
     if done.code != 0 or found is None or found[1] not in keys:
-        raise BentoError(f"its signature is of nobody in {signers} ({one_line(said.splitlines()[-1] if said else '')})")
+        why = one_line(said.splitlines()[-1] if said else "")
+        raise BentoError(f"its signature is of nobody whom this machine trusts ({why})")
+    # Somebody has touched it, says its first bit, which ssh-keygen does not ask for.
+    if keys[found[1]].startswith("sk-") and not take_apart(signature)[1] & 1:
+        raise BentoError(f"the security key {found[1]} signed it without a touch: whoever has its machine can do that")
     return found[1]
 
 
-def verify(current: Current, signers: Path, serials: Sequence[str], directory: Path, what: str) -> Current:
+def verify(current: Current, keys: Mapping[str, str], state: State, directory: Path, what: str) -> Current:
     """The same release with what was signed of it, and by whom. BentoError when nobody who is trusted vouches for it, or
     when this is an older one than was seen: a server can keep silent, and do nothing else."""
-    where = f"{what}: release {current.release[:12]}"
-    if not current.signed or not current.signature:
+    where, vow = f"{what}: release {current.release[:12]}", current.vow
+    if vow is None:
         raise BentoError(f"{where} is not signed, as this machine wants it: 'bento.py sign', then publish it again")
     try:
-        signer = find_signer(current.signed, current.signature, signers, directory)
-        signed = parse_signed(current.signed, "its signed text")
-    except UsageError:
-        raise
+        signer = find_signer(vow.text, vow.signature, keys, directory)
+        signed, leaf = parse_signed(vow.text, "its signed text"), parse_leaf(vow.leaf, "its leaf")
+        if signer in signed.revoked:
+            raise BentoError(f"it revokes the key that signed it, {signer}")
+        if find_root(vow.leaf, vow.path) != signed.root:
+            raise BentoError("what it says of this host is not in what was signed")
+        if (leaf.host, leaf.release, leaf.size) != (current.host, current.release, current.size):
+            about = f"release {leaf.release[:12]} ({leaf.size} bytes) for host {leaf.host!r}"
+            raise BentoError(f"what was signed is about another one: {about}")
+        refuse_older(signed, vow.text, state)
     except (BentoError, UnicodeEncodeError) as error:
         raise BentoError(f"{where}: {error}") from None
-    if (signed.host, signed.release, signed.size) != (current.host, current.release, current.size):
-        about = f"release {signed.release[:12]} ({signed.size} bytes) for host {signed.host!r}"
-        raise BentoError(f"{where}: its signed text is about another one: {about}")
-    seen = highest_serial(signers, serials, signed.revoked)
+    return current._replace(signer=signer, system=leaf.system, commit=leaf.commit, again=leaf.again)
+
+
+def refuse_older(signed: Signed, text: str, state: State) -> None:
+    """BentoError for what was signed for another fleet, before what this machine has accepted, or beside it."""
+    pinned = state.pinned or Pinned(())
+    if pinned.fleet not in ("", signed.fleet):
+        raise BentoError(f"it was signed for fleet {signed.fleet}, and this machine is one of fleet {pinned.fleet}")
+    revoked = {*pinned.revoked, *signed.revoked}
+    seen = highest_serial(state.serials, revoked)
     if signed.serial < seen:
-        raise BentoError(f"{where}: it was signed with serial {signed.serial}, and {seen} was seen: sign it anew")
-    return current._replace(signer=signer, system=signed.system)
+        raise BentoError(
+            f"it was signed with serial {signed.serial}, and {seen} was seen: sign it with --serial {seen + 1}"
+        )
+    beside = pinned.signer not in revoked and pinned.text not in ("", text)
+    if beside and parse_signed(pinned.text, "state.json").serial == signed.serial:
+        raise BentoError(f"another text with its serial, {signed.serial}, was seen: sign it anew")
 
 
-def highest_serial(signers: Path, serials: Sequence[str], revoked: Sequence[str]) -> int:
-    """Of the signers that are trusted now: a stolen key's serials go with it."""
-    counting = read_signers(signers).keys() - set(revoked)
-    return max((serial for signer, serial in map(parse_serial, serials) if signer in counting), default=0)
+def highest_serial(serials: Sequence[str], revoked: Iterable[str]) -> int:
+    """Of all whom this machine has ever followed, but for stolen keys, whose serials go with them."""
+    counting = [serial for signer, serial in map(parse_serial, serials) if signer not in revoked]
+    return max(counting, default=0)
 
 
-def accepted(state: State, current: Current) -> dict[str, Any]:
+def accepted(state: State, current: Current, keys: Mapping[str, str]) -> dict[str, Any]:
     """What state.json has to remember of what a poll has accepted: no lower serial is taken after it."""
-    if current.signer is None or current.signed is None:
-        return {"signer": None, "signed": None}
-    serials = {current.signer: parse_signed(current.signed, "signed text").serial}
+    if current.signer is None or current.vow is None:
+        return {}
+    signed, before = parse_signed(current.vow.text, "signed text"), state.pinned or Pinned(tuple(keys.values()))
+    serials = {current.signer: signed.serial}
     for signer, serial in map(parse_serial, state.serials):
         serials[signer] = max(serial, serials.get(signer, 0))
-    kept = tuple(f"{signer} {serial}" for signer, serial in sorted(serials.items()))
-    return {"serials": kept, "signer": current.signer, "signed": current.signed}
+    pinned = before._replace(
+        fleet=signed.fleet, revoked=tuple(sorted({*before.revoked, *signed.revoked})),
+        signer=current.signer, text=current.vow.text, leaf=current.vow.leaf,
+    )  # fmt: skip
+    kept = {"serials": tuple(f"{signer} {serial}" for signer, serial in sorted(serials.items())), "pinned": pinned}
+    return kept | ({"tried": None} if is_signed_again(state, current) else {})
+
+
+def is_signed_again(state: State, current: Current) -> bool:
+    """Whether the signer means what was given up here: `sign --again`. A new serial alone says nothing of that."""
+    tried, leaf = state.tried, state.pinned.leaf if state.pinned else ""
+    if tried is None or tried.release != current.release or tried.result == Result.OK or not leaf:
+        return False
+    before = parse_leaf(leaf, "state.json")
+    return before.release == current.release and before.again < current.again
 
 
 def parse_serial(text: str) -> tuple[str, int]:
@@ -1286,40 +1576,95 @@ def parse_serial(text: str) -> tuple[str, int]:
 
 def vouched_until(state: State) -> str | None:
     """The end of the time for which somebody has signed what this machine follows."""
-    return parse_signed(state.signed, "signed text").expires if state.signed else None
+    return parse_signed(state.pinned.text, "signed text").expires if state.pinned and state.pinned.text else None
 
 
 def nobody_vouches(state: State, now_s: float) -> str | None:
-    """What a person is told when that time is over."""
+    """What a person is told when that time is over, or will be within a week."""
     until = vouched_until(state)
-    if until is None or parse_time(until) > now_s:
+    if until is None or (left_s := parse_time(until) - now_s) > EXPIRES_SOON_S:
         return None
-    return f"expired: nobody vouches for this machine's state since {until}: sign its release anew"
+    if left_s > 0:
+        return (
+            f"warning: in {duration(left_s)}, at {until}, nobody vouches for this machine's state any more: sign anew"
+        )
+    return f"error: expired: nobody vouches for this machine's state since {until}: sign anew"
 
 
-def check_trust(settings: Settings) -> None:
+def has_expired(current: Current, now_s: float) -> str | None:
+    """Why a signed release is not moved to."""
+    if current.signer is None or current.vow is None:
+        return None
+    expires = parse_signed(current.vow.text, "signed text").expires
+    return f"its signature expired at {expires}: sign anew" if parse_time(expires) <= now_s else None
+
+
+def check_trust(settings: Settings, state: State) -> None:
     """UsageError when these settings would let a stranger in, or nobody."""
-    if settings.signers:
-        read_signers(Path(settings.signers))
-    elif len(settings.server) > 1 and not (settings.known_hosts and Path(settings.known_hosts).exists()):
+    if settings.known_hosts and not Path(settings.known_hosts).exists():
+        raise UsageError(
+            f"{settings.known_hosts}: no such file: it is to have the server's host keys (setting 'known_hosts'), and"
+            " without it nobody tells a stranger from the server"
+        )
+    if trusted_keys(settings, state) is None and len(settings.server) > 1 and not settings.known_hosts:
         raise UsageError(
             "several servers need 'known_hosts' (services.bento.serverKeys) or 'signers': each of them would be trusted"
             " at its first contact, whoever answers then"
         )
 
 
-def drops_signers(settings: Settings, asked: Mapping[str, Any], system: str, signed: str | None) -> str | None:
-    """Why a new system must not follow this one: it would take what nobody signed. `asked`: its client.json."""
-    if not settings.signers or not asked or (signed and parse_signed(signed, "signed text").unsign):
+def signers_of(system: str) -> dict[str, str]:
+    """Those whom a system asks for. UsageError when it asks for signatures, and nobody's can be had."""
+    path = str(settings_of(system).get("signers") or "")
+    if not path:
+        return {}
+    return read_signers(Path(system, path.lstrip("/")) if path.startswith("/etc/") else Path(path))
+
+
+def is_unsigned(pinned: Pinned, release: str) -> bool:
+    """Whether this release may change whom the machine trusts as it likes."""
+    leaf = parse_leaf(pinned.leaf, "state.json") if pinned.leaf else None
+    return leaf is not None and leaf.release == release and leaf.unsign
+
+
+def drops_signers(pinned: Pinned, release: str, system: str) -> str | None:
+    """Why a new system must not follow this one: whom it trusts, and who signed it, do not fit."""
+    if not settings_of(system) or is_unsigned(pinned, release):
         return None
-    path = str(asked.get("signers") or "")
-    inside = Path(system, path.lstrip("/"))
     try:
-        read_signers(inside if path.startswith("/etc/") else Path(path))
-    except BentoError as error:
-        why = str(error) if path else "it has no services.bento.signers"
-        return f"the new system would take releases that nobody signed: {why}; or sign it with --unsign"
+        asked = signers_of(system)
+    except UsageError as error:
+        return f"the new system would take releases that nobody signed: {error}"
+    if not asked:
+        return (
+            "the new system would take releases that nobody signed: it has no services.bento.signers; or sign --unsign"
+        )
+    if pinned.signer not in asked:
+        return (
+            f"the new system's signers lack the key that signed it, {pinned.signer}: have both until all hosts run it"
+        )
     return None
+
+
+def brings_signers(system: str, fallback: str) -> str | None:
+    """Why the first system that asks for signatures has to wait: what may have to be gone back to would forget them."""
+    program = Path(fallback, "sw/bin/bento-client")
+    if not settings_of(system).get("signers") or not program.exists():
+        return None
+    found = re.match(r"([0-9]+)\.([0-9]+)", run([str(program), "--version"], check=False, timeout=60).output)
+    if found is not None and (int(found[1]), int(found[2])) >= PIN_SINCE:
+        return None
+    return f"the new system asks for signatures, and the client of {fallback} would forget that: boot one of 1.2 first"
+
+
+def pin(state: State, release: str, system: str) -> Pinned | None:
+    """Whom this machine trusts from now on: a system of a release was committed."""
+    pinned, asked = state.pinned, tuple(signers_of(system).values())
+    cache_key = str(settings_of(system).get("cache_key") or "")
+    if pinned is None or is_unsigned(pinned, release):
+        return Pinned(asked, pinned.revoked if pinned else (), cache_key) if asked else None
+    about = parse_leaf(pinned.leaf, "state.json").release if pinned.leaf else None
+    return pinned._replace(signers=asked, cache_key=cache_key) if asked and about == release else pinned
 
 
 # --- sftp ---
@@ -1333,6 +1678,30 @@ def known_hosts_file(settings: Settings) -> Path:
     return Path(settings.known_hosts) if settings.known_hosts else settings.state / "known_hosts"
 
 
+# The name in `known_hosts` that the fleet's server has, by whatever name, address or port it is reached.
+ALIAS = "bento-server"
+
+
+def is_bound(settings: Settings) -> bool:
+    """Whether the key that was taken at the first contact is the fleet's. Several servers have a key each."""
+    known = known_hosts_file(settings)
+    if settings.known_hosts or len(settings.server) > 1 or not known.exists():
+        return False
+    return any(line.startswith(f"{ALIAS} ") for line in known.read_text(errors="replace").splitlines())
+
+
+def bind_server(settings: Settings) -> None:
+    """Has the keys that ssh has written down, or had for an earlier client, count under every name of the server."""
+    known = known_hosts_file(settings)
+    if settings.known_hosts or len(settings.server) > 1 or is_bound(settings) or size_of(known) == 0:
+        return
+    text, times = known.read_text(errors="replace"), known.stat()
+    keys = [line.split()[1:3] for line in text.splitlines() if line.strip() and line[0] not in "#@"]
+    lines = dict.fromkeys(f"{ALIAS} {' '.join(key)}\n" for key in keys)
+    write_atomic(known, (text.rstrip("\n") + "\n" + "".join(lines)).encode(errors="replace"), 0o600)
+    os.utime(known, ns=(times.st_atime_ns, times.st_mtime_ns))  # which is when it was taken on trust
+
+
 def sftp_argv(settings: Settings, server: str) -> list[str]:
     """The command line of one connection. ssh takes the first value it sees of an option, so the user's come first,
     but for the sharing of connections: what has to be proven is that a new one can be made."""
@@ -1341,7 +1710,8 @@ def sftp_argv(settings: Settings, server: str) -> list[str]:
         return '"' + str(path).replace("%", "%%") + '"'
 
     known = known_hosts_file(settings)
-    strict = bool(settings.known_hosts) and known.exists()
+    bound = is_bound(settings)
+    strict = bound or bool(settings.known_hosts)
     options = [
         "ControlMaster=no",
         "ControlPath=none",
@@ -1355,6 +1725,7 @@ def sftp_argv(settings: Settings, server: str) -> list[str]:
         f"StrictHostKeyChecking={'yes' if strict else 'accept-new'}",
         f"UserKnownHostsFile={quoted(known)}",
         *(["GlobalKnownHostsFile=none"] if strict else []),
+        *([f"HostKeyAlias={ALIAS}"] if bound else []),
         "UpdateHostKeys=no",
         "ForwardAgent=no",
         "ForwardX11=no",
@@ -1418,7 +1789,8 @@ class Sftp:
             give_up = min(now_s + limit_s, give_up + max(0, size - before) / LEAST_RATE)
             if size > ceiling and grows is not None:
                 end_group(self.process)
-                raise BentoError(f"{self.server}: {command} gave more than the announced {ceiling} bytes")
+                asked = " ".join(command.split()[:2])  # without our own name for it, which is another one each time
+                raise BentoError(f"{self.server}: {asked} gave more than the announced {ceiling} bytes")
             if now_s > give_up:
                 raise self.broken(f"no answer to '{command or 'connect'}' for {limit_s:.0f} s")
         said, self.answer = self.answer[:end].decode(errors="replace"), bytearray()
@@ -1442,12 +1814,12 @@ class Sftp:
             return Refused(f"{self.server}: {said[-1] if said else 'sftp failed without a word'}")
         return Unreachable(f"cannot reach {self.server}: {meaning}", passing=passing)
 
-    def get(self, remote: str, local: str, ceiling: int, *, resume: bool = False) -> Path:
+    def get(self, remote: str, local: str, ceiling: int, *, resume: bool = False, limit_s: float = 0) -> Path:
         path = self.directory / local
         if not resume:
             path.unlink(missing_ok=True)  # another server's
         # It grows by a whole request at a time.
-        limit_s = STALL_S + min(ceiling, REQUEST_BYTES) / LEAST_RATE
+        limit_s = limit_s or STALL_S + min(ceiling, REQUEST_BYTES) / LEAST_RATE
         self.do(f"{'reget' if resume else 'get'} {remote} {local}", limit_s, grows=path, ceiling=ceiling)
         if not path.exists():
             raise BentoError(f"{self.server}: {remote} did not come")
@@ -1462,8 +1834,13 @@ class Sftp:
         limit_s = STALL_S + (self.directory / local).stat().st_size / LEAST_RATE
         sign = "-" if optional else ""
         try:
-            self.do(f"{sign}put {local} logs/.{name}", limit_s)
-            self.do(f"{sign}rename logs/.{name} logs/{name}")
+            said = self.do(f"{sign}put {local} logs/.{name}", limit_s).splitlines()
+            if optional and any(line.strip() and not line.startswith(("sftp> ", "Uploading ")) for line in said):
+                return  # half a file may lie there, to be written over
+            # Without posix-rename@openssh.com, a name that is there stays as it is.
+            if "remote rename" in self.do(f"-rename logs/.{name} logs/{name}"):
+                self.do(f"-rm logs/{name}")
+                self.do(f"{sign}rename logs/.{name} logs/{name}")
         except Refused as error:
             raise Unreachable(f"{error}: it cannot take the report: is its disk full?", passing=False) from None
 
@@ -1484,12 +1861,14 @@ class Sftp:
 def connect(settings: Settings, server: str, log: Log) -> Sftp:
     """A new connection. A key that was taken on trust is told, whatever comes after it."""
     known = known_hosts_file(settings)
+    bind_server(settings)
     before = size_of(known)
     try:
         return Sftp(settings, server)
     finally:
         if size_of(known) > before:
             log.say(f"warning: first contact with {server}: its host key is kept in {known}")
+            bind_server(settings)
 
 
 def first_contact(settings: Settings) -> str | None:
@@ -1513,8 +1892,12 @@ def knock(settings: Settings, log: Log, favourite: str) -> Sftp:
 
 def read_current(session: Sftp, settings: Settings, directory: str) -> Current:
     try:
-        path = session.get("current.json", f"{directory}/current.json", MAX_JSON_BYTES)
+        # One of several that hangs keeps the others waiting.
+        limit_s = settings.connect_timeout if len(settings.server) > 1 else 0
+        path = session.get("current.json", f"{directory}/current.json", MAX_JSON_BYTES, limit_s=limit_s)
     except Refused as error:
+        if not re.search(r"not found|No such file", str(error)):  # a storage that is away, a cache that is old
+            raise Unreachable(f"{error}: tried again; if that lasts, look at the server's log") from None
         raise BentoError(
             f"{error}: nothing is published for {settings.host} there: run 'bento.py populate {settings.host}' on the server"
         ) from None
@@ -1526,9 +1909,9 @@ def ask(settings: Settings, server: str, directory: str, log: Log, state: State 
     session = connect(settings, server, log)
     try:
         current = read_current(session, settings, directory)
-        if state is not None and settings.signers:
+        if state is not None and (keys := trusted_keys(settings, state)) is not None:
             aside, what = settings.state / directory, f"{server}: current.json"
-            current = verify(current, Path(settings.signers), state.serials, aside, what)
+            current = verify(current, keys, state, aside, what)
     except BaseException:
         session.close()
         raise
@@ -1538,26 +1921,28 @@ def ask(settings: Settings, server: str, directory: str, log: Log, state: State 
 def ask_all(
     settings: Settings, directory: str, log: Log, state: State | None
 ) -> tuple[tuple[Sftp, Current] | None, list[BentoError]]:
-    """The first server with something usable, and what was wrong with those before it. With several, one that seems to
-    be behind is taken only when there is no other."""
+    """The server with the newest that is usable, and what was wrong with the others: one that lies, lags or froze hides
+    none of them. Without a `state`, one that answers is enough."""
     failures: list[BentoError] = []
-    behind: tuple[Sftp, Current] | None = None
+    found: list[tuple[Sftp, Current]] = []
     for server in settings.server:
         try:
-            session, current = ask(settings, server, directory, log, state)
+            found.append(ask(settings, server, directory, log, state))
         except BentoError as error:
             failures.append(error)
             continue
-        if len(settings.server) == 1 or not is_odd(current, state and state.published, time.time()):
-            if behind is not None:
-                behind[0].close()
-            return (session, current), failures
-        log.say(f"{server} is behind, or its clock wrong: it publishes a release of {current.published}")
-        if behind is None:
-            behind = session, current
-        else:
+        if state is None:
+            break
+    if not found:
+        return None, failures
+    ages = [age(current, time.time()) for _, current in found]
+    newest = found[ages.index(max(ages))]
+    for (session, current), its in zip(found, ages, strict=True):
+        if its < max(ages):
+            log.say(f"{session.server} is behind, or its clock wrong: it publishes a release of {current.published}")
+        if session is not newest[0]:
             session.close()
-    return behind, failures
+    return newest, failures
 
 
 def poll(
@@ -1593,33 +1978,43 @@ def poll(
 LOADER_VARIABLES = "/sys/firmware/efi/efivars/{}-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
 # Of LoaderFeatures: it follows LoaderEntryDefault, and LoaderEntryOneShot.
 LOADER_NEEDS = 1 << 2 | 1 << 3
+LOADER_VERBS = {
+    "set-default": "LoaderEntryDefault", "set-oneshot": "LoaderEntryOneShot", "set-preferred": "LoaderEntryPreferred",
+}  # fmt: skip
+# What tells a boot that it is a trial: the system, for how many seconds, and whether a passphrase may be asked for.
+TRIAL_VARIABLE = "/sys/firmware/efi/efivars/BentoTrial-6e3a4a5c-0d0b-4f4e-9d5e-6b656e746f21"
+EFI_ATTRIBUTES = b"\x07\0\0\0"  # kept, and there for the firmware and for us
+FS_IOC_SETFLAGS = 0x40086602
 # utils/bento.nix writes it into grub.cfg, above the lines that follow what we write into grubenv.
-GRUB_MARK = "# bento: the first boot is a trial (1)"
-GRUB_GOOD, GRUB_TRY = "bento_good", "bento_try"
+GRUB_MARK = "# bento: the first boot is a trial (2)"
+GRUB_GOOD, GRUB_TRY, GRUB_DEADLINE = "bento_good", "bento_try", "bento_deadline"
 GRUB_WRITES = ("ext2", "ext3", "ext4", "vfat")
 GRUBENV_HEAD, GRUBENV_BYTES = b"# GRUB Environment Block\n", 1024
 GRUB_BLOCK = r"""\s*(menuentry|submenu)\s+(["'])(.*?)\2"""
 LOADER_LIMIT_S = 60
-# What an entry says of the generation that it was made of; to GRUB's name also belongs the day on which that was made.
-GENERATION = re.compile(r"(?:Generation|Configuration) ([0-9]+)(?:.*?\(([0-9]{4}-[0-9]{2}-[0-9]{2}) - )?")
+# A profile of the system to fall back to: NixOS gives each profile its own entries in the boot menu, whatever the limit of
+# entries, and no garbage collection takes what a profile names. What such an entry's title, or GRUB's name, has of it.
+WAY_BACK = "/nix/var/nix/profiles/system-profiles/bento"
+OF_WAY_BACK = re.compile(r"\[bento\]|Profile 'bento'")
 
 
 class Armed(NamedTuple):
-    """What a boot loader was told: the entry that it starts, and the one that it starts next, once. By their names."""
+    """What a boot loader was told: the entry that it starts, and the one that it starts next, once. By their names. `mark`:
+    whose trial that is for, and for how long, as the boot itself is to know it."""
 
     default: str = ""
     once: str = ""
+    mark: str = ""
 
 
 class BootEntry(NamedTuple):
-    """An entry of a boot loader's menu. `system` is empty for what is not NixOS; kernel and initrd as written there, and
-    so the version, which tells the generation."""
+    """An entry of a boot loader's menu. `system` is empty for what is not NixOS; kernel, initrd and title as written."""
 
     name: str
     system: str = ""
     kernel: str = ""
     initrd: str = ""
-    version: str = ""
+    title: str = ""
     top: bool = False
 
 
@@ -1671,26 +2066,50 @@ class Loader:
                 return f"{file} has {found} bytes, the system's {name} has {wanted}"
         return None
 
-    def entry_of(self, system: str) -> BootEntry:
-        """The system's entry, which stays its own whatever is made the default."""
+    def list_entries(self) -> list[BootEntry]:
         try:
-            entries = self.entries(self.places[0]) if self.places else []
+            return self.entries(self.places[0]) if self.places else []
         except OSError as error:
             raise BentoError(f"{error.filename or self.places[0]}: {error.strerror}") from None
-        for entry in entries:
-            if entry.system == system and not entry.top:
-                return entry
+
+    def entry_of(self, system: str) -> BootEntry:
+        """The system's entry, which stays its own whatever is made the default."""
+        found = [entry for entry in self.list_entries() if entry.system == system and not entry.top]
+        for entry in sorted(found, key=lambda entry: not OF_WAY_BACK.search(entry.title or entry.name)):
+            return entry
         raise BentoError(f"the boot loader has no entry for {system}: run 'nixos-rebuild boot'")
 
-    def generation_of(self, system: str) -> tuple[int, int]:
-        """What makes the name of the system's entry: the number of its generation (0: none that can be seen), and the end of
-        the day on which that was made, in nanoseconds since 1970 (0: any will do)."""
-        with suppress(BentoError, ValueError):
-            entry = self.entry_of(system)
-            if found := GENERATION.search(entry.version or entry.name):
-                day = datetime.fromisoformat(f"{found[2]}T23:59:59").timestamp() if found[2] else 0
-                return int(found[1]), int(day) * 10**9
-        return 0, 0
+    def unmounted(self) -> str | None:
+        """A file system that our boot loader reads, by /etc/fstab, and that is not there: what is written would lie below it."""
+        fstab = self.settings.system_path("/etc/fstab")
+        lines = fstab.read_text("utf-8", "replace").splitlines() if fstab.exists() else []
+        points = [words[1] for line in lines if len(words := line.split()) > 2 and words[1].startswith("/")]
+        for place in self.places:
+            with suppress(OSError):
+                os.listdir(place)  # some are mounted when they are looked at
+            inside = "/" + os.path.relpath(place, self.settings.root)
+            mount = mount_of(self.settings, place)
+            wanted = max(
+                (each for each in points if f"{inside}/".startswith(each.rstrip("/") + "/")), key=len, default=""
+            )
+            if mount is not None and len(mount.point) < len(wanted):
+                return wanted
+        return None
+
+    def altered(self, system: str, good: str) -> list[Path]:
+        """Copies of a system's kernel and initrd with other bytes: half written, or by their owner (a signature). An initrd may
+        have more at its end. Not what the system that is known to boot has, too."""
+        found = []
+        for place in self.places:
+            entries = self.entries(place)
+            shared = {path for entry in entries if entry.system == good for path in (entry.kernel, entry.initrd)}
+            for entry in (entry for entry in entries if entry.system == system):
+                for name, written in (("kernel", entry.kernel), ("initrd", entry.initrd)):
+                    original = Path(os.path.realpath(Path(system, name)))
+                    copy = self.locate(place, written, original)
+                    if written not in ("", *shared) and copy != original and not same_beginning(original, copy):
+                        found.append(copy)
+        return found
 
     def default_of(self, place: Path) -> str:
         """The system that the menu starts by itself, where that can be seen."""
@@ -1702,16 +2121,11 @@ class Loader:
             return bool(self.places) and all(self.default_of(place) == system for place in self.places)
         return False
 
-    def shows(self, system: str) -> bool:
-        """Whether the menu has the system, be the entry good or not. True where that cannot be seen."""
-        try:
-            return not self.places or any(entry.system == system for entry in self.entries(self.places[0]))
-        except OSError:
-            return True
-
-    def shows_others(self, system: str) -> bool:
-        with suppress(OSError):
-            return any(entry.system not in ("", system) for place in self.places[:1] for entry in self.entries(place))
+    def lasts(self, system: str) -> bool:
+        """Whether the system's entry is that of the profile to fall back to."""
+        with suppress(BentoError):
+            entry = self.entry_of(system)
+            return bool(OF_WAY_BACK.search(entry.title or entry.name))
         return False
 
     def flush(self) -> None:
@@ -1725,17 +2139,25 @@ class Loader:
     def armed(self) -> Armed:
         return Armed()
 
-    def prefer(self, system: str) -> None:
+    def prefer(self, system: str, mark: str) -> None:
         """Makes the system the one that is started, until `clear`; whatever is made the default meanwhile. What `armed`
-        said before is to be written down, and given to `clear` in the end."""
+        said before is to be written down, and given to `clear` in the end. Marks it first, as ours."""
         raise BentoError(self.trial_way())
 
     def try_once(self, system: str) -> None:
-        """The next boot starts this system, and those after it the preferred one."""
+        """The next boot starts this system, and those after it the preferred one; so does the next, where it is none."""
         raise BentoError(self.trial_way())
 
-    def clear(self, before: str) -> None:
-        """Takes back what `prefer` and `try_once` did. Again and again is fine."""
+    def clear(self, before: str, once: str) -> None:
+        """Takes back what `prefer` and `try_once` did. `once`: the one shot that is ours. Again and again is fine."""
+
+
+def same_beginning(original: Path, copy: Path) -> bool:
+    with open(original, "rb") as first, open(copy, "rb") as second:
+        while block := first.read(1 << 20):
+            if second.read(len(block)) != block:
+                return False
+    return True
 
 
 class SystemdBoot(Loader):
@@ -1773,40 +2195,75 @@ class SystemdBoot(Loader):
         return [parse_loader_entry(path.name, path.read_text("utf-8", "replace")) for path in reversed(found)]
 
     def default_of(self, place: Path) -> str:
-        text = (place / "loader/loader.conf").read_text("utf-8", "replace")
-        names = re.findall(r"(?m)^(?:default|preferred)\s+(\S+)", text)
-        return next((entry.system for entry in self.entries(place) if names and entry.name == names[-1]), "")
+        patterns = self.conf(place, "preferred") or self.conf(place, "default")
+        form = re.escape(patterns[-1]).replace(r"\*", ".*").replace(r"\?", ".") if patterns else ""
+        return next((entry.system for entry in self.entries(place) if re.fullmatch(form, entry.name)), "")
+
+    def conf(self, place: Path, key: str) -> list[str]:
+        """What loader.conf says: on the ESP, wherever the entries are. `preferred` (systemd 260) goes before `default`."""
+        esp = self.settings.system_path(self.settings.esp) if self.settings.esp else place
+        return re.findall(rf"(?m)^{key}\s+(\S+)", (esp / "loader/loader.conf").read_text("utf-8", "replace"))
 
     def locate(self, place: Path, written: str, original: Path) -> Path:
         return place / written.lstrip("/")
 
     def armed(self) -> Armed:
-        names = (
-            self.read(name).decode("utf-16-le", "replace") for name in ("LoaderEntryDefault", "LoaderEntryOneShot")
-        )
-        return Armed(*(name.partition("\0")[0] for name in names))
+        default, once, preferred = (self.told(name) for name in LOADER_VERBS.values())
+        return Armed(preferred or default, once, self.read_mark())
 
-    def prefer(self, system: str) -> None:
-        self.tell("set-default", self.entry_of(system).name)
+    def told(self, variable: str) -> str:
+        return self.read(variable).decode("utf-16-le", "replace").partition("\0")[0]
+
+    def read_mark(self) -> str:
+        try:
+            return self.settings.system_path(TRIAL_VARIABLE).read_bytes()[4:].decode(errors="replace").strip()
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            raise BentoError(f"EFI variable BentoTrial: {error.strerror}") from None
+
+    def write_mark(self, mark: str) -> None:
+        path = self.settings.system_path(TRIAL_VARIABLE)
+        if self.read_mark() == mark:
+            return
+        try:
+            if path.exists():  # the kernel makes variables that it does not know immutable
+                with suppress(OSError), open(path, "rb") as file:
+                    fcntl.ioctl(file, FS_IOC_SETFLAGS, (0).to_bytes(8, "little"))
+            if mark:
+                with open(path, "wb", buffering=0) as file:
+                    file.write(EFI_ATTRIBUTES + mark.encode())
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise BentoError(f"EFI variable BentoTrial: {error.strerror}") from None
+
+    def prefer(self, system: str, mark: str) -> None:
+        name = self.entry_of(system).name
+        self.write_mark(mark)
+        self.tell("set-default", name)
+        if any(self.conf(place, "preferred") for place in self.places if (place / "loader/loader.conf").exists()):
+            self.tell("set-preferred", name)  # the line beats a default
 
     def try_once(self, system: str) -> None:
-        self.tell("set-oneshot", self.entry_of(system).name)
+        self.tell("set-oneshot", system and self.entry_of(system).name)
 
-    def clear(self, before: str) -> None:
-        # An entry of another name is another's wish: to start Windows once, say.
+    def clear(self, before: str, once: str) -> None:
+        # An entry of another name is another's wish: to start Windows, or an older system once.
         armed = self.armed()
-        if armed.once.startswith("nixos"):
+        if armed.once == once:
             self.tell("set-oneshot", "")
         if armed.default.startswith("nixos"):
+            self.tell("set-preferred", "")
             self.tell("set-default", before)
+        self.write_mark("")
 
     def tell(self, verb: str, name: str) -> None:
         """Sets a variable, or removes it, and looks: not every firmware keeps what it is given."""
-        which = ("set-default", "set-oneshot").index(verb)
-        if self.armed()[which] == name:
+        if self.told(LOADER_VERBS[verb]) == name:
             return
         run(["bootctl", verb, name], timeout=LOADER_LIMIT_S)
-        if self.armed()[which] != name:
+        if self.told(LOADER_VERBS[verb]) != name:
             raise BentoError(f"bootctl {verb} had no effect: the firmware does not keep EFI variables")
 
 
@@ -1822,7 +2279,7 @@ def parse_loader_entry(file: str, text: str) -> BootEntry:
         fields[key] = value.strip()
     name = re.sub(r"\+[0-9]+(-[0-9]+)?\.conf$", ".conf", file)
     paths = fields.get("linux", ""), fields.get("initrd", "")
-    return BootEntry(name, system_of(fields.get("options", "")), *paths, fields.get("version", ""))
+    return BootEntry(name, system_of(fields.get("options", "")), *paths, fields.get("title", ""))
 
 
 def system_of(options: str) -> str:
@@ -1849,6 +2306,8 @@ class Grub(Loader):
                 return f"{place} cannot be written"
         except OSError as error:
             return f"{error.filename or place}: {error.strerror}"
+        if re.search(r"(?m)^\s*set superusers=.*\w", text):
+            return "GRUB asks for a password"
         if GRUB_MARK not in text:
             return f"{place / 'grub.cfg'} was written for another version of Bento"
         if not grub_default(text):
@@ -1871,20 +2330,22 @@ class Grub(Loader):
         return original if direct else place.parent / "kernels" / os.path.basename(written)
 
     def armed(self) -> Armed:
-        """With mirrors: what is preferred in one is; the one shot is left only if it is in all."""
+        """With mirrors: what is preferred in one is; the one shot is left only if it is in all. What is preferred is ours, and
+        so the mark: the rest of it, which GRUB gives to the kernel."""
         told = [read_grubenv(place / "grubenv") for place in self.places]
         once = [each.get(GRUB_TRY, "") for each in told]
-        return Armed(max((each.get(GRUB_GOOD, "") for each in told), default=""), min(once, default=""))
+        mark = max((each.get(GRUB_DEADLINE, "") for each in told), default="")
+        return Armed(max((each.get(GRUB_GOOD, "") for each in told), default=""), min(once, default=""), mark)
 
-    def prefer(self, system: str) -> None:
-        self.tell({GRUB_GOOD: self.entry_of(system).name})
+    def prefer(self, system: str, mark: str) -> None:
+        self.tell({GRUB_GOOD: self.entry_of(system).name, GRUB_DEADLINE: mark.split()[1]})
 
     def try_once(self, system: str) -> None:
-        self.tell({GRUB_TRY: self.entry_of(system).name})
+        self.tell({GRUB_TRY: system and self.entry_of(system).name})
 
-    def clear(self, before: str) -> None:
+    def clear(self, before: str, once: str) -> None:
         """There is no before: nobody else writes these."""
-        self.tell({GRUB_GOOD: "", GRUB_TRY: ""})
+        self.tell({GRUB_GOOD: "", GRUB_TRY: "", GRUB_DEADLINE: ""})
 
     def tell(self, values: Mapping[str, str]) -> None:
         for place in self.places:
@@ -1994,6 +2455,14 @@ def find_loader(settings: Settings) -> Loader:
 # --- this machine ---
 
 
+class Switch(NamedTuple):
+    """`began`: something was changed, whatever the exit code. `finished`: all of it was, and the right system runs."""
+
+    done: Done
+    began: bool
+    finished: bool
+
+
 class Facts(NamedTuple):
     """Where this machine stands. Each is a system; a specialisation counts as the system that it belongs to.
 
@@ -2006,6 +2475,10 @@ class Facts(NamedTuple):
     boot_id: str
 
 
+def load_state(settings: Settings, log: Log) -> State:
+    return read_journal(settings.state / "state.json", parse_state, log) or State()
+
+
 class Machine:
     """What a command works on, and the only door to it: this machine's systems, boot loader, files and server.
 
@@ -2016,9 +2489,10 @@ class Machine:
     def __init__(self, settings: Settings, directory: str = "", *, log: str = "deploy.log") -> None:
         self.settings, self.directory = settings, directory
         self.log = Log(settings.state / log)
-        self.state = self.written = read_journal(settings.state / "state.json", parse_state, self.log) or State()
+        self.state = self.written = load_state(settings, self.log)
         self.loader = find_loader(settings)
         self.profile = settings.system_path("/nix/var/nix/profiles/system")
+        self.way_back = settings.system_path(WAY_BACK)
         self.session: Sftp | None = None
         self.watchdog: str | None = None
         self.twin = self.state.twin
@@ -2082,9 +2556,15 @@ class Machine:
 
     @property
     def good(self) -> str:
-        """The last system that a boot has proven. Before Bento has seen one: what this machine was booted with."""
-        good = self.state.good
-        return good if good is not None and os.path.exists(good) else self.facts().booted
+        """The last system that a boot has proven. Where the state does not know it: the one to fall back to; before Bento has
+        seen one, what this machine was booted with."""
+        good = self.state.good or self.kept
+        return good if good and os.path.exists(good) else self.facts().booted
+
+    @property
+    def kept(self) -> str:
+        """The system to fall back to, by its profile."""
+        return os.path.realpath(self.way_back) if self.way_back.exists() else ""
 
     @property
     def on_trial(self) -> str | None:
@@ -2110,10 +2590,14 @@ class Machine:
         return find_loader(self.settings._replace(boot_loader=asked)) if ours and asked != ours else self.loader
 
     def notice_forgotten(self) -> None:
-        """Looks whether what a trial rests on is still there after a boot. The boot loader takes only the one shot."""
-        if self.on_trial is not None and self.state.armed and self.state.boot != self.boot_id:
+        """Looks after a boot what it left of what the boot loader was told. It takes the one shot before it starts the system,
+        and nothing else: a one shot that is still there says that the system was not started, nor tried."""
+        state = self.state
+        if self.on_trial is not None and state.armed and state.boot != self.boot_id:
             with best_effort(self.log):
-                self.remember(forgets=not self.loader.armed().default)
+                told = self.loader.armed()
+                taken = told.default and told.once != state.once
+                self.remember(forgets=not told.default, once=state.once if taken else "")
 
     def has_kernel_of(self, system: str) -> bool:
         """Whether this boot has the system's kernel, initrd, modules and parameters, as far as it says."""
@@ -2135,45 +2619,117 @@ class Machine:
             return [str(each) for each in asked]
         return asked if isinstance(asked, type(ours)) else ours
 
+    def is_ours(self, told: Armed) -> bool:
+        """Whether the one shot is ours, or none: by what we wrote down, or what it is for. GRUB's is ours always."""
+        ours = {self.state.system or "", (told.mark.split() or [""])[0]} - {""}
+        names = {entry.name for entry in self.loader.list_entries() if entry.system in ours}
+        return isinstance(self.loader, Grub) or told.once in ("", self.state.once, self.state.slept, *names)
+
+    def why_no_reboot(self, new: str) -> str | None:
+        """Why we are not to reboot into a system that has never booted: it would be no trial."""
+        if self.trial_way.startswith("none"):
+            allowed = self.settings.reboot_without_trial and self.asked("reboot_without_trial", self.running)
+            return None if allowed else "no trial here, see rebootWithoutTrial"
+        with suppress(BentoError):
+            if self.loader.armed()[:2] == (self.loader.entry_of(self.good).name, self.loader.entry_of(new).name):
+                return None
+        return "the boot loader is told to start another system"
+
     @property
     def needs_reboot(self) -> bool:
         """Whether a boot would give another kernel (or initrd, modules, parameters), or a system that could not go live."""
         waits = self.on_trial is not None and self.facts().running != self.on_trial
         return waits or not self.has_kernel_of(self.default)
 
+    def show_units(self, properties: str, units: Sequence[str]) -> dict[str, str]:
+        """What systemd says of units; nothing, where it does not say it of all."""
+        if not units or not self.has_systemd:
+            return {}
+        argv = ["systemctl", "show", f"--property={properties}", "--", *units]
+        said = run(argv, check=False, timeout=60).output.strip().split("\n\n")
+        return dict(zip(units, said, strict=True)) if len(said) == len(units) else {}
+
     def still_failed(self) -> tuple[str, ...]:
         """The units that failed at the last activation, but for those that systemd knows to be well by now."""
-        units = self.state.failed_units
-        if not units or not self.has_systemd:
-            return units
-        argv = ["systemctl", "show", "--property=LoadState,ActiveState", "--", *units]
-        said = run(argv, check=False, timeout=60).output.strip().split("\n\n")
-        well = {
-            unit
-            for unit, words in zip(units, said, strict=False)
-            if len(said) == len(units) and "=loaded" in words and not re.search("=failed|=activating", words)
-        }
-        return tuple(unit for unit in units if unit not in well)
+        said = self.show_units("LoadState,ActiveState", self.state.failed_units)
+        well = [
+            unit for unit, words in said.items() if "=loaded" in words and not re.search("=failed|=activating", words)
+        ]
+        return tuple(unit for unit in self.state.failed_units if unit not in well)
 
-    def is_switching(self) -> bool:
-        """Whether somebody's switch is at work. That of 2024 would wait for it, today's would refuse."""
+    def note_active(self) -> None:
+        """Before an attempt: what is active. In /run, for it is of one boot."""
+        if self.has_systemd:
+            kinds = "--type=service,socket,timer,path,mount"
+            argv = ["systemctl", "list-units", "--state=active", kinds, "--plain", "--no-legend", "--no-pager"]
+            said = run(argv, check=False, timeout=60).output.splitlines()
+            units = [line.split()[0] for line in said if line.strip()]
+            passing = r"(bento|run|user|session|systemd-(?!networkd|resolved|timesyncd))[-@.].*"
+            units = [unit for unit in units if not re.fullmatch(passing, unit)]
+            self.settings.system_path("/run/bento-active").write_text("\n".join(units))
+
+    def were_active(self) -> list[str]:
+        """What was active before the attempt."""
+        with suppress(OSError):
+            return self.settings.system_path("/run/bento-active").read_text().split()
+        return []
+
+    def down_units(self, units: Sequence[str]) -> tuple[str, ...]:
+        """Those that are not active. D-Bus starts some when they are wanted."""
+        said = self.show_units("ActiveState,BusName,WantedBy,RequiredBy", units)
+        down = {unit: words for unit, words in said.items() if re.search("(?m)^ActiveState=(inactive|failed)", words)}
+        called = r"(?ms)^BusName=\S(?!.*^(WantedBy|RequiredBy)=\S)"
+        return tuple(unit for unit, words in down.items() if not re.search(called, words))
+
+    def switch_holder(self) -> str:
+        """Whose switch is at work, if one is. That of 2024 would wait for it, today's would refuse."""
+        path = self.settings.system_path("/run/nixos/switch-to-configuration.lock")
         try:
-            with open(self.settings.system_path("/run/nixos/switch-to-configuration.lock")) as file:
+            with open(path) as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except FileNotFoundError:
-            return False
+            return ""
         except BlockingIOError:
-            return True
-        return False
+            with suppress(OSError, ValueError, IndexError):
+                if pid := lock_holder(path):
+                    return f"process {pid} ({Path(f'/proc/{pid}/comm').read_text().strip()})"
+            return "somebody"
+        return ""
 
-    def switch(self, system: str, action: str, token: str) -> Done:
-        """Runs the system's switch-to-configuration. Its exit code is None when it did not end in time.
+    def is_booting(self) -> bool:
+        said = run(["systemctl", "is-system-running"], check=False, timeout=30).output if self.has_systemd else ""
+        return said.strip() in ("initializing", "starting")
+
+    def start_list(self) -> bytes | None:
+        """What a switch has still to start. It is there from before the first unit is stopped until the last is started."""
+        try:
+            return self.settings.system_path("/run/nixos/start-list").read_bytes()
+        except OSError:
+            return None
+
+    def has_bus(self) -> bool:
+        """Whether D-Bus answers: without it no switch comes to its end."""
+        words = ["org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus", "GetId"]
+        argv = ["busctl", "--system", "--timeout=10", "call", *words]
+        return not self.has_systemd or run(argv, check=False, timeout=30).code in (0, 127)
+
+    def activate(self, system: str, token: str, *, back: bool = False) -> Switch:
+        """`switch-to-configuration test`, and what it really did."""
+        before, list_before = self.running, self.start_list()
+        done = self.switch(system, "test", token, back=back)
+        running, left = self.running, self.start_list()
+        began = done.code in (0, 2, 4) or running != before or left not in (None, list_before)
+        return Switch(done, began, done.code in (0, 4) and left is None and running == os.path.realpath(system))
+
+    def switch(self, system: str, action: str, token: str, *, back: bool = False) -> Done:
+        """Runs the system's switch-to-configuration. Its exit code is None when it did not end in time. `back`: without its
+        checks, which may never forbid a way back.
 
         Under systemd in a transient unit: the switch may stop, restart or kill whatever it likes, us included.
         """
         self.log.say(f"switch-to-configuration {action}: {system}")
         before = size_of(self.log.path)
-        argv = [f"{system}/bin/switch-to-configuration", action]
+        argv = [*(("env", "NIXOS_NO_CHECK=1") if back else ()), f"{system}/bin/switch-to-configuration", action]
         limit_s = self.settings.activation_timeout
         with self.log.output() as out:
             if not self.has_systemd:
@@ -2181,11 +2737,6 @@ class Machine:
             else:
                 code = run_in_unit(argv, f"bento-switch-{token}-{os.urandom(3).hex()}", out, limit_s)
         return Done(code, self.log.tail(max(0, min(size_of(self.log.path) - before, 1 << 18))))
-
-    def has_begun(self) -> bool:
-        """Whether the last switch got as far as to change anything, by its own words. True where there are none left."""
-        said = self.log.tail().rpartition("bento: switch-to-configuration test: ")[2]
-        return not said or "the following units:" in said or "activating the configuration" in said
 
     def queue(self) -> list[list[str]]:
         """systemd's jobs: number, unit, kind and state of each."""
@@ -2216,8 +2767,8 @@ class Machine:
         if queued := [str(job) for job in self.jobs() if job > pending.job]:
             run(["systemctl", "cancel", *queued], check=False, timeout=60)
 
-    def nix_env(self, *words: str) -> None:
-        argv = ["nix-env", "-p", str(self.profile), *words]
+    def nix_env(self, *words: str, profile: Path | None = None) -> None:
+        argv = ["nix-env", "-p", str(profile or self.profile), *words]
         with self.log.output() as out:
             run(argv, output=out, timeout=self.settings.activation_timeout)
 
@@ -2239,60 +2790,49 @@ class Machine:
             with best_effort(self.log):
                 self.nix_env("--delete-generations", str(numbers[failed]))
 
-    def keep_generation(self, system: str) -> None:
-        """Brings back the generation of a system to fall back to, which a garbage collection has taken. By hand: nix-env
-        would make it the default meanwhile. As its entry has it: the next `boot` writes one of that name again, and no moment
-        is without. Else below the default's, for `nixos-rebuild --rollback` goes down."""
-        generations = self.generations()
-        number, latest_ns = self.loader.generation_of(system)
-        if number in (0, *generations):
-            if system in generations.values():
-                return
-            ours = newest(generations).get(self.default, 1)
-            free = [number for number in range(1, ours) if number not in generations]
-            number, latest_ns = free[-1] if free else max(generations, default=0) + 1, 0
-        self.link_generation(number, system, latest_ns)
-
-    def link_generation(self, number: int, system: str, latest_ns: int) -> None:
-        """Not younger than the one above it: Nix aborts, for whatever is to be deleted by age, where a lower one is."""
-        link, *above = (self.link_of(each) for each in (number, *self.generations()) if each >= number)
-        times_ns = [latest_ns] if latest_ns else []
-        times_ns += [other.lstat().st_mtime_ns for other in above[:1]]
-        link.symlink_to(system)
-        if times_ns:
-            os.utime(link, ns=(min(times_ns), min(times_ns)), follow_symlinks=False)
-
-    def link_of(self, number: int) -> Path:
-        return self.profile.with_name(f"{self.profile.name}-{number}-link")
-
-    def raise_generation(self, good: str) -> None:
-        """A limit of entries has taken the one of the system to fall back to, after releases that have not been booted: its
-        generation becomes the newest but one. With a limit of one there is no place for it."""
-        default, generations = self.default, self.generations()
-        if self.loader.shows_others(default):
-            self.link_generation(max(generations) + 1, good, 0)
-            self.nix_env("--set", default)
-            self.nix_env("--delete-generations", str(newest(generations)[default]))
-            self.write_menu(default)
-
-    def can_fall_back(self, good: str) -> bool:
-        """Whether there is a boot entry to fall back to, and will be. A garbage collection, and the next `boot`, take it."""
+    def keep(self, system: str) -> None:
+        """Makes a system the one to fall back to: whoever collects garbage, and each `boot`, leaves it and its entry."""
         with best_effort(self.log):
-            self.keep_generation(good)
-            if self.loader.entry_fault(good) is None:
+            if os.path.realpath(self.way_back) != system and not has_left(self.default):
+                self.way_back.parent.mkdir(parents=True, exist_ok=True)
+                self.nix_env("--set", system, profile=self.way_back)
+                self.nix_env("--delete-generations", "old", profile=self.way_back)
+            root = self.settings.system_path("/nix/var/nix/gcroots/bento-way-back")  # which 1.1 kept
+            if os.path.realpath(root) == system:
+                remove(root)
+
+    def leave(self, system: str) -> None:
+        """Nothing of ours stays in the boot menu of a system without Bento. The menu is written once more, for loader.conf
+        may name our entry."""
+        links = [*self.way_back.parent.glob(f"{self.way_back.name}-*-link"), self.way_back]
+        if any(link.is_symlink() for link in links):
+            with best_effort(self.log):
+                for link in links:
+                    remove(link)
+                self.write_menu(system)
+
+    def can_fall_back(self, good: str, new: str) -> bool:
+        """Whether there is a boot entry to fall back to, that the next `boot` does not take. It is not written anew once `new`,
+        which is to be tried, is the default."""
+        self.keep(good)
+        with best_effort(self.log):
+            fault = self.loader.entry_fault(good)
+            if fault is None and (self.loader.lasts(good) or self.default == new):
                 return True
-            self.end_trial()  # first: what is written now may be broken, and must not be what is preferred
+            if fault is not None:
+                self.end_trial()  # first: what is written now may be broken, and must not be what is preferred
             self.write_menu(self.default)
-            if not self.loader.shows(good):
-                self.raise_generation(good)
-        return self.loader.entry_fault(good) is None
+        return self.loader.entry_fault(good) is None and (self.loader.lasts(good) or self.default == new)
 
     def end_trial(self) -> None:
         """Takes back what is ours in the boot loader's variables; tried again at each run until it is done."""
         if self.state.armed:
             with best_effort(self.log):
-                self.loader.clear(self.state.set_before)
-                self.remember(armed=False, set_before="")
+                told = self.loader.armed()
+                self.loader.clear(self.state.set_before, told.once if self.is_ours(told) else "")
+                self.remember(armed=False, set_before="", once="")
+        if tell_trial(self.settings, "proven") and self.has_systemd:
+            run(["systemctl", "stop", "bento-proof.timer"], check=False, timeout=60)
 
     def write_menu(self, system: str) -> None:
         """The boot menu once more. Without a unit, for it may be the shutdown: `boot` touches no other."""
@@ -2304,28 +2844,61 @@ class Machine:
         with best_effort(self.log):
             self.loader_of(system).flush()
 
-    def count_proof(self) -> int:
-        """How often a proof has failed since the boot, this one included. In /run: it is of one boot, and a full disk must
-        not keep a machine from counting."""
-        with open(self.settings.system_path("/run/bento-proofs"), "ab") as file:
-            file.write(b".")
-            return file.tell()
+    @property
+    def trial_s(self) -> int:
+        """For how long a boot may go without a proof, before what ends a trial ends this one."""
+        return (self.settings.offline_after or TRIAL_S) if runs_bento(self.good) else FIRST_TRIAL_S
 
-    def keep(self, system: str) -> None:
-        """A garbage collection root for the system that a boot may have to lead back to."""
-        link = self.settings.system_path("/nix/var/nix/gcroots/bento-way-back")
-        with best_effort(self.log):
-            if not os.path.islink(link) or os.readlink(link) != system:
-                link.parent.mkdir(parents=True, exist_ok=True)
-                replace_link(link, system)
+    def trial_age_s(self) -> float:
+        """For how long the client has tried to prove this boot, without what the machine has slept. With the first try it tells
+        what ends a trial. In /run: it is of one boot, and a full disk must not keep a machine from counting."""
+        path, now_s = self.settings.system_path("/run/bento-proofs"), time.monotonic()
+        try:
+            return now_s - float(path.read_text())
+        except (OSError, ValueError):
+            with best_effort(self.log):
+                path.write_text(f"{now_s}\n")
+                tell_trial(self.settings, str(self.trial_s // 10))
+                if self.has_systemd:
+                    run(["systemctl", "start", "bento-proof.timer"], check=False, timeout=60)
+        return 0.0
 
-    def reboot(self) -> None:
-        run(["systemctl", "reboot"], timeout=60)
+    def trial_mark(self, new: str) -> str:
+        """What the first boot of a system is to know of itself: its name, its deadline in seconds, and whether it may ask for
+        a passphrase, as the last boot of the system that is known to boot did."""
+        basic = ["systemctl", "show", "--property=ActiveEnterTimestampMonotonic", "--value", "basic.target"]
+        took_us = run(basic, check=False, timeout=30).output.strip() if self.has_systemd else ""
+        seconds = max(TRIAL_BOOT_S, 3 * int(took_us) // 10**6 if took_us.isdigit() else 0)
+        return f"{new} {seconds}" + (" asks" if settings_of(self.good).get("asks") else "")
+
+    def reboot(self, *, force: bool = False) -> None:
+        """A boot, whatever kernel somebody has loaded for kexec, or tree laid out for a soft reboot. `force`: whatever inhibits
+        it, and where there is no bus."""
+        boot = ["env", "SYSTEMCTL_SKIP_AUTO_KEXEC=1", "SYSTEMCTL_SKIP_AUTO_SOFT_REBOOT=1", "systemctl", "reboot"]
+        try:
+            run(boot, timeout=60)
+        except BentoError:
+            if not force:
+                raise
+            run([*boot, "--force"], timeout=60)
 
     def hang_up(self) -> None:
         if self.session is not None:
             self.session.close()
             self.session = None
+
+
+def tell_trial(settings: Settings, word: str) -> bool:
+    """Tells what ends a trial that does not come up (utils/bento.nix): `proven`, `sleep`, or how many times ten seconds are
+    left. Whether somebody listened: outside of a trial nobody does."""
+    flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        pipe = os.open(settings.system_path("/run/bento-trial"), flags)
+        with open(pipe, "wb", buffering=0) as file:
+            file.write(f"{word}\n".encode())
+    except OSError:  # there is none, or nobody reads it (ENXIO)
+        return False
+    return True
 
 
 def newest(generations: Mapping[int, str]) -> dict[str, int]:
@@ -2359,18 +2932,28 @@ def boot_parts(system: str) -> list[str | None]:
 
 
 def run_in_unit(argv: Sequence[str], unit: str, out: IO[bytes], limit_s: float) -> int | None:
+    """The exit code of a program that runs in a unit of its own. It is the unit that is asked: systemd-run --wait says 0
+    when the bus goes away, and who only starts something as root needs no bus."""
     sink = "null" if out.name == os.devnull else f"append:{out.name}"
     wrapped = [
-        "systemd-run", "--quiet", "--collect", "--wait", "--service-type=exec", f"--unit={unit}",
+        "systemd-run", "--quiet", "--service-type=exec", f"--unit={unit}",
         f"--property=StandardOutput={sink}", f"--property=StandardError={sink}",
         f"--property=RuntimeMaxSec={limit_s}", "--property=TimeoutStopSec=10",
         *transient_environment("LOCALE_ARCHIVE"), "--", *argv,
     ]  # fmt: skip
-    started = time.monotonic()
-    code = run(wrapped, check=False, output=out, timeout=limit_s + WATCHDOG_MARGIN_S).code
-    # systemd-run may lose its bus in the middle of a switch. The unit is what counts.
-    wait_for_units(unit, started + limit_s + WATCHDOG_MARGIN_S)
-    return None if time.monotonic() - started >= limit_s else code
+    give_up = time.monotonic() + limit_s + WATCHDOG_MARGIN_S
+    started = run(wrapped, check=False, output=out, timeout=60).code
+    wait_for_units(unit, give_up)
+    properties = "--property=LoadState,ActiveState,Result,ExecMainStatus"
+    said = run(["systemctl", "show", properties, f"{unit}.service"], check=False, timeout=30).output
+    run(["systemctl", "reset-failed", f"{unit}.service"], check=False, timeout=30)
+    found = dict(line.partition("=")[::2] for line in said.splitlines())
+    result, status = found.get("Result"), found.get("ExecMainStatus", "")
+    if found.get("ActiveState") not in ("inactive", "failed") or result == "timeout":
+        return None
+    if result == "success":  # what has ended well is not loaded any more; nor is what was never started
+        return 0 if started == 0 or found.get("LoadState") == "loaded" else 1
+    return int(status) * (-1 if result in ("signal", "core-dump") else 1) if status.isdecimal() else 1
 
 
 def wait_for_units(pattern: str, give_up: float) -> None:
@@ -2383,6 +2966,27 @@ def wait_for_units(pattern: str, give_up: float) -> None:
 
 def transient_environment(*names: str) -> list[str]:
     return [f"--setenv={name}={os.environ[name]}" for name in names if name in os.environ]
+
+
+def call_later(settings: Settings, unit: str, delay_s: float, *words: str) -> None:
+    client = [sys.executable, "-I", "-S", "-X", "utf8", os.path.abspath(__file__), *words]
+    run(
+        ["systemd-run", "--quiet", "--collect", f"--unit={unit}", f"--on-active={int(delay_s)}",
+         "--timer-property=AccuracySec=1s", "--timer-property=DefaultDependencies=no",
+         "--property=DefaultDependencies=no", *transient_environment("PATH", "HOME", "LOCALE_ARCHIVE", "NIX_REMOTE"),
+         "--", *client, *settings_argv(settings)],
+        timeout=60,
+    )  # fmt: skip
+
+
+def inhibited(before: str, system: str) -> bool:
+    """Whether a switch between these would break what runs. No check that may refuse for a while: it is left out on the way
+    back with those, and still holds."""
+    said = []
+    for each in (before, system):
+        with suppress(OSError, ValueError):
+            said.append(json.loads(Path(each, "switch-inhibitors").read_bytes()))
+    return len(said) == 2 and any(said[1].get(name, value) != value for name, value in said[0].items())
 
 
 def runs_bento(system: str) -> bool:
@@ -2443,12 +3047,12 @@ def make_report(machine: Machine, phase: Phase = Phase.IDLE) -> Report:
         needs_reboot=machine.needs_reboot,
         last=state.last,
         revision=revision,
-        failed_units=machine.still_failed(),
+        failed_units=machine.still_failed() + machine.down_units(state.down_units),
         waiting_for_boot=state.release if trial is not None and trial != running else None,
         paused_until=paused_until(machine),
         boot_trial=machine.trial_way,
         known_to_boot=machine.good,
-        signer=state.signer,
+        signer=state.pinned and state.pinned.signer,
         expires=vouched_until(state),
         first_contact=first_contact(machine.settings),
         machine=machine.mark,
@@ -2456,6 +3060,7 @@ def make_report(machine: Machine, phase: Phase = Phase.IDLE) -> Report:
         since=machine.phase_since if phase == Phase.BUILDING else None,
         interval=machine.settings.interval,
         offline_after=machine.settings.offline_after or None,
+        reboot=None if machine.settings.reboot == "never" else machine.settings.reboot,
     )
 
 
@@ -2563,16 +3168,22 @@ def report(machine: Machine, phase: Phase = Phase.IDLE) -> None:
 
 
 class Outcome(NamedTuple):
-    """How an attempt ended. `unreachable`: because of the line or the server, not of the release. `doubt`: it may have
-    been, and nobody can tell. `costly`: not to be tried again at each poll."""
+    """How an attempt ended. `unreachable`: because of the line or the server, not of the release. `cost`: where the result
+    does not say it. `failed_units`: at an activation that went well; `down_units`: see State."""
 
     result: Result
     reason: str = ""
     system: str | None = None
     unreachable: bool = False
-    doubt: bool = False
-    costly: bool = False
+    cost: Cost | None = None
     failed_units: tuple[str, ...] = ()
+    down_units: tuple[str, ...] = ()
+
+    @property
+    def costs(self) -> Cost:
+        if self.result in (Result.ROLLED_BACK, Result.ROLLBACK_FAILED, Result.INTERRUPTED):
+            return self.cost or Cost.VERDICT
+        return self.cost or (Cost.WORK if self.result == Result.BUILD_FAILED else Cost.POLL)
 
     @property
     def exit_code(self) -> int:
@@ -2634,21 +3245,26 @@ def record(machine: Machine, pending: Pending, outcome: Outcome) -> None:
         revision=pending.revision,
     )
     keep_log(machine, last.log)
-    again = state.tried is not None and state.tried.release == release
-    older = pending.trial and state.tried is not None and not again
+    same = state.tried is not None and state.tried.release == release
+    older = pending.trial and state.tried is not None and not same
     changes: dict[str, Any] = {"last": state.tried if older and outcome.result == Result.OK else last}
     if release is not None and not older:
-        interruptions, doubts = (state.interruptions, state.doubts) if again else (0, 0)
-        interruptions += outcome.result == Result.INTERRUPTED
-        doubts += 1 if outcome.doubt else 2 * (outcome.result == Result.ROLLED_BACK)  # what is sure is not tried again
-        changes |= {
-            "tried": last, "published": pending.published, "costly": outcome.costly,
-            "interruptions": interruptions, "doubts": doubts,
-        }  # fmt: skip
+        before = state if same and not is_meant_again(state, pending.published) else State()
+        wait_s = pause_s(outcome.result, outcome.costs, before)
+        # Not each failure of a way back that is owed is a verdict: the first was.
+        owed = before.tried is not None and before.tried.result == Result.ROLLBACK_FAILED
+        given_up = MOST_VERDICTS * (outcome.costs == Cost.GIVEN_UP)
+        doubts = given_up or before.doubts + (outcome.costs == Cost.VERDICT and not owed)
+        changes |= {"tried": last, "published": pending.published, "doubts": doubts}
+        changes["not_before"] = format_time(now_s + wait_s) if wait_s else None
     if outcome.result in (Result.POSTPONED, Result.INTERRUPTED):
         changes["rebooted"] = None
     if outcome.result == Result.OK:
         changes["failed_units"] = outcome.failed_units
+        with best_effort(machine.log):
+            changes["pinned"] = pin(state, pending.release, pending.new)
+    if outcome.result == Result.OK or outcome.down_units:
+        changes["down_units"] = outcome.down_units
     machine.remember(**changes | what_is_where(machine, pending, outcome))
 
 
@@ -2746,11 +3362,16 @@ def clear_download(settings: Settings) -> None:
 def fetch_from(session: Sftp, settings: Settings, current: Current, tar: Path, *, thrifty: bool) -> None:
     """Downloads the archive from one server, and checks it."""
     tar.parent.mkdir(mode=0o700, exist_ok=True)
+    begun, remote = any(tar.parent.iterdir()), f"releases/{tar.name}"
     if thrifty:
         join_parts(session, settings, current, tar)
     if not tar.exists() or tar.stat().st_size < current.size:
-        session.get(f"releases/{tar.name}", f"partial/{tar.name}", current.size, resume=tar.exists())
-    size, digest = tar.stat().st_size, hash_file(tar)
+        session.get(remote, f"partial/{tar.name}", current.size, resume=tar.exists())
+    digest = hash_file(tar)
+    if begun and digest != current.release:  # a server that answers out of order leaves holes where the line breaks
+        session.get(remote, f"partial/{tar.name}", current.size)
+        digest = hash_file(tar)
+    size = tar.stat().st_size
     remedy = "remove it on the server, 'bento.py populate' makes it anew"
     if size != current.size:
         raise BentoError(f"releases/{tar.name}: {size} bytes came, {current.size} were announced: {remedy}")
@@ -3027,130 +3648,43 @@ def make_result(settings: Settings, log: Log, argv: Sequence[str], find: Callabl
     return new
 
 
-def build(settings: Settings, log: Log) -> str:
+def build(settings: Settings, log: Log, *, signed: bool = False) -> str:
     """Builds config/ and returns the new system's store path. The running system is not touched."""
     config = settings.state / "config"
+    check_options(
+        read_recipe(config, settings.host),
+        settings.allow_options,
+        "services.bento.allowOptions, in a release without it,",
+    )
     argv = build_argv(settings, config)
+    if signed and "--flake" in argv:
+        argv.append("--no-update-lock-file")  # an input that nobody locked is one that nobody signed
     with unchanged_lock(config / read_recipe(config, settings.host).directory):
         return make_result(settings, log, argv)
 
 
-def realise(settings: Settings, log: Log, current: Current) -> str:
-    """Fetches the system that the server built from this machine's substituters, and returns its store path. Nothing is
-    evaluated or built here, and Nix checks what comes, by the keys that it trusts."""
+def realise(settings: Settings, log: Log, current: Current, cache_key: str = "") -> str:
+    """Fetches the system that was built elsewhere from this machine's substituters, and returns its store path. Nothing is
+    evaluated or built here, and Nix checks what comes: by the keys that it trusts, or, of a signed release, by the signer's
+    alone. A signed text names a path, and what lies there is whose key Nix trusts."""
     if current.system is None:
-        missing = "its signed text names no system: 'bento.py sign --build'"
+        missing = "what is signed of it names no system: 'bento.py sign --build'"
         missing = missing if current.signer else "the server has not built it: 'bento.py populate --build'"
         raise BentoError(f"release {current.release[:12]} is not to be built here, and {missing}")
     # That a cache did not have it a while ago says nothing.
     argv = ["nix-store", "--realise", current.system, "--add-root", str(settings.state / "result")]
-    new = make_result(settings, log, [*argv, "--option", "narinfo-cache-negative-ttl", "0"], why_not_fetched)
+    argv += ["--option", "narinfo-cache-negative-ttl", "0"]
+    if current.signer:
+        if not cache_key:
+            raise BentoError(
+                "what is signed and built elsewhere needs services.bento.cacheKey, the key of 'bento.py sign --build':"
+                " the key of the server's cache says nothing of who signed"
+            )
+        argv += ["--option", "trusted-public-keys", cache_key, "--option", "require-sigs", "true"]
+    new = make_result(settings, log, argv, why_not_fetched)
     if new != current.system:
         raise BentoError(f"{current.system} is not a store path: it leads to {new}")
     return new
-
-
-# --- activation: what can lose a machine ---
-#
-# The profile is the last system that proved itself. Whatever else runs is an attempt, and an attempt that is not
-# settled is undone. The journal, pending.json, is there as long as one is under way; state.json's `good` is the last
-# system that a boot has proven. `settle` looks at both, and at the machine, and decides.
-
-
-class Move(StrEnum):
-    """What is to be done about what an earlier process, or a boot, left."""
-
-    REST = "rest"
-    WAIT = "wait"  # for the boot default's first boot
-    COMMIT = "commit"  # it proved itself, and the boot default may be half changed
-    PROVE = "prove"  # it has booted, for the first time
-    FELL_BACK = "fell back"  # there was a boot, and it is not what came up
-    GO_BACK = "go back"
-
-
-def settle(pending: Pending | None, state: State, facts: Facts) -> Move:
-    if pending is not None:
-        committing = pending.step == Step.COMMITTING and facts.running == pending.new
-        if committing and pending.boot_id == facts.boot_id:
-            return Move.COMMIT
-        return Move.PROVE if committing and facts.booted == pending.new else Move.GO_BACK
-    if state.good in (None, state.system) or state.system != facts.default:
-        return Move.REST  # proven, or a person's
-    if state.boot == facts.boot_id:
-        return Move.WAIT
-    return Move.PROVE if facts.booted == state.system else Move.FELL_BACK
-
-
-class Switched(StrEnum):
-    """What came of `switch-to-configuration test`."""
-
-    LIVE = "live"
-    REFUSED = "refused"  # nothing was done, and it may be otherwise another time
-    NEEDS_BOOT = "needs a boot"
-    FAILED = "failed"
-
-
-def judge_switch(code: int | None, output: str, *, is_new: bool, is_old: bool) -> Switched:
-    """`is_new`, `is_old`: what runs now. An exit code of 0 or 4 may hide an activation that gave up before."""
-    if is_new and code in (0, 4):
-        return Switched.LIVE
-    if is_old and (code == 100 or (code == 1 and "switchInhibitors" in output)):
-        return Switched.NEEDS_BOOT
-    return Switched.REFUSED if is_old and code in (1, 11) else Switched.FAILED
-
-
-# --- journal and watchdog ---
-
-
-def load_pending(machine: Machine) -> Pending | None:
-    return read_journal(machine.settings.state / "pending.json", parse_pending, machine.log)
-
-
-def save_pending(machine: Machine, pending: Pending) -> None:
-    write_atomic(machine.settings.state / "pending.json", encode(pending))
-
-
-def clear_pending(machine: Machine) -> None:
-    """The end of an attempt, whichever way it went: a watchdog that comes late finds no journal."""
-    remove(machine.settings.state / "pending.json")
-    sync_directory(machine.settings.state)
-
-
-def arm(machine: Machine, token: str, limit_s: float) -> None:
-    """Arms a new watchdog, outside our unit, that runs `rollback` in `limit_s` seconds; then ends the one before.
-
-    It gets these settings as flags and this very file of the old system, because an activation changes what lies in
-    /etc. Without default dependencies: emergency mode stops whatever needs sysinit.target. OnActiveSec counts on
-    CLOCK_MONOTONIC, which nobody can set.
-    """
-    if not machine.has_systemd:
-        return
-    unit = f"bento-watchdog-{token}-{os.urandom(3).hex()}"
-    client = [sys.executable, "-I", "-S", "-X", "utf8", os.path.abspath(__file__), "rollback", "--token", token]
-    run(
-        ["systemd-run", "--quiet", "--collect", f"--unit={unit}", f"--on-active={int(limit_s)}",
-         "--timer-property=AccuracySec=1s", "--timer-property=DefaultDependencies=no",
-         "--property=DefaultDependencies=no", *transient_environment("PATH", "HOME", "LOCALE_ARCHIVE", "NIX_REMOTE"),
-         "--", *client, *settings_argv(machine.settings)],
-        timeout=60,
-    )  # fmt: skip
-    disarm(machine)
-    machine.watchdog = unit
-
-
-def disarm(machine: Machine) -> None:
-    if machine.watchdog is not None and machine.has_systemd:
-        run(["systemctl", "stop", f"{machine.watchdog}.timer"], check=False, timeout=60)
-    machine.watchdog = None
-
-
-def advance(machine: Machine, pending: Pending, limit_s: float) -> Pending:
-    """The next step of an attempt, with a deadline of its own, on disk before anything of it is done."""
-    save_pending(machine, pending)
-    arm(machine, pending.token, limit_s + WATCHDOG_MARGIN_S)
-    pending = pending._replace(watchdog=machine.watchdog)
-    save_pending(machine, pending)
-    return pending
 
 
 # --- proof ---
@@ -3218,6 +3752,90 @@ def prove(machine: Machine) -> Failure | None:
     return failure and failure._replace(slept=time.clock_gettime(time.CLOCK_BOOTTIME) - began_s > limit_s + 10)
 
 
+# --- activation: what can lose a machine ---
+#
+# The profile is the last system that proved itself. Whatever else runs is an attempt, and an attempt that is not
+# settled is undone. The journal, pending.json, is there as long as one is under way; state.json's `good` is the last
+# system that a boot has proven. `settle` looks at both, and at the machine, and decides.
+
+
+class Move(StrEnum):
+    """What is to be done about what an earlier process, or a boot, left."""
+
+    REST = "rest"
+    WAIT = "wait"  # for the boot default's first boot
+    COMMIT = "commit"  # it proved itself, and the boot default may be half changed
+    PROVE = "prove"  # it has booted, for the first time
+    FELL_BACK = "fell back"  # it was started, and is not what came up
+    GO_BACK = "go back"
+
+
+def settle(pending: Pending | None, state: State, facts: Facts) -> Move:
+    if pending is not None:
+        committing = pending.step == Step.COMMITTING and facts.running == pending.new
+        if committing and pending.boot_id == facts.boot_id:
+            return Move.COMMIT
+        return Move.PROVE if committing and facts.booted == pending.new else Move.GO_BACK
+    if state.good in (None, state.system) or state.system != facts.default:
+        return Move.REST  # proven, or a person's
+    if state.boot == facts.boot_id:
+        return Move.WAIT
+    if facts.booted == state.system:
+        return Move.PROVE
+    return Move.WAIT if state.armed and not state.once else Move.FELL_BACK  # a boot that was none of its
+
+
+# --- journal and watchdog ---
+
+
+def load_pending(machine: Machine) -> Pending | None:
+    return read_journal(machine.settings.state / "pending.json", parse_pending, machine.log)
+
+
+def save_pending(machine: Machine, pending: Pending) -> None:
+    write_atomic(machine.settings.state / "pending.json", encode(pending))
+
+
+def clear_pending(machine: Machine) -> None:
+    """The end of an attempt, whichever way it went: a watchdog that comes late finds no journal."""
+    remove(machine.settings.state / "pending.json")
+    sync_directory(machine.settings.state)
+
+
+def arm(machine: Machine, token: str, step: str, limit_s: float) -> None:
+    """Arms a watchdog, outside our unit, that runs `rollback` in `limit_s` seconds; then ends the one before. One that is
+    armed already for this step stays as it is.
+
+    It gets these settings as flags and this very file of the old system, because an activation changes what lies in
+    /etc. Without default dependencies: emergency mode stops whatever needs sysinit.target. OnActiveSec counts on
+    CLOCK_MONOTONIC, which nobody can set.
+    """
+    unit = f"bento-watchdog-{token}-{step}"
+    is_armed = ["systemctl", "is-active", "--quiet", f"{unit}.timer"]
+    if not machine.has_systemd or (unit == machine.watchdog and run(is_armed, check=False, timeout=30).code == 0):
+        return
+    call_later(machine.settings, unit, limit_s, "rollback", "--token", token)
+    disarm(machine)
+    machine.watchdog = unit
+
+
+def disarm(machine: Machine) -> None:
+    if machine.watchdog is not None and machine.has_systemd:
+        run(["systemctl", "stop", f"{machine.watchdog}.timer"], check=False, timeout=60)
+    machine.watchdog = None
+
+
+def advance(machine: Machine, pending: Pending, step: str, limit_s: float, *, deadline: bool = True) -> Pending:
+    """The next step of an attempt, on disk before anything of it is done, with its watchdog's name and a deadline, unless it
+    keeps the one that it has."""
+    pending = pending._replace(watchdog=f"bento-watchdog-{pending.token}-{step}")
+    if deadline:
+        pending = pending._replace(deadline_s=time.monotonic() + limit_s, deadline_boot=machine.boot_id)
+    save_pending(machine, pending)
+    arm(machine, pending.token, step, limit_s + WATCHDOG_MARGIN_S)
+    return pending
+
+
 # --- commit ---
 
 
@@ -3226,37 +3844,70 @@ def make_default(machine: Machine, system: str, pending: Pending) -> str | None:
     is a trial: the boot loader is told to start it once, and after that the last system that is known to boot. In this
     order, a cut leaves no default that has never booted.
     """
-    good = machine.good
+    good, forward = machine.good, system == pending.new
+    if forward and (point := machine.loader.unmounted()) is not None:
+        return f"{point} is not mounted: the boot loader would not see what is written"
     try:
-        if machine.default != system != pending.new:
+        if machine.default != system and not forward:
             machine.undo_default(system, pending.new)
-        trial = can_try(machine, system, must=system == pending.new) and lead_back_to(machine, good)
-        if system == pending.new:
+        trial = prepare_trial(machine, system, good, must=forward)
+        if forward:
             machine.nix_env("--set", system)
     except BentoError as error:
-        return f"the system profile could not be set: {error}"
-    done = machine.switch(system, "boot", pending.token)
+        return f"the boot default could not be set: {error}"
+    done = machine.switch(system, "boot", pending.token, back=not forward)
     machine.flush_menu(system)
     fault = machine.loader_of(system).entry_fault(system)
+    if forward and fault is None and done.code == 0:
+        fault = write_again(machine, system, good)
     # On a full /boot nothing can be written. On the way back that does no harm, where the menu is as it was, whichever
     # boot loader the new system has.
-    as_it_was = system != pending.new and fault is None and machine.loader_of(pending.new).starts(system)
+    as_it_was = not forward and fault is None and machine.loader_of(pending.new).starts(system)
     if done.code != 0 and not as_it_was:
-        return f"the boot loader could not be written ({how_ended(done.code)}): {machine.log.cause()}"
-    if fault is None and trial:
-        try_once(machine, system, good)
-    elif fault is None:
+        return f"the boot loader could not be written ({how_ended(done.code)}): {switch_words(done.output)}"
+    if fault is None and trial and not machine.loader.trial_way().startswith("none"):  # as it is written now
+        fault = begin_trial(machine, system, good, must=forward)
+    elif fault is None and not wants_trial(
+        machine, system, good
+    ):  # else what the boot loader has been told leads back still
         machine.end_trial()
     return fault
 
 
+def write_again(machine: Machine, system: str, good: str) -> str | None:
+    """Neither builder rewrites a copy that is there, whatever is in it. Other bytes once more are its owner's doing, and well."""
+    loader = machine.loader_of(system)
+    try:
+        copies = loader.altered(system, good)
+        for copy in copies:
+            machine.log.say(f"{copy} has other bytes than the system's: written once more")
+            remove(copy)
+        if copies:
+            machine.write_menu(system)
+    except (OSError, BentoError) as error:
+        return f"the boot loader could not be written: {error}"
+    return loader.entry_fault(system)
+
+
+def begin_trial(machine: Machine, system: str, good: str, *, must: bool) -> str | None:
+    """The second half of what the boot loader is told, once the menu is written; None, or why not where it `must` be."""
+    try:
+        try_once(machine, system, good)
+    except BentoError as error:
+        machine.log.say(f"the next boot is no trial: {error}")
+        return f"its first boot would be no trial: {error}" if must else None
+    return None
+
+
 def commit(machine: Machine, pending: Pending, note: str = "") -> Outcome | None:
     pending = pending._replace(step=Step.COMMITTING, committed=True)
-    pending = advance(machine, pending, 2 * machine.settings.activation_timeout)
+    pending = advance(machine, pending, pending.step, 2 * machine.settings.activation_timeout)
     machine.keep(machine.good)
     trouble = make_default(machine, pending.new, pending)
     if trouble is not None:
-        return go_back(machine, pending, Outcome(Result.POSTPONED, trouble, costly=True))
+        return go_back(machine, pending, Outcome(Result.POSTPONED, trouble))
+    if has_left(pending.new):
+        machine.leave(pending.new)
     return Outcome(Result.OK, note, pending.new)
 
 
@@ -3277,15 +3928,17 @@ def find_way_back(pending: Pending, facts: Facts, owner: str, good: str) -> tupl
     return default, pending.old if began or facts.running in (pending.new, pending.between) else None
 
 
-def activate_again(machine: Machine, pending: Pending, system: str) -> Switched:
-    """The old system, live. After a boot into the new one, its kernel goes on: then only where that helps."""
-    done = machine.switch(system, "test", pending.token)
-    if machine.running == system:
+def activate_again(machine: Machine, pending: Pending, system: str) -> tuple[Switched, str]:
+    """The old system, live; and why it is not. After a boot into the new one, its kernel goes on: then only where that helps."""
+    if inhibited(machine.running, system):
+        return Switched.NEEDS_BOOT, "it cannot go live"
+    switch = machine.activate(system, pending.token, back=True)
+    if switch.finished:
         stuck = machine.facts(pending.new).booted == pending.new and not machine.has_kernel_of(system)
-        stuck = stuck and reach(machine, system) is not None
-        return Switched.NEEDS_BOOT if stuck else Switched.LIVE
-    is_new = machine.facts(pending.new).running == pending.new
-    return judge_switch(done.code, done.output, is_new=False, is_old=is_new)
+        return Switched.NEEDS_BOOT if stuck and reach(machine, system) is not None else Switched.LIVE, ""
+    code, output = switch.done
+    needs_boot = not switch.began and code == 100
+    return Switched.NEEDS_BOOT if needs_boot else Switched.FAILED, f"{how_ended(code)}: {switch_words(output)}"
 
 
 def reach(machine: Machine, system: str) -> str | None:
@@ -3301,39 +3954,55 @@ def go_back(machine: Machine, pending: Pending, outcome: Outcome) -> Outcome | N
     `outcome` is what to report if all goes well. The journal stays where it does not, and the next run tries again.
     """
     machine.log.say(f"going back to {pending.old}: {outcome.reason}")
-    pending = pending._replace(
-        step=Step.ROLLING_BACK, verdict=outcome.result, reason=one_line(outcome.reason), doubt=outcome.doubt
-    )
-    with best_effort(machine.log):
-        pending = advance(machine, pending, machine.settings.activation_timeout + machine.settings.confirm_timeout)
+    if outcome.result == Result.POSTPONED:
+        outcome = outcome._replace(cost=Cost.WORK)
+    pending, late = begin_way_back(machine, pending, outcome)
     machine.end_switches(pending)
     facts, owner = machine.facts(pending.new, pending.profile), owner_of(pending.old, [pending.profile])[0]
-    pending = pending._replace(switched=pending.switched and (facts.running == pending.new or machine.has_begun()))
     default, system = find_way_back(pending, facts, owner, machine.good)
     trouble = None if default is None else make_default(machine, default, pending)
-    came = Switched.LIVE if system is None else activate_again(machine, pending, system)
+    came, why = (Switched.LIVE, "") if system is None else activate_again(machine, pending, system)
     if trouble is not None:
         with best_effort(machine.log):  # what is live again is not activated at each run
             save_pending(machine, pending._replace(switched=pending.switched and came != Switched.LIVE))
         words = f"the boot default could not be set back to {pending.profile}: {trouble}: tried again at the next run"
         return Outcome(Result.ROLLBACK_FAILED, f"{outcome.reason}; and {words}")
     if came == Switched.LIVE:
-        return blame(machine, pending, outcome)
-    if facts.booted == pending.new or came == Switched.NEEDS_BOOT:
-        return go_back_by_boot(machine, pending, outcome)
-    words = f"going back to {system} failed ({came}: {machine.log.cause()}): tried again at the next run"
+        return blame(machine, pending, name_down(machine, outcome))
+    stuck = facts.booted == pending.new or came == Switched.NEEDS_BOOT
+    lost = machine.has_systemd and not pending.by_hand and (late or not machine.has_bus())
+    if stuck or (lost and pending.rebooting in ("", machine.boot_id)):
+        return go_back_by_boot(machine, pending, outcome, force=not stuck)
+    words = f"going back to {system} failed: {why}: tried again at the next run"
     return Outcome(Result.ROLLBACK_FAILED, f"{outcome.reason}; and {words}")
 
 
-def go_back_by_boot(machine: Machine, pending: Pending, outcome: Outcome) -> Outcome | None:
+def begin_way_back(machine: Machine, pending: Pending, outcome: Outcome) -> tuple[Pending, bool]:
+    """Its journal and its watchdog, and whether its time is over. That is set once: no later run gives it more."""
+    limit_s = float(machine.settings.activation_timeout + machine.settings.confirm_timeout)
+    known = pending.step == Step.ROLLING_BACK and pending.deadline_boot == machine.boot_id
+    left_s = pending.deadline_s - time.monotonic() if known else limit_s
+    pending = pending._replace(step=Step.ROLLING_BACK, verdict=outcome.result, reason=one_line(outcome.reason))
+    step, wait_s = ("late", limit_s) if left_s <= 0 else (pending.step, left_s)  # what is done late is guarded, too
+    with best_effort(machine.log):
+        pending = advance(machine, pending, step, wait_s, deadline=not known)
+    return pending, left_s <= 0
+
+
+def name_down(machine: Machine, outcome: Outcome) -> Outcome:
+    down = machine.down_units(machine.were_active())
+    reason = f"{outcome.reason}; not active any more: {', '.join(down)}" if down else outcome.reason
+    return outcome._replace(reason=reason, down_units=down)
+
+
+def go_back_by_boot(machine: Machine, pending: Pending, outcome: Outcome, *, force: bool) -> Outcome | None:
     """Once, and whatever the setting `reboot` says: no other way is left. A person decides for themselves."""
     if pending.by_hand or pending.rebooting not in ("", machine.boot_id) or not machine.has_systemd:
-        result = outcome.result if pending.by_hand else Result.INTERRUPTED
-        return Outcome(result, f"{outcome.reason}; the old system takes effect at the next reboot")
+        return outcome._replace(reason=f"{outcome.reason}; the old system takes effect at the next reboot")
     machine.log.say("a reboot is to lead back")
     with best_effort(machine.log):
         save_pending(machine, pending._replace(rebooting=machine.boot_id))
-    machine.reboot()
+    machine.reboot(force=force)
     return None
 
 
@@ -3342,7 +4011,7 @@ def blame(machine: Machine, pending: Pending, outcome: Outcome) -> Outcome:
     if outcome.result != Result.ROLLED_BACK or pending.by_hand or reach(machine, machine.running) is None:
         return outcome
     reason = f"{outcome.reason}; nor can the old one: not the release's fault, tried again later"
-    return Outcome(Result.POSTPONED, reason, unreachable=True)
+    return outcome._replace(result=Result.POSTPONED, reason=reason, unreachable=True, cost=Cost.WORK)
 
 
 # --- the attempt ---
@@ -3350,35 +4019,49 @@ def blame(machine: Machine, pending: Pending, outcome: Outcome) -> Outcome:
 
 def take_over(machine: Machine, pending: Pending) -> Outcome | None:
     """Activates, proves and commits the new system; goes back from what does not prove itself."""
-    before, new = machine.running, machine.variant(pending.new)
-    note, units = "", tuple[str, ...]()
-    if before != new:
+    new, note, units = machine.variant(pending.new), "", tuple[str, ...]()
+    if machine.running != new:
         if machine.settings.activation == "boot" and not pending.between:
             return wait_for_boot(machine, pending, "")
-        done = machine.switch(new, "test", pending.token)
-        switched = judge_switch(done.code, done.output, is_new=machine.running == new, is_old=machine.running == before)
-        waits = machine.waits_for() if done.code is None else ""
-        words = f"switch-to-configuration test: {how_ended(done.code)}: {waits or find_cause(done.output)}"
-        if switched == Switched.REFUSED:
-            return give_up(machine, pending, Outcome(Result.POSTPONED, f"not activated: {words}", costly=True))
-        if switched == Switched.FAILED:
-            return go_back(machine, pending, Outcome(Result.ROLLED_BACK, words))
-        if switched == Switched.NEEDS_BOOT:
-            return wait_for_boot(machine, pending, "it cannot go live: ")
-        if done.code == 4:
-            units = tuple(failed_units(done.output))
-            note = f"activated, but these units failed: {', '.join(units) or 'see the log'}"
-    pending = advance(machine, pending, machine.settings.confirm_timeout)
-    if (failure := prove(machine)) is not None:
-        result = Result.POSTPONED if failure.slept else Result.ROLLED_BACK
-        return go_back(machine, pending, Outcome(result, failure.reason, doubt=failure.unreachable))
+        switch = machine.activate(new, pending.token)
+        code, output = switch.done
+        switched = judge_switch(switch)
+        if switched != Switched.LIVE:
+            return not_live(machine, pending, switched, switch.done)
+        if code == 4:
+            units = tuple(failed_units(output))
+            users = re.findall("warning: (user activation for .*) failed", output)
+            note = f"activated, but these units failed: {', '.join((*units, *users)) or 'see the log'}"
+    pending = advance(machine, pending, "proving", machine.settings.confirm_timeout)
+    failure, facts = prove(machine), machine.facts(pending.new)
+    if facts.running != pending.new or facts.default not in (pending.profile, pending.new):
+        words = "somebody has switched this machine meanwhile: theirs stays until the next publication"
+        return Outcome(Result.OK, words, pending.new)
+    if failure is not None:
+        return go_back(
+            machine, pending, Outcome(Result.POSTPONED if failure.slept else Result.ROLLED_BACK, failure.reason)
+        )
     outcome = commit(machine, pending, note)
     return outcome and outcome._replace(failed_units=units)
 
 
+def not_live(machine: Machine, pending: Pending, switched: Switched, done: Done) -> Outcome | None:
+    waits = machine.waits_for() if done.code is None else ""
+    words = f"switch-to-configuration test: {how_ended(done.code)}: {waits or switch_words(done.output)}"
+    if switched == Switched.NEEDS_BOOT:
+        return wait_for_boot(machine, pending, "it cannot go live: ")
+    if switched == Switched.REFUSED:
+        holder = machine.switch_holder()
+        words = f"{holder} holds its lock" if holder and "Could not acquire lock" in done.output else words
+        return give_up(machine, pending, Outcome(Result.POSTPONED, f"not activated: {words}"))
+    if switched == Switched.BROKEN:
+        return go_back(machine, pending, Outcome(Result.INTERRUPTED, f"broke in the middle: {words}"))
+    return go_back(machine, pending, Outcome(Result.ROLLED_BACK, words))
+
+
 def give_up(machine: Machine, pending: Pending, outcome: Outcome) -> Outcome | None:
     """Before anything was done. After an earlier way back that failed, that is what there is to do."""
-    return go_back(machine, pending, outcome) if pending.committed else outcome
+    return go_back(machine, pending._replace(switched=False), outcome) if pending.committed else outcome
 
 
 def wait_for_boot(machine: Machine, pending: Pending, why: str) -> Outcome | None:
@@ -3391,13 +4074,14 @@ def wait_for_boot(machine: Machine, pending: Pending, why: str) -> Outcome | Non
 
 def activate(machine: Machine, pending: Pending) -> Outcome | None:
     """take_over, with the journal and the watchdog around it, and a way back from our own failures too."""
-    if machine.is_switching():
-        return Outcome(Result.POSTPONED, "not activated: somebody else holds the lock of switch-to-configuration")
+    if holder := machine.switch_holder():
+        return Outcome(Result.POSTPONED, f"not activated: {holder} holds the lock of switch-to-configuration")
     if not machine.has_systemd:
         machine.log.say("systemd does not run here: no watchdog guards this activation")
     try:
+        machine.note_active()
         pending = pending._replace(job=max(machine.jobs(), default=0))
-        pending = advance(machine, pending, machine.settings.activation_timeout)
+        pending = advance(machine, pending, pending.step, machine.settings.activation_timeout)
     except (OSError, BentoError) as error:
         return Outcome(Result.POSTPONED, f"not activated, the watchdog could not be armed: {error}")
     try:
@@ -3430,6 +4114,28 @@ def conclude(machine: Machine, pending: Pending, outcome: Outcome) -> None:
 # --- boots ---
 
 
+def find_lost_trial(machine: Machine) -> None:
+    """Where state.json is gone, or older, and what the boot loader was told is not: that names the system on trial, and the one
+    that is known to boot. From here on it is settled as ever; but the trial is over with the boot of the latter."""
+    told, entries = Armed(), list[BootEntry]()
+    with best_effort(machine.log):
+        told, entries = machine.loader.armed(), machine.loader.list_entries()
+    if machine.state.armed or not told.mark:
+        return
+    new = told.mark.split()[0]
+    new = new if new.startswith("/") else machine.default
+    good = next(
+        (entry.system for entry in entries if entry.name == told.default and entry.system), machine.facts().booted
+    )
+    once = next((entry.name for entry in entries if entry.system == new and not entry.top), "") or "gone"
+    machine.log.say(f"error: {lost_words(machine)}")
+    machine.remember(system=new, good=good, armed=True, once=once, boot=None, lost=machine.boot_id)
+
+
+def lost_words(machine: Machine) -> str:
+    return f"{machine.settings.state}/state.json was lost during a trial: see that this directory outlives a boot"
+
+
 def align_trial(machine: Machine) -> None:
     """Makes the boot loader's variables say what the next boot is to be: a trial of the boot default, or nothing of ours.
 
@@ -3438,69 +4144,74 @@ def align_trial(machine: Machine) -> None:
     new, good = machine.on_trial, machine.good
     if new is None:
         machine.end_trial()
-    elif machine.state.armed and machine.can_fall_back(good) and lead_back_to(machine, good):
-        try_once(machine, new, good)
+    elif machine.state.armed:
+        with best_effort(machine.log):
+            try_once(machine, new, good)
 
 
-def can_try(machine: Machine, system: str, *, must: bool) -> bool:
-    """Whether the next boot of a system can be a trial. Where it `must` be, and what is the default boots: BentoError,
-    for a broken entry to fall back to. None at all may be older than what the menu shows."""
-    good, loader = machine.good, machine.loader
-    if system == good or not runs_bento(system) or loader.trial_way().startswith("none"):
+def prepare_trial(machine: Machine, system: str, good: str, *, must: bool) -> bool:
+    """Makes the system that is known to boot the standing default, before another becomes it. False: no trial here. Where the
+    boot loader can be told, and the next boot `must` be a trial, BentoError; unless what is the default does not boot."""
+    loader = machine.loader
+    if not wants_trial(machine, system, good):
         return False
-    possible = machine.can_fall_back(good)
-    if must and not possible and loader.shows(good) and loader.entry_fault(machine.default) is None:
-        raise BentoError(f"its first boot could not lead back: {loader.entry_fault(good)}")
-    return possible
-
-
-def lead_back_to(machine: Machine, good: str) -> bool:
-    """Makes the system that is known to boot the standing default, before another becomes it. False: no trial here."""
     try:
-        before, ours = machine.loader.armed().default, machine.loader.entry_of(good).name
-        # Before it is changed: what a person had set is put back. Ours, of a lost state, not.
-        if not machine.state.armed:
-            machine.remember(armed=True, set_before=before if before != ours else "")
-        machine.loader.prefer(good)
-        return True
-    except (OSError, BentoError) as error:
+        lead_back_to(machine, good, system)
+    except BentoError as error:
+        if must and loader.entry_fault(machine.default) is None:
+            raise
         machine.log.say(f"the next boot cannot be a trial: {error}")
         return False
+    return True
+
+
+def wants_trial(machine: Machine, system: str, good: str) -> bool:
+    return system != good and runs_bento(system) and not machine.loader.trial_way().startswith("none")
+
+
+def lead_back_to(machine: Machine, good: str, new: str) -> None:
+    loader = machine.loader
+    if not machine.can_fall_back(good, new):
+        why = loader.entry_fault(good) or "no entry that lasts could be written"
+        raise BentoError(f"its first boot could not lead back: {why}")
+    told, ours = loader.armed(), loader.entry_of(good).name
+    # Before it is changed: what a person had set is put back. What is marked as ours, of a lost state, is not.
+    if not machine.state.armed:
+        before = "" if told.mark or told.default == ours else told.default
+        machine.remember(armed=True, set_before=before)
+    loader.prefer(good, told.mark if told.mark.split()[:1] == [new] else machine.trial_mark(new))
 
 
 def try_once(machine: Machine, new: str, good: str) -> None:
-    """The other half. Where the way back is no entry any more, the new system is a plain default; where only this half
-    fails, the next boot is that of the old one."""
-    if not machine.can_fall_back(good):
-        machine.log.say("the next boot cannot be a trial: the boot loader has no entry of the last system any more")
-        machine.end_trial()
-    elif lead_back_to(machine, good):  # again: the limit of entries may have taken the one of its older generation
-        with best_effort(machine.log):
-            machine.loader.try_once(new)
+    """The other half, and a look at what the boot loader knows now. What else a person wants of the next boot stays."""
+    lead_back_to(machine, good, new)  # again: the limit of entries may have taken the one of its older generation
+    loader = machine.loader
+    told, wanted = loader.armed(), Armed(loader.entry_of(good).name, loader.entry_of(new).name)
+    if not machine.is_ours(told):
+        machine.log.say(f"the next boot is to be {told.once}, as somebody wants it, and the trial comes after it")
+        machine.remember(once="")
+        return
+    loader.try_once(new)
+    if (told := loader.armed())[:2] != wanted[:2]:
+        raise BentoError(f"the boot loader was told {', '.join(wanted[:2])}, and has {', '.join(told)}")
+    machine.remember(once=wanted.once, slept="")
 
 
 def judge_boot(machine: Machine, pending: Pending) -> Outcome | None:
     """After the first boot of a system. Raises Unreachable while the server may merely be slower to boot: a site's power
-    cut is not the release's fault."""
+    cut is not the release's fault. BentoError while the boot goes on: a database may still recover."""
+    age_s = machine.trial_age_s()
     failure = prove(machine)
     if failure is None and pending.step == Step.COMMITTING:
         return commit(machine, pending)
     if failure is None:
         machine.end_trial()  # before it is written down: a cut in between leads back, and is one of the tries
         return Outcome(Result.OK, "", pending.new)
-    patience = PATIENT_PROOFS if runs_bento(machine.good) else FIRST_PROOFS
-    if failure.unreachable and machine.count_proof() < patience:
-        raise Unreachable(f"after the boot, {failure.reason}: tried again at the next run")
-    result = verdict_of_boot(machine, pending) if failure.unreachable else Result.ROLLED_BACK
-    outcome = Outcome(result, f"after the boot, {failure.reason}")
-    return go_back(machine, pending, outcome)
-
-
-def verdict_of_boot(machine: Machine, pending: Pending) -> Result:
-    """A boot that came to nothing may be a power cut's fault, or a site's: tried once more, then given up."""
-    tried = machine.state.tried
-    again = machine.state.interruptions > 0 and tried is not None and tried.release == pending.release
-    return Result.ROLLED_BACK if again else Result.INTERRUPTED
+    patience_s = max(machine.trial_s / 2, machine.trial_s - 600 - machine.settings.confirm_timeout)  # ours ends before
+    if age_s < patience_s and (failure.unreachable or machine.is_booting()):
+        words = f"after the boot, {failure.reason}: tried again at the next run"
+        raise Unreachable(words) if failure.unreachable else BentoError(words)
+    return go_back(machine, pending, Outcome(Result.ROLLED_BACK, f"after the boot, {failure.reason}"))
 
 
 def settle_earlier(machine: Machine) -> bool:
@@ -3512,6 +4223,8 @@ def settle_earlier(machine: Machine) -> bool:
         wait_for_units(f"bento-switch-{pending.token}-*", time.monotonic() + machine.settings.activation_timeout)
     move = settle(pending, machine.state, machine.facts(*more))
     if move in (Move.REST, Move.WAIT):
+        if move == Move.WAIT:
+            machine.remember(boot=machine.boot_id)
         align_trial(machine)
         return True
     machine.log.kept = True
@@ -3535,10 +4248,14 @@ def carry_out(machine: Machine, pending: Pending, move: Move) -> Outcome | None:
         cut = "the machine was restarted" if pending.boot_id != machine.boot_id else "the client was ended"
         outcome = Outcome(Result.INTERRUPTED, f"{cut} while {pending.step}")
         if pending.verdict:
-            outcome = Outcome(Result(pending.verdict), pending.reason, doubt=pending.doubt)
+            outcome = Outcome(
+                Result(pending.verdict), pending.reason, cost=Cost.GIVEN_UP if pending.reason == BY_HAND else None
+            )
+        elif pending.step == Step.ACTIVATING:
+            machine.end_switches(pending)  # lest one that has not begun begins now
+            pending = pending._replace(switched=pending.switched and machine.start_list() is not None)
         return go_back(machine, pending, outcome)
-    words = "it did not come up, the boot loader went back"
-    return go_back(machine, pending, Outcome(verdict_of_boot(machine, pending), words))
+    return go_back(machine, pending, Outcome(Result.ROLLED_BACK, "it did not come up, the boot loader went back"))
 
 
 # --- commands ---
@@ -3563,9 +4280,21 @@ def begin(machine: Machine, current: Current) -> Pending:
     name_holder(machine.settings, f"{os.getpid()} {pending.token}")
     machine.watchdog = None if left is None else left.watchdog  # it would come in the middle of what may mend things
     with best_effort(machine.log):
-        arm(machine, pending.token, machine.settings.build_timeout + WATCHDOG_MARGIN_S)
+        arm(machine, pending.token, "fetch", machine.settings.build_timeout + WATCHDOG_MARGIN_S)
         signal.alarm(0)
     return pending
+
+
+def distrust(machine: Machine, pending: Pending) -> Outcome | None:
+    """The outcome where the built system may not say whom this machine trusts from then on."""
+    pinned, new = machine.state.pinned, pending.new
+    if pinned is not None:
+        refusal = drops_signers(pinned, pending.release, new)
+        return None if refusal is None else Outcome(Result.BUILD_FAILED, refusal, new)
+    for fallback in dict.fromkeys((machine.good, pending.old)):
+        if (refusal := brings_signers(new, fallback)) is not None:
+            return Outcome(Result.POSTPONED, refusal, new)
+    return None
 
 
 def refuse_to_activate(machine: Machine, pending: Pending, *, force: bool) -> Outcome | None:
@@ -3577,12 +4306,12 @@ def refuse_to_activate(machine: Machine, pending: Pending, *, force: bool) -> Ou
         if not force and not has_left(new) and not Path(new, part).exists():
             reason = f"the new system has no {part}: it would be this machine's last update: import ./utils/bento.nix"
             return Outcome(Result.BUILD_FAILED, reason, new)
-    unsigned = drops_signers(machine.settings, settings_of(new), new, machine.state.signed)
-    if unsigned is not None:
-        return Outcome(Result.BUILD_FAILED, unsigned, new)
-    match machine.state.tried:  # what was built anew may be what was given up
-        case Last(pending.release, Result.ROLLED_BACK, reason, pending.new) if machine.state.doubts != 1 and not force:
-            return Outcome(Result.ROLLED_BACK, reason, new)
+    if (distrusted := distrust(machine, pending)) is not None:
+        return distrusted
+    tried, failed = machine.state.tried, (pending.release, Result.ROLLED_BACK, new)  # what was built anew may be that
+    waits = left_s(machine.state, time.time()) or is_given_up(machine.state, pending.published)
+    if tried and (tried.release, tried.result, tried.system) == failed and waits and not force:
+        return Outcome(Result.ROLLED_BACK, tried.reason, new, cost=Cost.WORK)
     if not force and (until := paused_until(machine)) is not None:
         return Outcome(Result.POSTPONED, f"built, but not activated: paused until {until}", new)
     if free_bytes(machine.settings.state) < MIN_FREE_BYTES:
@@ -3614,7 +4343,8 @@ def obtain(machine: Machine, pending: Pending, current: Current) -> Outcome | Pe
         announce(machine, Phase.BUILDING)
         if settings.build == "server":
             machine.hang_up()
-            return pending._replace(new=realise(settings, machine.log, current))
+            kept = machine.state.pinned.cache_key if machine.state.pinned else ""
+            return pending._replace(new=realise(settings, machine.log, current, kept or settings.cache_key))
         if machine.state.unpacked != current.release or not is_untouched(settings.state / "config"):
             # What failed once is fetched whole: the fault may lie in the parts.
             fetch(session, settings, current, thrifty=pending.attempt == 1)
@@ -3622,18 +4352,19 @@ def obtain(machine: Machine, pending: Pending, current: Current) -> Outcome | Pe
         machine.hang_up()
         result = Result.BUILD_FAILED
         with best_effort(machine.log):  # the download may have taken its time
-            arm(machine, pending.token, settings.build_timeout + WATCHDOG_MARGIN_S)
-        return pending._replace(new=build(settings, machine.log))
+            arm(machine, pending.token, "build", settings.build_timeout + WATCHDOG_MARGIN_S)
+        return pending._replace(new=build(settings, machine.log, signed=current.signer is not None))
     except Unreachable:
         raise
     except (BentoError, OSError) as error:
         known, words = current.system if settings.build == "server" else None, str(error)
         if result == Result.BUILD_FAILED and free_bytes(settings.state) < MIN_FREE_BYTES:
             return Outcome(Result.POSTPONED, f"the disk of {settings.state} is full: {words}", known)
-        passing = result == Result.BUILD_FAILED and re.search(BAD_MOMENT, words)
-        return Outcome(Result.POSTPONED if passing else result, words, known)
+        if result == Result.BUILD_FAILED and (cost := machine.log.cause(bad_moment)):
+            return Outcome(Result.POSTPONED, words, known, cost=Cost(cost))
+        return Outcome(result, words, known)
     except Exception as error:  # a bug of ours must not be met anew at each poll, and nobody told
-        return Outcome(result, tell_bug(machine.log, error))
+        return Outcome(result, tell_bug(machine.log, error), cost=Cost.WORK)
 
 
 def deploy(machine: Machine, pending: Pending, *, server: str, force: bool) -> Outcome | None:
@@ -3663,6 +4394,12 @@ def reboot_if_due(machine: Machine) -> None:
     allowed = all(may_reboot(each, now.tm_hour, now.tm_min) for each in asked)
     if before == new or not (allowed and due and machine.needs_reboot):
         return
+    if machine.state.lost == machine.boot_id:
+        print("waits for a reboot: none is asked for where state.json does not outlive one")
+        return
+    if machine.on_trial is not None and (why := machine.why_no_reboot(new)) is not None:
+        print(f"waits for a reboot: {why}")
+        return
     if not machine.has_systemd:
         machine.log.say("a reboot is due, but systemd does not run here")
         return
@@ -3676,13 +4413,18 @@ def reboot_if_due(machine: Machine) -> None:
         raise
 
 
-def poll_once(machine: Machine) -> Current:
+def poll_once(machine: Machine, *, force: bool) -> Current:
     """What the server publishes for this machine. Raises what is wrong with it, after it was recorded and reported."""
     state, settings = machine.state, machine.settings
     try:
         patience_s = settings.connect_timeout
         machine.session, current = poll(settings, machine.directory, machine.log, state, patience_s)
-        machine.remember(**accepted(state, current))
+        machine.remember(**accepted(state, current, trusted_keys(settings, state) or {}))
+        if is_behind(current, state.published, time.time()) and len(settings.server) == 1 and not force:
+            raise BentoError(
+                f"the server publishes what is of {current.published}, and this machine has seen what is of {state.published}:"
+                " publish the newest commit, or 'bento.py populate --again' if the older state is meant"
+            )
         return current
     except Unreachable:
         raise
@@ -3700,8 +4442,8 @@ def poll_once(machine: Machine) -> Current:
 
 def what_stands(machine: Machine, current: Current) -> str | None:
     """What there is to say of a release that was deployed, and does not run."""
-    state, running = machine.state, machine.facts().running
-    if state.release != current.release or running == state.system:
+    tried, running = machine.state.tried, machine.facts().running
+    if tried is None or (tried.release, tried.result) != (current.release, Result.OK) or running == tried.system:
         return None
     if machine.on_trial is not None:
         return f"release {current.release[:12]} waits for the next boot"
@@ -3711,11 +4453,12 @@ def what_stands(machine: Machine, current: Current) -> str | None:
 def choose(machine: Machine, current: Current, *, force: bool) -> tuple[bool, str]:
     """Whether `current` is to be deployed on this machine now, and why, or why not."""
     wanted, why = decide(
-        current, machine.state, time.time(), force=force, replica=len(machine.settings.server) > 1,
-        rebuild_s=machine.settings.rebuild_every,
+        current, machine.state, time.time(), force=force, rebuild_s=machine.settings.rebuild_every,
     )  # fmt: skip
     if not wanted:
         why = what_stands(machine, current) or why
+    elif not force and current.release != machine.state.release and (expired := has_expired(current, time.time())):
+        return False, f"{why}, but not moved to: {expired}"
     if not force and (until := paused_until(machine)) is not None:
         return False, f"paused until {until}: {why}"
     return wanted, why
@@ -3732,7 +4475,7 @@ def forget_other_system(machine: Machine, current: Current) -> None:
 
 def update(machine: Machine, *, force: bool) -> int:
     """Polls, decides, and does what is to be done. Raises Unreachable when the poll fails: nothing has changed then."""
-    current = poll_once(machine)
+    current = poll_once(machine, force=force)
     forget_other_system(machine, current)
     wanted, why = choose(machine, current, force=force)
     state, facts = machine.state, machine.facts()
@@ -3740,7 +4483,7 @@ def update(machine: Machine, *, force: bool) -> int:
     # What a first trial is to lead back to.
     first = state.system is None and (state.good is None or facts.running == facts.booted)
     if (theirs or first) and facts.booted not in (state.system, state.good):
-        machine.remember(good=facts.booted, good_release=None, good_revision=None)
+        machine.remember(good=facts.booted if theirs else machine.good, good_release=None, good_revision=None)
     assert machine.session is not None
     if not wanted:
         print(why)
@@ -3791,16 +4534,19 @@ def command_run(settings: Settings, *, force: bool) -> int:
             return 0
         with at_work(settings) as machine:
             signal.alarm(POLL_LIMIT_S)  # which ends us, until a deployment has its watchdog
-            upgrade(machine)
             machine.notice_forgotten()
+            find_lost_trial(machine)
             if not settle_earlier(machine):
                 return 1
             code = update(machine, force=force)
             if code == 0 and (force or paused_until(machine) is None):
                 reboot_if_due(machine)
-            if (expired := nobody_vouches(machine.state, time.time())) is not None:
-                machine.log.say(f"error: {expired}")
-            return code if expired is None else code or 1
+            words = nobody_vouches(machine.state, time.time())
+            if machine.state.lost == machine.boot_id:
+                words = f"error: {lost_words(machine)}"
+            if words is not None:
+                machine.log.say(words)
+            return code or int(words is not None and words.startswith("error"))
 
 
 def refuse_volatile(settings: Settings) -> None:
@@ -3812,27 +4558,11 @@ def refuse_volatile(settings: Settings) -> None:
             raise BentoError(f"{settings.state} is on a {mount.kind}, gone at the next boot: persist this directory")
 
 
-def upgrade(machine: Machine) -> None:
-    """What clients before 1.1 left: journals of a build, which had changed nothing yet, and of a system that waits for
-    its first boot, which state.json knows now.
-    """
-    for name in ("pending.json", "waiting.json"):
-        path = machine.settings.state / name
-        pending = read_journal(path, parse_pending, machine.log)
-        if pending is None:
-            continue
-        step = json.loads(path.read_bytes())["step"]
-        if step == "rebooting":
-            waits = {"system": pending.new, "release": pending.release, "boot": pending.boot_id}
-            machine.remember(good=pending.old, **waits if machine.default == pending.new else {})
-        if step in ("rebooting", "building"):
-            remove(path)
-
-
 def end_lock_holder(machine: Machine) -> None:
     """Ends the run that holds the lock, and what it started: it hangs, or a person wants it gone."""
     with suppress(OSError, ValueError, IndexError):
-        holder = lock_holder(machine.settings)
+        path = machine.settings.state / "lock"
+        holder = lock_holder(path) or int(path.read_text().split()[0])  # the kernel names some devices otherwise
         children: list[str] = []
         with suppress(OSError):  # a kernel may lack this file
             children = Path(f"/proc/{holder}/task/{holder}/children").read_text().split()
@@ -3841,18 +4571,6 @@ def end_lock_holder(machine: Machine) -> None:
         for child in children:  # each leads a group, see `run`
             with suppress(OSError):
                 os.killpg(int(child), signal.SIGKILL)
-
-
-def lock_holder(settings: Settings) -> int:
-    """The process that holds the lock, as the kernel says it: what is written in the file may be an older one's."""
-    found = os.stat(settings.state / "lock")
-    where = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
-    for line in Path("/proc/locks").read_text().splitlines():
-        words = line.split()
-        if words[1] == "FLOCK" and words[5] == where:
-            return int(words[4])
-    # A file system whose device the kernel names otherwise.
-    return int((settings.state / "lock").read_text().split()[0])
 
 
 def command_rollback(settings: Settings, *, token: str | None) -> int:
@@ -3869,7 +4587,6 @@ def command_rollback(settings: Settings, *, token: str | None) -> int:
             if held:
                 with at_work(settings) as machine:
                     machine.log.kept = True
-                    upgrade(machine)
                     return go_back_now(machine, load_pending(machine), by_hand=token is None)
         if pending is None and token is None:
             raise BentoError(
@@ -3887,8 +4604,12 @@ def go_back_now(machine: Machine, pending: Pending | None, *, by_hand: bool) -> 
         save_pending(machine, pending)
     machine.watchdog = pending.watchdog
     if by_hand:
-        outcome = go_back(machine, pending._replace(by_hand=True), Outcome(Result.ROLLED_BACK, "by hand"))
+        outcome = go_back(
+            machine, pending._replace(by_hand=True), Outcome(Result.ROLLED_BACK, BY_HAND, cost=Cost.GIVEN_UP)
+        )
     else:
+        if pending.step == Step.ROLLING_BACK:
+            pending = pending._replace(deadline_s=0.0, by_hand=False)  # that is what the watchdog says
         move = settle(pending, machine.state, machine.facts(pending.new, pending.profile))
         if move == Move.GO_BACK and not pending.verdict:
             pending = pending._replace(verdict=Result.INTERRUPTED, reason=f"the client hung while {pending.step}")
@@ -3897,8 +4618,6 @@ def go_back_now(machine: Machine, pending: Pending | None, *, by_hand: bool) -> 
         return 0
     conclude(machine, pending, outcome)
     print(f"{outcome.result}: {outcome.reason}; this machine runs {machine.running}")
-    if outcome.result == Result.ROLLBACK_FAILED and not by_hand:
-        reboot_for_want(machine, pending)
     return 1 if outcome.result == Result.ROLLBACK_FAILED else 0
 
 
@@ -3913,16 +4632,6 @@ def trial_of(machine: Machine) -> Pending:
     )  # fmt: skip
 
 
-def reboot_for_want(machine: Machine, pending: Pending) -> None:
-    """Where the old system cannot be activated any more (in emergency mode there is no bus), a boot is the way back."""
-    if machine.running != pending.old and machine.default != pending.new:
-        machine.log.say("the watchdog reboots: no other way is left")
-        try:
-            machine.reboot()
-        except BentoError:
-            run(["systemctl", "reboot", "--force"], check=False, timeout=60)
-
-
 def step_back(machine: Machine) -> Pending:
     """The journal of a way back by hand: to what ran before the last deployment, or before a person's own system."""
     state, facts = machine.state, machine.facts()
@@ -3931,10 +4640,10 @@ def step_back(machine: Machine) -> Pending:
         raise BentoError("nothing to roll back: no earlier system is known on this machine")
     if not Path(back, "bin/switch-to-configuration").exists():
         raise BentoError(f"the earlier system {back} is gone (garbage collected): publish an older release instead")
-    can_try(machine, back, must=True)
+    prepare_trial(machine, back, machine.good, must=True)
     return trial_of(machine)._replace(
         old=back, new=facts.default if facts.default != back else facts.running, profile=back, step=Step.ROLLING_BACK,
-        verdict=Result.ROLLED_BACK, reason="by hand", by_hand=True, switched=facts.running != back, attempt=1,
+        verdict=Result.ROLLED_BACK, reason=BY_HAND, by_hand=True, switched=facts.running != back, attempt=1,
     )  # fmt: skip
 
 
@@ -3963,6 +4672,34 @@ def command_align(settings: Settings) -> int:
         machine = Machine(settings, log="no-log")
         if held and load_pending(machine) is None:
             align_trial(machine)
+            if not runs_bento(machine.default):
+                leave(machine)
+    return 0
+
+
+def leave(machine: Machine) -> None:
+    """Somebody's system without Bento is the default. In the middle of their switch the menu cannot be written."""
+    if not machine.switch_holder():
+        machine.leave(machine.default)
+    elif machine.has_systemd:
+        call_later(machine.settings, f"bento-leave-{os.urandom(3).hex()}", 60, "align")
+
+
+def command_hibernate(settings: Settings) -> int:
+    """Before a hibernation: it is to be woken by the kernel that goes to sleep; else the machine stays awake. A one shot that
+    is a person's stays."""
+    machine = Machine(settings, log="no-log")
+    tell_trial(settings, "sleep")
+    find_lost_trial(machine)
+    if not machine.state.armed:
+        return 0
+    loader, booted = machine.loader, machine.facts().booted
+    told, name = loader.armed(), loader.entry_of(booted).name
+    if machine.is_ours(told):
+        machine.remember(once="", slept=name)
+        loader.try_once("")  # which makes room for the other one
+        if not any(entry.name == told.default and entry.system == booted for entry in loader.list_entries()):
+            loader.try_once(booted)
     return 0
 
 
@@ -4017,13 +4754,24 @@ def command_resume(settings: Settings) -> int:
     return 0
 
 
+def command_unpin(settings: Settings) -> int:
+    """For whom only a visit is left: the one key was stolen, or the fleet is another. Nothing that a server says does it."""
+    with lock(settings) as held:
+        if not held:
+            raise BentoError("another run is at work on this machine: try again when it has ended")
+        Machine(settings, log="no-log").remember(pinned=None, serials=())
+    print("no signer is pinned any more: the next run goes by its settings, or by 'bento-client run --signers FILE'")
+    return 0
+
+
 def command_status(settings: Settings) -> int:
     if not os.access(settings.state, os.R_OK | os.X_OK) and settings.state.exists():
         raise BentoError(f"{settings.state} cannot be read: run this as root")
     machine = Machine(settings, log="no-log")
     waiting = len(list((settings.state / "outbox").glob("*.log")))
     contact = last_contact(settings, time.time())
-    print(format_status(make_report(machine), load_pending(machine), waiting, contact))
+    wait, no_reboot = next_attempt(machine.state, time.time()), why_no_reboot(machine)
+    print(format_status(make_report(machine), load_pending(machine), waiting, contact, no_reboot, wait))
     return 0
 
 
@@ -4039,8 +4787,27 @@ def last_contact(settings: Settings, now_s: float) -> str:
     return f"{when}, {duration(ago_s)} ago, {server}" + (f": lost since then: {why}" if lost else "")
 
 
-def format_status(report: Report, pending: Pending | None, waiting: int, contact: str) -> str:
-    last, over = report.last, report.expires is not None and parse_time(report.expires) <= parse_time(report.polled)
+def why_no_reboot(machine: Machine) -> str | None:
+    """Why the reboot that is needed, and allowed, is not ours."""
+    new = machine.on_trial
+    why = machine.why_no_reboot(new) if new and machine.needs_reboot and machine.settings.reboot != "never" else None
+    return why and f"waits for a reboot: {why}"
+
+
+def next_attempt(state: State, now_s: float) -> str:
+    """When what failed is tried again; nothing to say where that is at the next poll."""
+    if state.tried is None or state.tried.result == Result.OK:
+        return ""
+    if state.doubts >= MOST_VERDICTS:
+        return "not before another release, or 'bento.py populate --again'"
+    return f"not before {state.not_before}" if left_s(state, now_s) else ""
+
+
+def format_status(
+    report: Report, pending: Pending | None, waiting: int, contact: str, no_reboot: str | None, wait: str
+) -> str:
+    last, left_s = report.last, parse_time(report.expires or NEVER) - parse_time(report.polled)
+    over = left_s <= 0
     rows = [
         ("host", report.host),
         ("client", report.client),
@@ -4048,15 +4815,17 @@ def format_status(report: Report, pending: Pending | None, waiting: int, contact
         ("system", report.system),
         ("last", last and f"{last.result}, release {(last.release or '?')[:12]}, attempt {last.attempt}, {last.finished}"),
         ("reason", last and last.reason),
+        ("again", wait),
         ("paused", report.paused_until and f"until {report.paused_until}"),
         ("under way", pending and f"release {pending.release[:12]}, {pending.step}"),
         ("failed", ", ".join(report.failed_units)),
         ("waiting", report.waiting_for_boot and f"release {report.waiting_for_boot[:12]} runs from the next boot on"),
-        ("reboot", report.needs_reboot and "needed"),
+        ("reboot", no_reboot or (report.needs_reboot and "needed")),
         ("boot trial", report.boot_trial or "none"),
         ("boots", report.known_to_boot or "not known yet"),
         ("signed", report.signer and f"by {report.signer}, until {report.expires}"),
-        ("expired", over and "nobody vouches for this machine's state: sign its release anew"),
+        ("expired", over and "nobody vouches for this machine's state: sign anew"),
+        ("expires", 0 < left_s <= EXPIRES_SOON_S and f"in {duration(left_s)}: sign anew"),
         ("twin", report.twin and f"another machine reported as {report.host}, last seen {report.twin}: give it a name and"
          " a key of its own"),
         ("trust", report.first_contact and f"the server's key was taken at first contact, {report.first_contact}"),
@@ -4076,6 +4845,7 @@ COMMANDS = {
     "rollback": "back from an activation under way, else from the last update",
     "pause": f"[HOURS] deploy nothing for so long ({PAUSE_H:.0f} by default), but poll",
     "resume": "end a pause",
+    "unpin": "trust the signers that the running system names, whomever this machine has trusted",
 }
 
 
@@ -4112,7 +4882,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--force", action="store_true", help="run: try again what was given up or refused")
     parser.add_argument("--token", help=argparse.SUPPRESS)
     parser.add_argument(
-        "command", metavar="COMMAND", choices=[*COMMANDS, "align", "emergency"], help="one of those below"
+        "command", metavar="COMMAND", choices=[*COMMANDS, "align", "emergency", "hibernate"], help="one of those below"
     )
     parser.add_argument("hours", nargs="?", type=float, help=argparse.SUPPRESS)
     add_settings(parser)
@@ -4157,7 +4927,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command in ("run", "probe") and not settings.server:
             raise UsageError("no server is set: give --server, or 'server' in the configuration file")
         if command in ("run", "probe"):
-            check_trust(settings)
+            check_trust(settings, load_state(settings, Log(settings.state / "no-log")))
         if command == "run":
             return command_run(settings, force=options["force"])
         if command == "rollback":
@@ -4165,8 +4935,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command == "pause":
             return command_pause(settings, PAUSE_H if options["hours"] is None else options["hours"])
         simple = {
-            "align": command_align, "emergency": command_emergency, "key": command_key, "probe": command_probe,
-            "resume": command_resume, "status": command_status,
+            "align": command_align, "emergency": command_emergency, "hibernate": command_hibernate, "key": command_key,
+            "probe": command_probe, "resume": command_resume, "status": command_status, "unpin": command_unpin,
         }  # fmt: skip
         return simple[command](settings)
     except BentoError as error:

@@ -66,12 +66,16 @@ def add_group(name: str) -> int:
 
 def add_user(name: str, group: str, home: str | Path = "/nonexistent", shell: str = "/bin/sh") -> int:
     """An account with no password that could be right, yet not locked, in place of one of that name. Its number."""
-    for file in ("passwd", "shadow"):
-        _remove(file, name)
+    remove_user(name)
     gid, uid = add_group(group), _free_id("passwd")
     _append("passwd", f"{name}:x:{uid}:{gid}::{home}:{shell}")
     _append("shadow", f"{name}:*:20000::::::")
     return uid
+
+
+def remove_user(name: str) -> None:
+    for file in ("passwd", "shadow"):
+        _remove(file, name)
 
 
 def root_owned(directory: Path) -> Path:

@@ -14,6 +14,11 @@ Sections of this file: the table, processes, fleets, machines, a slow line, a se
 and logind, the plot, command line.
 """
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.exit(f"bench: error: Python 3.11 or later is needed; this is {sys.version.split()[0]}")
+
 import argparse
 import json
 import math
@@ -28,7 +33,6 @@ import signal
 import socket
 import statistics
 import subprocess
-import sys
 import tempfile
 import textwrap
 import threading
@@ -797,7 +801,7 @@ def bench_populate(bench: Bench) -> None:
     same, hashed = alternate(max(3, rounds), site.populate_same, lambda: measure(find).elapsed_s)
     bench.compare(f"populate, nothing changed, {site.hosts} hosts", same, "find | xargs sha256sum", hashed, 2)
     measure(["cp", "-aL", hosts, staging])
-    script = 'cd "$1"; for h in *; do rsync -rltgoDL "$h/" "$2/$h/"; diff -r "$2/$h" "$3/$h/config/"; done'
+    script = 'cd "$1"; for h in *; do rsync -rltgoDL "$h/" "$2/$h/"; tar -df "$3/$h"/releases/*.tar -C "$2/$h"; done'
     say("rsync and diff")
     shell = measure(["sh", "-c", script, "sh", hosts, staging, site.chroot]).elapsed_s
     what = f"populate, nothing changed, {site.hosts} hosts"
@@ -909,6 +913,34 @@ def bench_status(bench: Bench) -> None:
     bench.compare(f"status --json, {site.hosts} hosts", ours, against, theirs, 10, target=target, judged=judged)
 
 
+VERIFY = """\
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import bento, bento_client as client
+top = Path(sys.argv[2])
+found, keys = bento.find_signature(bento.Fleet(top, top / "chroot"), "h1"), client.read_signers(top / "key.pub")
+current = client.Current("h1", found.leaf.release, found.leaf.size, "2026-12-01T00:00:00Z", vow=found.vow)
+for _ in range(20):
+    assert client.verify(current, keys, client.State(), top, "bench").signer
+"""
+
+
+def bench_sign(bench: Bench) -> None:
+    """One signature for a fleet of hosts that share a directory, and what one of them does with it."""
+    top, hosts = bench.top / "sign", max(bench.scale.sizes)
+    write_small_files(top / "hosts/h0", 5)
+    for number in range(1, hosts):
+        (top / f"hosts/h{number}").symlink_to("h0")
+    measure(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(top / "key")])
+    say(f"sign, {hosts} hosts")
+    cost = measure([sys.executable, str(SERVER), "--fleet", str(top), "sign", "--key", str(top / "key")])
+    bench.limit(f"sign, {hosts} hosts", cost.elapsed_s, "{:.2f} s", 10)
+    cost = measure([sys.executable, "-c", VERIFY, str(SERVER.parent), str(top)])
+    bench.limit(f"verify, one host of {hosts}", cost.elapsed_s / 20 * 1000, "{:.0f} ms", 50)
+    shutil.rmtree(top)
+
+
 def bench_memory(bench: Bench) -> None:
     """The client's own peak of memory, without its children's."""
     size = bench.scale.heavy
@@ -943,6 +975,8 @@ def bench_line(bench: Bench) -> None:
         write_small_files(server.top / "fleet/hosts" / host, files)
     write_random(server.top / "fleet/hosts" / large / "firmware", scale.large_file)
     server.bento("populate", small, tree, large)
+    for host in (tree, large):  # what sftp would get without Bento
+        server.bento("show", host, str(server.chroot(host) / "plain"))
     machines = {host: server.machine(host) for host in (small, large)}
     for machine in machines.values():
         machine.update()
@@ -979,14 +1013,14 @@ def bench_line(bench: Bench) -> None:
     def get_tree() -> list[float]:
         (server.top / "got-tree").mkdir()
         with line(server.port, scale.delay_s) as slow:
-            took = server.sftp(tree, f"get -R config/. {server.top}/got-tree\n", port=slow.port).elapsed_s
+            took = server.sftp(tree, f"get -R plain/. {server.top}/got-tree\n", port=slow.port).elapsed_s
         if len(list((server.top / "got-tree").iterdir())) != scale.files:
             raise BenchError("sftp get -R did not get all files")
         return [took]
 
     def get_file() -> list[float]:
         with line(server.port, 0, rate) as thin:
-            return [server.sftp(large, f"get config/firmware {server.top}/got-file\n", port=thin.port).elapsed_s]
+            return [server.sftp(large, f"get plain/firmware {server.top}/got-file\n", port=thin.port).elapsed_s]
 
     # They wait for their lines nearly all of the time, and have one each.
     say("polls, updates, get -R and a large file, over slow lines")
@@ -1486,6 +1520,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "populate": bench_populate,
     "shared": bench_shared,
     "status": bench_status,
+    "sign": bench_sign,
     "growth": bench_growth,
     "memory": bench_memory,
     "line": bench_line,

@@ -50,17 +50,21 @@ tempfile.tempdir = str(ROOM)
 accounts.isolate(home=ROOM / "home")
 
 # Not before: what a module finds when it is imported is to be found there.
+import toynixos
 from accounts import add_user, need_accounts, root_owned
 from fleet import Site, last_data
 from sshd import free_port
 from sshdlab import BULK, EVIL, FRESH, GOOD, HOSTS, PERSON, SERVER, UNRESTRICTED, WAITING, Host, Server, call
 from toybuild import FAKE_CLIENT
 from toylab import Lab
-from toynixos import TOY, ToyMachine, need, need_nix, need_root, told
+from toynixos import TOY, Templates, ToyMachine, need, need_nix, need_root, told
+
+pytest_plugins = ("tiers",)
 
 # Tables and usage messages are as wide as they are; a test for a narrow terminal sets these itself.
 for name in ("COLUMNS", "LINES"):
     os.environ.pop(name, None)
+toynixos.templates = Templates(Path(tempfile.mkdtemp(prefix="templates-")))
 # A shell starts its background jobs with Ctrl-C ignored, and that is inherited: by programs whose end by it is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,16 +1,21 @@
 #!/usr/bin/env python3
-"""Bento's whole loop in a temporary directory: publish, pull, rebuild, a bad release rolled back, the status table.
+"""Bento's whole loop in a temporary directory: publish, pull, rebuild, a bad release rolled back, a kernel that does not
+boot, the status table.
 
 Real: bento.py, bento_client.py, sftp and sftp-server. Simulated: the machine, a toy NixOS (tests/toy/) in a directory,
 and ssh, which is left out between sftp and sftp-server. Needs neither root, nor NixOS, nor sshd, and leaves nothing
 behind.
 """
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.exit(f"demo: error: Python 3.11 or later is needed; this is {sys.version.split()[0]}")
+
 import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import textwrap
 from pathlib import Path
@@ -18,23 +23,27 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from toynixos import ToyMachine, write_config
+from toynixos import ToyMachine, find_sftp_server, write_config
 
 REPO = Path(__file__).resolve().parent.parent
 HOST = "t470"
-SFTP_SERVERS = ("/usr/lib/openssh", "/usr/libexec/openssh", "/usr/lib/ssh", "/usr/libexec")
+IN_COLOUR = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM", "dumb") != "dumb"
+BOLD, GREEN, RED = "1", "32", "31"
 # Root would be asked for the hosts' accounts. The demo publishes as anybody else may.
 AS_ANYBODY = "import os, sys; os.geteuid = lambda: 1; import bento; sys.exit(bento.main())"
 
 
-def find_sftp_server(scratch: Path) -> str | None:
+def paint(text: str, colour: str) -> str:
+    return f"\x1b[{colour}m{text}\x1b[0m" if IN_COLOUR else text
+
+
+def get_sftp_server(scratch: Path) -> str | None:
     """Where sftp-server is. On a Debian without it, its package is unpacked into the temporary directory."""
-    beside_sftp = Path(shutil.which("sftp") or "sftp").resolve().parent.parent / "libexec"  # in Nixpkgs' OpenSSH
-    for directory in (*SFTP_SERVERS, beside_sftp):
-        if os.access(f"{directory}/sftp-server", os.X_OK):
-            return f"{directory}/sftp-server"
+    if found := find_sftp_server():
+        return found
     if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
         return None
+    print("sftp-server is not installed: fetching Debian's package of it into the temporary directory", flush=True)
     for directory in ("lists/partial", "cache/archives/partial"):
         (scratch / directory).mkdir(parents=True)
     options = ["-qq", "-o", f"Dir::State::Lists={scratch}/lists", "-o", f"Dir::Cache={scratch}/cache"]
@@ -43,8 +52,8 @@ def find_sftp_server(scratch: Path) -> str | None:
         subprocess.run(["apt-get", *options, *command], cwd=scratch, check=False, stdin=subprocess.DEVNULL)
     for package in scratch.glob("openssh-sftp-server*.deb"):
         subprocess.run(["dpkg-deb", "-x", package, scratch / "openssh"], check=True)
-    found = scratch / "openssh/usr/lib/openssh/sftp-server"
-    return str(found) if found.exists() else None
+    unpacked = scratch / "openssh/usr/lib/openssh/sftp-server"
+    return str(unpacked) if unpacked.exists() else None
 
 
 class Demo:
@@ -60,20 +69,24 @@ class Demo:
             "root": str(top / "machine"),
             "state_dir": str(top / "machine/var/lib/bento"),
             "connect_timeout": 3,
-            "confirm_timeout": 3,
+            "confirm_timeout": 8,
+            "boot_loader": ["systemd-boot", "/boot"],
         }
         self.machine = ToyMachine.create(top / "machine", HOST, chroot=self.chroots / HOST, client_json=self.settings)
 
     def say(self, text: str) -> None:
-        print("\n" + textwrap.fill(text, 78), flush=True)
+        print("\n" + paint(textwrap.fill(text, 78), BOLD), flush=True)
 
     def show(self, command: str, output: str, code: int) -> None:
         """Prints a command as a person would type it, and what it said, with the demo's own paths made short."""
-        print(f"\n  $ {command}")
+        print("\n" + paint(f"  $ {command}", GREEN))
         for line in output.replace(str(self.top / "machine"), "").replace(str(self.top), "").splitlines():
-            print(textwrap.fill(line, 78, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False))
+            if "systemd does not run here" in line:  # of every activation, and there is none on a toy
+                continue
+            text = textwrap.fill(line, 78, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False)
+            print(paint(text, RED) if "error:" in line else text)
         if code:
-            print(f"  (exit code {code})", flush=True)
+            print(paint(f"  (exit code {code})", RED), flush=True)
 
     def server(self, *arguments: str) -> None:
         command: list[str | Path] = [sys.executable, "-c", AS_ANYBODY, "--fleet", self.fleet, "--chroot-dir", self.chroots, *arguments]
@@ -103,6 +116,10 @@ class Demo:
         if set(labels) != {label}:
             raise SystemExit(f"demo: error: the machine should be at {label} now")
 
+    def reboot(self) -> None:
+        print("\n" + paint("  (the machine reboots)", GREEN))
+        print(f"  the boot loader starts what {', then what '.join(self.machine.reboot())}", flush=True)
+
 
 def play(demo: Demo) -> None:
     demo.say("NixOS and ssh are simulated here, in a temporary directory. Bento, sftp and sftp-server are real.")
@@ -121,25 +138,41 @@ def play(demo: Demo) -> None:
     demo.edit("v2-cuts-the-line", cut_network=True)
     demo.server("populate")
     demo.client("run")
-    demo.say("The machine is back where it was, and told its server why. It does not try that release again.")
+    demo.say(
+        "The machine is back where it was, and told its server why. It waits for a day before it tries that release again, and "
+        "gives it up after the third time."
+    )
     demo.expect("v1")
     demo.server("status")
-    demo.say("5. The administrator mends it.")
+    demo.say("5. The administrator mends it, and somebody reboots the machine.")
     demo.edit("v3")
     demo.server("populate")
     demo.client("run")
     demo.expect("v3")
+    demo.reboot()
+    demo.client("run")
+    demo.say(
+        "6. A release with a new kernel. It proves itself on the old one, which says nothing of its boot: its first boot is a trial. "
+        "The boot loader is told to start it once, and after that the last system that is known to boot. This kernel panics."
+    )
+    demo.edit("v4-panics", kernel="panic-6.18")
+    demo.server("populate")
+    demo.client("run")
+    demo.reboot()
+    demo.say("Nobody had to choose in a boot menu. The machine tells its server, and waits for a day before it tries that release again.")
+    demo.client("run")
     demo.server("status")
     demo.server("log", HOST, "--list")
 
 
 def main() -> int:
-    if shutil.which("sftp") is None or shutil.which("ssh-keygen") is None:
-        print("demo: error: sftp or ssh-keygen is missing: install the OpenSSH client", file=sys.stderr)
+    missing = [program for program in ("git", "sftp", "ssh-keygen") if shutil.which(program) is None]
+    if missing:
+        print(f"demo: error: {', '.join(missing)} is missing: install Git, and OpenSSH's client and sftp-server", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory(prefix="bento-demo-") as name:
         top = Path(name).resolve()
-        sftp_server = find_sftp_server(top)
+        sftp_server = get_sftp_server(top)
         if sftp_server is None:
             print("demo: error: sftp-server is missing: install OpenSSH's server or its sftp-server package", file=sys.stderr)
             return 1

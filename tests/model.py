@@ -58,11 +58,6 @@ class Lost(BaseException):
     """A machine that no software brings back."""
 
 
-class Taken(BaseException):
-    """So is one without power in the seconds between a `boot` that takes the preferred entry, for the limit, and the next one,
-    which has it again. That is known, and no news."""
-
-
 @dataclass
 class World:
     """One machine and its site. `trials`: the boot loader can be told to start a system once. `rebuild_s`: a release that
@@ -75,6 +70,7 @@ class World:
     activation: str = "live"
     rebuild_s: int = 0
     limit: int = 100  # configurationLimit
+    reboot_without_trial: bool = True
     systems: dict[str, System] = field(default_factory=lambda: {"v0": System()})
     running: str = "v0"
     booted: str = "v0"
@@ -86,18 +82,27 @@ class World:
     loader_conf: str = ""
     preferred: str = ""  # LoaderEntryDefault
     once: str = ""  # LoaderEntryOneShot
+    mark: str = ""  # BentoTrial
     boot: int = 0
-    proofs: int = 0
+    proofs: float = 0  # since when this boot is to be proven
     now_s: float = NOON_S
     server_down: bool = False
     boot_full: int = 0  # 1: no room for another kernel; 2: to the last block, nothing can be written
     lies: bool = False  # the boot loader's builder says 0, and half of the kernel is there
+    nvram_full: str = ""  # what the boot loader cannot be told: "mark", "default", "once", or "both"
     lock_held: bool = False
-    refusal: bool = False  # a user's own pre-switch check
+    refusal: bool = False  # a user's own pre-switch check, of each system
+    breaks: str = ""  # a switch: "session", once; "logind", each; "bus", which is gone then
+    bus: bool = True
+    up: bool = True  # a unit that each system has, and each switch stops and starts
+    start_list: bool = False
+    person: bool = False  # switches while the next proof is under way
+    theirs: str = ""
     published: str = "v0"
     release: str = "0" * 63 + "1"
     proven: set[str] = field(default_factory=lambda: {"v0"})  # has booted, and has network then; or is a person's
-    taken: bool = False  # the limit of entries has taken the preferred one; to be put right before the run ends
+    kept: str = ""  # what the profile of the system to fall back to names
+    kept_number: int = 0
     left: int | None = None  # effects until the fault
     fault: str = ""
     trace: list[str] = field(default_factory=list)
@@ -141,7 +146,7 @@ class World:
 
     def check(self) -> None:
         """At any moment: what boots when all else fails is known to boot, where the loader can do trials."""
-        if self.trials and not self.taken and self.standing not in self.proven:
+        if self.trials and self.standing not in self.proven:
             raise Lost(f"{self.standing} would be booted for good, and has never booted")
 
     def start(self, pick: str = "") -> None:
@@ -155,28 +160,61 @@ class World:
             if self.systems[chosen].boots != "panics" and chosen not in self.truncated:
                 break
         else:
-            raise Taken if self.taken else Lost(f"{chosen} panics for ever")
+            raise Lost(f"{chosen} panics for ever")
         self.running = self.booted = chosen
-        self.specialisation = ""
+        self.specialisation, self.bus, self.up, self.start_list = "", True, True, False
         if self.systems[chosen].boots == "well":
             self.proven.add(chosen)
 
+    def hibernate(self, *, resumes: bool) -> None:
+        """The loader has to wake the kernel that went to sleep, be it one on trial; a resume that fails is a boot."""
+        self.say("-- hibernate")
+        try:
+            client.command_hibernate(self.settings)
+        except BentoError as error:
+            self.say(f"   it stays awake: {error}")
+            return
+        chosen, trial = self.entries.get(self.once, self.standing), bool(self.mark)
+        if trial and chosen != self.booted:
+            raise Lost(f"{chosen} is to wake {self.booted}: what was asleep is lost")
+        if resumes and chosen == self.booted:
+            self.once = ""
+        else:
+            self.start()
+
     # -- its programs --
 
-    def switch(self, name: str, action: str) -> tuple[int, str]:
+    def switch(self, name: str, action: str, checked: bool = True) -> tuple[int, str]:
         self.effect(f"switch {action} {name}")
         system = self.systems[name]
-        if action == "boot":
-            return self.write_loader(name)
         if self.lock_held:
             return 11, "Could not acquire lock"
-        if system.inhibitor != self.systems[self.running].inhibitor:
-            return 1, "Pre-switch check 'switchInhibitors' failed"
-        if self.refusal:
+        if checked and self.refusal:
             return 1, "Pre-switch check 'mine' failed"
+        if action == "boot":
+            return self.write_loader(name)
+        if checked and system.inhibitor != self.systems[self.running].inhibitor:
+            return 1, "Pre-switch check 'switchInhibitors' failed"
         if system.init != self.systems[self.running].init:
             return 100, ""
+        if not self.bus:
+            return 1, "Error: Failed to open dbus connection"
+        return self.activate(name)
+
+    def activate(self, name: str) -> tuple[int, str]:
+        """Stops, activates, asks logind, starts."""
+        self.up, self.start_list = False, True
+        self.effect(f"(stopped units for {name})")
+        if self.breaks == "bus":
+            self.breaks, self.bus = "", False
+            return 1, "Error: Failed to process dbus messages"
         self.running = name
+        self.effect(f"(activated {name})")
+        if self.breaks:
+            code = 11 if self.breaks == "logind" else 1
+            self.breaks = "" if self.breaks == "session" else self.breaks
+            return code, "Error: of logind"
+        self.up, self.start_list = True, False
         self.effect(f"(after switch test {name})")
         return 0, ""
 
@@ -185,13 +223,14 @@ class World:
             return 11, "Could not acquire lock"
         numbers = [self.profile, *sorted(self.generations.keys() - {self.profile}, reverse=True)][: self.limit]
         entries = {str(number): self.generations[number] for number in numbers}
+        if self.kept:
+            entries[f"bento-{self.kept_number}"] = self.kept
         new, wanted = {*entries.values()} - {*self.entries.values()}, {*entries.values()}
         if self.boot_full == 2 or (self.boot_full and new):
             return 1, "No space left on device"
         if self.lies:
             self.truncated |= new
         self.truncated &= wanted
-        self.taken |= self.limit < 100 and self.preferred not in entries
         self.entries, self.loader_conf = entries, str(self.profile)
         self.check()
         self.effect(f"(after switch boot {name})")
@@ -213,7 +252,7 @@ class World:
 
     def nixos_rebuild(self, name: str, action: str) -> None:
         """By hand: what a person makes the default is theirs, whether it boots or not."""
-        if self.boot_full or self.lock_held or self.lies:
+        if self.boot_full or self.lock_held or self.lies or not self.bus or self.breaks:
             return
         self.systems[name] = System()
         self.make_store(name)
@@ -222,7 +261,7 @@ class World:
             self.proven.add(name)  # their own affair
             self.write_loader(name)
         if action != "boot" and self.systems[self.running].inhibitor == 0 and self.systems[self.running].init == 0:
-            self.running = name
+            self.running, self.up, self.start_list = name, True, False
 
     def collect_garbage(self) -> None:
         self.generations = {self.profile: self.default}
@@ -241,6 +280,7 @@ class World:
 
     def publish(self, name: str, system: System) -> None:
         self.upgrade_channels(name, system)
+        self.theirs = ""
         self.release = format(int(name[1:]) + 1, "064x")
 
     def upgrade_channels(self, name: str, system: System) -> None:
@@ -256,7 +296,7 @@ class World:
         values = {
             "host": "toy", "server": [SERVER], "state_dir": str(self.top / "state"), "root": str(self.top / "root"),
             "confirm_timeout": 1, "connect_timeout": 1, "reboot": self.reboot, "activation": self.activation,
-            "rebuild_every": self.rebuild_s or None,
+            "rebuild_every": self.rebuild_s or None, "reboot_without_trial": self.reboot_without_trial,
         }  # fmt: skip
         return client.make_settings(values, "model")
 
@@ -264,6 +304,7 @@ class World:
         """A run of the timer's, the watchdog's or a person's, with a fault before effect number `left`."""
         self.left, self.fault, self.effects = left, fault, 0
         self.now_s += 900
+        self.theirs = ""
         self.say(f"-- {how}" + (f", {fault} at {left}" if left is not None else ""))
         try:
             if how == "watchdog":
@@ -274,7 +315,8 @@ class World:
             if how == "pause":
                 return client.command_pause(self.settings, 1.0)
             ended = client.command_run(self.settings, force=False)
-            self.taken &= self.journal  # then it is tried again
+            if self.theirs not in ("", self.default):
+                raise Lost(f"it took {self.theirs} from a person")
             self.check()
             return ended
         except Killed as error:
@@ -305,7 +347,8 @@ class World:
 
     def is_well(self) -> bool:
         agree = self.running == self.default == self.standing == self.entries[self.loader_conf]
-        return self.network and agree and not self.journal and not (self.preferred or self.once)
+        told = self.preferred or self.once or self.mark
+        return self.network and agree and not self.journal and not told and self.up and not self.start_list
 
 
 class ModelLoader(Loader):
@@ -319,44 +362,63 @@ class ModelLoader(Loader):
         name = name_of(system)
         if name in self.world.truncated:
             return f"the kernel of {name} is truncated"
-        return None if self.shows(system) else f"no entry for {name}"
+        return None if name in self.world.entries.values() else f"no entry for {name}"
 
     def entry_of(self, system: str) -> BootEntry:
-        for entry, name in self.world.entries.items():
+        for entry, name in sorted(self.world.entries.items(), key=lambda item: not item[0].startswith("bento")):
             if name == name_of(system):
-                return BootEntry(entry, version=f"Generation {entry}")
+                return BootEntry(entry)
         raise BentoError(f"no entry for {name_of(system)}")
 
     def starts(self, system: str) -> bool:
         return name_of(system) == self.world.entries[self.world.loader_conf]
 
-    def shows(self, system: str) -> bool:
-        return name_of(system) in self.world.entries.values()
-
-    def shows_others(self, system: str) -> bool:
-        return set(self.world.entries.values()) != {name_of(system)}
+    def lasts(self, system: str) -> bool:
+        return any(name == name_of(system) and entry.startswith("bento") for entry, name in self.world.entries.items())
 
     def flush(self) -> None:
         self.world.effect("flush /boot")
 
-    def armed(self) -> client.Armed:
-        return client.Armed(self.world.preferred, self.world.once)
+    def unmounted(self) -> str | None:
+        return None
 
-    def prefer(self, system: str) -> None:
+    def altered(self, system: str, good: str) -> list[Path]:
+        return []
+
+    def list_entries(self) -> list[BootEntry]:
+        return [BootEntry(entry, self.world.path(name)) for entry, name in self.world.entries.items()]
+
+    def armed(self) -> client.Armed:
+        return client.Armed(self.world.preferred, self.world.once, self.world.mark)
+
+    def prefer(self, system: str, mark: str) -> None:
+        if self.world.mark != mark:
+            self.world.effect("set BentoTrial")
+            self.tell("mark", self.world.mark, mark)
+            self.world.mark = mark
         self.world.effect(f"set-default {name_of(system)}")
-        self.world.preferred, self.world.taken = self.entry_of(system).name, False
+        self.tell("default", self.world.preferred, self.entry_of(system).name)
+        self.world.preferred = self.entry_of(system).name
         self.world.check()
 
     def try_once(self, system: str) -> None:
-        self.world.effect(f"set-oneshot {name_of(system)}")
-        self.world.once = self.entry_of(system).name
+        name = system and self.entry_of(system).name
+        self.world.effect(f"set-oneshot {name}")
+        self.tell("once", self.world.once, name)
+        self.world.once = name
 
-    def clear(self, before: str) -> None:
+    def tell(self, what: str, before: str, name: str) -> None:
+        if name and before != name and self.world.nvram_full in (what, "both"):
+            raise BentoError("No space left on device")
+
+    def clear(self, before: str, once: str) -> None:
         self.world.effect("clear the loader's variables")
-        self.world.once = ""
+        self.world.once = "" if self.world.once == once else self.world.once
         self.world.effect("clear the default")
         self.world.preferred = before
         self.world.check()
+        self.world.effect("clear the mark")
+        self.world.mark = ""
 
 
 class ModelLog:
@@ -395,6 +457,10 @@ class ModelMachine(Machine):
         return self.world.path(self.world.default)
 
     @property
+    def kept(self) -> str:
+        return self.world.path(self.world.kept) if self.world.kept else ""
+
+    @property
     def boot_id(self) -> str:
         return f"boot {self.world.boot}"
 
@@ -406,11 +472,20 @@ class ModelMachine(Machine):
         systems = self.world.systems
         return systems[self.world.booted].kernel == systems[name_of(system)].kernel
 
-    def is_switching(self) -> bool:
-        return self.world.lock_held
+    def switch_holder(self) -> str:
+        return "somebody" if self.world.lock_held else ""
 
-    def switch(self, system: str, action: str, token: str) -> Done:
-        return Done(*self.world.switch(name_of(system), action))
+    def switch(self, system: str, action: str, token: str, *, back: bool = False) -> Done:
+        return Done(*self.world.switch(name_of(system), action, not back))
+
+    def start_list(self) -> bytes | None:
+        return b"web.service" if self.world.start_list else None
+
+    def has_bus(self) -> bool:
+        return self.world.bus
+
+    def note_active(self) -> None:
+        pass
 
     def jobs(self) -> list[int]:
         return []
@@ -418,33 +493,30 @@ class ModelMachine(Machine):
     def end_switches(self, pending: Pending) -> None:
         pass
 
-    def has_begun(self) -> bool:
-        return True
-
-    def nix_env(self, *words: str) -> None:
+    def nix_env(self, *words: str, profile: Path | None = None) -> None:
         self.world.nix_env(*words)
 
     def generations(self) -> dict[int, str]:
         return {number: self.world.path(name) for number, name in sorted(self.world.generations.items())}
 
-    def link_generation(self, number: int, system: str, latest_ns: int) -> None:
-        self.world.effect(f"generation {number}: {name_of(system)}")
-        assert number not in self.world.generations
-        self.world.generations[number] = name_of(system)
-
     def write_menu(self, system: str) -> None:
-        code, words = self.world.switch(name_of(system), "boot")
+        code, words = self.world.switch(name_of(system), "boot", False)
         if code:
             raise BentoError(words)
 
     def keep(self, system: str) -> None:
-        pass
+        if self.world.kept != name_of(system):
+            self.world.effect(f"nix-env bento --set {name_of(system)}")
+            self.world.kept, self.world.kept_number = name_of(system), self.world.kept_number + 1
 
-    def count_proof(self) -> int:
-        self.world.proofs += 1
-        return self.world.proofs
+    def trial_age_s(self) -> float:
+        self.world.proofs = self.world.proofs or self.world.now_s
+        return self.world.now_s - self.world.proofs
 
-    def reboot(self) -> None:
+    def trial_mark(self, new: str) -> str:
+        return f"{new} 900"
+
+    def reboot(self, *, force: bool = False) -> None:
         self.world.effect("systemctl reboot")
         self.world.start()
         raise Rebooted
@@ -520,6 +592,13 @@ def make_doors(world: Callable[[], World]) -> dict[str, Any]:
         return ModelSession()
 
     def probe_system(machine: Machine, system: str, limit_s: float) -> str | None:
+        if world().person and machine is not None:
+            world().person = False
+            world().say("-- a person's nixos-rebuild switch, during the proof")
+            before = world().default
+            world().nixos_rebuild("v850", "switch")
+            live = world().journal and world().files["pending.json"].step == client.Step.ACTIVATING
+            world().theirs = world().default if live and world().default != before else ""
         return None if world().network else "cannot reach the server"
 
     def check_health(machine: Machine, system: str, give_up: float) -> client.Failure | None:
@@ -541,24 +620,24 @@ def make_doors(world: Callable[[], World]) -> dict[str, Any]:
         return None
 
     def bug(log: Any, error: Exception) -> str:
-        raise Lost("a bug") from error
+        raise Lost(f"a bug: {error!r}") from error
 
-    def arm(machine: Machine, token: str, limit_s: float) -> None:
-        machine.watchdog = "watchdog"
+    def arm(machine: Machine, token: str, step: str, limit_s: float) -> None:
+        machine.watchdog = step
 
     def say_report(machine: Machine, *words: Any) -> None:
         world().effect("report")
 
     return {
         "encode": lambda record: record, "read_journal": lambda path, parse, log: world().files.get(path.name),
-        "write_atomic": write_atomic, "upgrade": nothing, "clear_pending": clear_pending, "poll": poll, "knock": knock,
+        "write_atomic": write_atomic, "clear_pending": clear_pending, "poll": poll, "knock": knock,
         "runs_bento": lambda system: world().systems[name_of(system)].bento, "settings_of": lambda system: {},
-        "FIRST_PROOFS": client.PATIENT_PROOFS,
+        "FIRST_TRIAL_S": client.TRIAL_S, "tell_trial": lambda settings, word: False,
         "probe_system": probe_system, "probe_failure": lambda settings: probe_system(None, "", 0),  # type: ignore[arg-type]
         "check_health": check_health, "scratch": scratch, "lock": lock, "heartbeat": heartbeat, "arm": arm, "disarm": nothing,
         "report": say_report, "tell_bug": bug, "deliver": say_report, "announce": nothing, "keep_log": nothing,
         "refuse_volatile": nothing, "name_holder": nothing, "wait_for_units": nothing, "fetch": nothing,
-        "is_untouched": lambda tree: True, "adopt": nothing, "build": lambda settings, log: world().path(world().published),
+        "is_untouched": lambda tree: True, "adopt": nothing, "build": lambda settings, log, signed: world().path(world().published),
         "unfit_for_boot": nothing, "free_bytes": lambda path: 1 << 40, "sync_directory": nothing, "print": nothing,
         "Path": functools.lru_cache(None)(Path), "run_hooks": nothing,  # both for speed: nothing here has a hook
         "run": lambda argv, **more: Done(0, ""), "signal": type("Signal", (), {"alarm": staticmethod(lambda s: None)}),

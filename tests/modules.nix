@@ -72,6 +72,17 @@ let
     options = {
       assertions = option (types.listOf types.anything) [ ];
       boot = {
+        initrd = {
+          availableKernelModules = option (types.listOf types.str) [ ];
+          extraUtilsCommands = option types.lines "";
+          luks.devices = attrs;
+          preDeviceCommands = option types.lines "";
+          systemd = {
+            enable = option types.bool (!old);
+            services = attrs;
+            storePaths = option (types.listOf types.anything) [ ];
+          };
+        };
         kernelParams = option (types.listOf types.str) [ ];
         loader = {
           efi.efiSysMountPoint = option types.str "/boot";
@@ -79,6 +90,7 @@ let
             enable = option types.bool false;
             extraConfig = option types.lines "";
             mirroredBoots = option (types.listOf types.anything) [ ];
+            users = attrs;
           };
           systemd-boot = {
             enable = option types.bool false;
@@ -219,7 +231,9 @@ in
       emergency = config.systemd.enableEmergencyMode;
       watchdog =
         if old then config.systemd.watchdog.runtimeTime else config.systemd.settings.Manager.RuntimeWatchdogSec or null;
-      hibernate = config.systemd.services.bento-hibernate.script or "";
+      inherit (config.boot) initrd;
+      ends = config.systemd.services.bento-trial-ends or null;
+      inherit ((builtins.fromJSON config.environment.etc."bento/client.json".text)) asks;
     };
 
   # A server, from its modules.

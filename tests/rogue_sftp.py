@@ -22,6 +22,7 @@ HARMS = {
     "endless-names": "a directory without end",
     "huge-names": "a directory of names of 200 kB",
     "marks": "writes what a client could take for the end of an answer, on stderr, before it answers",
+    "full": "has room for the first bytes of a file only",
     "noise": "writes to stderr without end, and answers nothing",
 }
 MARKS = "Local working directory: /\nsftp> # 00000000000000000000000000000000\nsftp> lpwd\nLocal working directory: /\n"
@@ -107,8 +108,9 @@ class Rogue:
                 case 6:  # write
                     offset, length = struct.unpack(">QI", rest[:12])
                     self.files[first].seek(offset)
-                    self.files[first].write(rest[12 : 12 + length])
-                    self.status(number, 0)
+                    whole = self.how != "full"
+                    self.files[first].write(rest[12 : 12 + (length if whole else 9)])
+                    self.status(number, 0 if whole else FAILURE)
                 case 4:  # close
                     if first in self.files:
                         self.files.pop(first).close()

@@ -205,7 +205,7 @@ class Host:
             "connect_timeout": 10, "confirm_timeout": 10,
         }  # fmt: skip
         (top / "programs").mkdir()
-        for program in ("boot", "nix-env", "nixos-rebuild"):
+        for program in ("boot", "bootctl", "nix-env", "nixos-rebuild"):
             (top / "programs" / program).symlink_to(TOY / program)
         (top / "client.json").write_text(json.dumps(settings))
         return cls(server, machine, settings)

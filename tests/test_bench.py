@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from accounts import need_accounts
-from toynixos import need
+from toynixos import need, need_sftp
 
 BENCH = Path(__file__).resolve().parent / "bench.py"
 ROWS = {
@@ -19,6 +19,7 @@ ROWS = {
     "poll": ["a poll with nothing new, loopback, CPU"],
     "populate": ["populate, everything new, durable", "populate, nothing changed"],
     "status": ["status --json"],
+    "sign": ["sign, ", "verify, one host of"],
     "growth": ["populate, peak memory, 5 hosts", "the same at 5 hosts"],
     "memory": ["populate, peak memory", "the client's peak memory"],
     "line": ["a poll with nothing new", "an update of", "connections of such an update", "an update of one line beside"],
@@ -36,7 +37,7 @@ def start(argv: Sequence[str | Path], scratch: Path) -> "subprocess.Popen[str]":
 @pytest.mark.parametrize("section", ROWS)
 def test_bench(section: str, tmp_path: Path) -> None:
     need("rsync")
-    need("sftp")
+    need_sftp()
     if section in ("line", "load"):
         need_accounts()
         need("sshd")

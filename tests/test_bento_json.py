@@ -42,6 +42,33 @@ def test_a_malformed_bento_json(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "bad"),
+    [
+        ("-L --show-trace --max-jobs 4 -j auto --cores 2 --log-format bar-with-logs", ""), ("--impure", "--impure"),
+        ("--max-jobs", "--max-jobs"), ("--max-jobs --impure", "--max-jobs --impure"), ("-L --option cores 1", "--option"),
+        ("--accept-flake-config", "--accept-flake-config"), ("-I nixpkgs=/x", "-I"), ("--log-format=x", "--log-format=x"),
+        ("--builders ssh://x", "--builders"), ("-L x", "x"), ("--own 1", ""), ("--own 2", "2"),
+    ],
+)  # fmt: skip
+def test_an_option_that_could_run_a_program(options: str, bad: str) -> None:
+    recipe = client.Recipe("a", "", tuple(options.split()))
+    try:
+        client.check_options(recipe, ("--own", "1"), "the setting")
+    except BentoError as error:
+        assert bad and f"the option {bad} is not one of the harmless ones" in str(error) and "the setting has to" in str(error)
+    else:
+        assert not bad
+
+
+def test_the_host_does_not_take_the_servers_word_for_it(tmp_path: Path) -> None:
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/bento.json").write_text('{"format": 1, "options": ["--accept-flake-config"]}')
+    settings = client.Settings(server=("s",), host="a", state_dir=str(tmp_path))
+    with pytest.raises(BentoError, match=r"services\.bento\.allowOptions, in a release without it, has to allow each word"):
+        client.build(settings, client.Log(tmp_path / "log"))
+
+
+@pytest.mark.parametrize(
     ("entry", "version", "where"),
     [
         ("flake.nix", "nix (Nix) 2.24.0", "path:DIR/config?dir=nix#{}"), ("flake.nix", "nix (Nix) 3.1", "path:DIR/config?dir=nix#{}"),
@@ -53,7 +80,7 @@ def test_bento_json_is_for_both_sides(
     entry: str, version: str, where: str, site: Site, toys: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the server runs, the host runs: attribute, directory, options, for a tree that hosts share."""
-    recipe = {"format": 1, "directory": "nix", "options": ["--impure"], "hosts": {
+    recipe = {"format": 1, "directory": "nix", "options": ["-L"], "hosts": {
         "a": {"attribute": "web1.example.org", "options": ["--accept-flake-config", "--option", "cores", "1"]},
     }}  # fmt: skip
     site.host("x", {"bento.json": json.dumps(recipe), f"nix/{entry}": "{ }\n"})
@@ -63,10 +90,13 @@ def test_bento_json_is_for_both_sides(
     write_program(site.top / "bin/nixos-rebuild", f'for word; do echo "$word"; done >>{site.top}/words\n')
     write_program(site.top / "bin/nix", f'echo "{version}"\n')
     monkeypatch.setenv("PATH", f"{site.top}/bin:{os.environ['PATH']}")
+    assert "the option --accept-flake-config is not one of the harmless ones" in site.run("check", "a").err
+    assert not (site.top / "words").exists()
+    monkeypatch.setenv("BENTO_ALLOW_OPTIONS", "--accept-flake-config --option cores 1")
     site.publish("--check")
     words = (site.top / "words").read_text()
     wanted = f"dry-build {'--flake' if 'flake' in entry else '--no-flake -I'} {where}"
-    options = {"a": "--accept-flake-config --option cores 1", "b": "--impure"}
+    options = {"a": "--accept-flake-config --option cores 1", "b": "-L"}
     attributes = {"a": "web1.example.org", "b": "b"}
     found = re.sub(r"(path:|nixos-config=)/\S+?/config(?=[/?])", r"\1DIR/config", " ".join(words.split()))
     assert found == " ".join(f"{wanted.format(attributes[name])} {options[name]}" for name in "ab")
@@ -110,7 +140,7 @@ def test_a_host_whose_client_does_not_know_bento_json(site: Site) -> None:
     site.write_report(client="1.0")
     site.publish()  # nothing in it is for this host
     for version, good in (("1.0", False), ("0.9", False), ("?", False), ("1.1", True), ("1.10", True), ("2.0", True)):
-        site.host("a", {"bento.json": '{"format": 1, "options": ["--impure"]}', "version": version})
+        site.host("a", {"bento.json": '{"format": 1, "options": ["-L"]}', "version": version})
         site.write_report(client=version)
         ran = site.run("populate")
         assert ran.code == (0 if good else 1)
@@ -118,7 +148,7 @@ def test_a_host_whose_client_does_not_know_bento_json(site: Site) -> None:
             f"bento: error: a: its client, version {version}, does not know bento.json and would build something else"
         )  # fmt: skip
     assert site.current() != before
-    site.host("new", {"bento.json": '{"format": 1, "options": ["--impure"]}'} | CONFIGURATION)
+    site.host("new", {"bento.json": '{"format": 1, "options": ["-L"]}'} | CONFIGURATION)
     site.publish("new")
     site.host("bad", {"bento.json": '{"format": 2}'} | CONFIGURATION)
     assert site.run("populate", "bad").errors == [

@@ -128,7 +128,8 @@ def test_one_flake_for_two_hosts_is_published_as_it_is(tmp_path: Path, locked: b
     )
     assert done.returncode == 0, done.stderr
     for name in ("a", "b"):
-        tree = tmp_path / "chroot" / name / "config"
+        tree = tmp_path / name
+        assert subprocess.run(command(tmp_path, "show", name, str(tree)), env=environment(tmp_path)).returncode == 0
         assert {path.name: path.read_bytes() for path in tree.iterdir() if path.is_file()} == before
         assert f"-nixos-system-{name}-{name}-{mark}" in (tmp_path / "chroot" / name / "current.json").read_text()
         assert tree.stat().st_mtime == 1

@@ -125,7 +125,8 @@ def test_rollback_by_hand_is_about_the_release_that_runs(lab: Lab, cut: bool) ->
     second = lab.publish("v2")
     lab.client("run")
     third = lab.publish("v3", build="fail")
-    lab.client("run", code=1)
+    for _ in range(2):
+        lab.client("run", code=1)
     if cut:
         Path(lab.file("go")).unlink()
         Path(lab.file("reached")).unlink()

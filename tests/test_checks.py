@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from fleet import (
     snapshot,
     toy_host,
 )
-from toynixos import write_config
+from toynixos import need, write_config
 
 import bento
 import bento_client as client
@@ -101,12 +102,7 @@ def test_what_is_only_built_is_not_cut_into_parts(site: Site, toys: Path, monkey
     assert check_parts(site)[1] == LARGE
     (site.fleet / "hosts/a/big").write_bytes(os.urandom(LARGE))
     before = site.current()
-    with monkeypatch.context() as patched:
-        patched.setattr(bento, "copy_part", lambda *_: os.listdir("/gone"))
-        assert site.run("check").code == site.run("build").code == 0
-        assert site.run("populate", "--check").errors == ["bento: error: a: [Errno 2] No such file or directory: '/gone'"]
-    assert site.current() == before
-    assert not (site.chroots / "a/releases/.new").exists()
+    assert site.run("check").code == site.run("build").code == 0
     site.publish("--check")
     assert site.current() != before and check_parts(site)[1] == LARGE
     assert built == [["config"]] * 4
@@ -141,9 +137,10 @@ def test_check_and_build(site: Site, toys: Path) -> None:
     ran = site.run("check", "-j", "3")
     assert ran.code == 1
     fleet = bento.Fleet(site.fleet, site.chroots)
-    release, _ = bento.write_release(bento.list_members(fleet, "a"), None)
+    with closing(fleet.source):
+        release, _ = bento.write_release(fleet.source, bento.list_members(fleet, "a")[0])
     assert re.fullmatch(rf"a: {release[:12]} evaluates \([0-9]+s\)\n", ran.out)
-    assert "bento: error: refused: hosts/refused/x: link loop (Too many levels of symbolic links)" in ran.errors
+    assert "bento: error: refused: hosts/refused/x: link loop" in ran.errors
     assert any(line.startswith("bento: error: bad: nixos-rebuild dry-build: exit 1; ") for line in ran.errors)
     assert not site.chroots.exists()
     assert not toys.exists() or not list(toys.glob("*-nixos-system-*"))
@@ -170,8 +167,9 @@ def test_build_notes_no_other_system_than_the_signed_one(site: Site, toys: Path)
     """It would stand in current.json beside a signature of another, and no populate would pass any more."""
     toy_host(site, "a")
     release, _ = bento.read_release(bento.Fleet(site.fleet, site.chroots), "a")
-    signed = client.Signed("a", release.id, release.size, "/nix/store/signed", 1, "2040-01-01T00:00:00Z", False, ())
-    (site.fleet / "hosts/a.sig").write_text(client.format_signed(signed) + bento.ARMOR)
+    leaf = client.format_leaf(client.Leaf("a", release.id, release.size, "/nix/store/signed", None))
+    text = client.format_signed(client.Signed("f" * 32, 1, "2040-01-01T00:00:00Z", bento.Tree([leaf]).root))
+    (site.fleet / "hosts/signed").write_text(f"{text}{client.ARMOR}{bento.ARMOR_END}{leaf}\n")
     site.publish()
     before = site.current()
     assert before.system == "/nix/store/signed"
@@ -195,7 +193,10 @@ def test_build_leaves_current_json_alone_while_populate_is_at_work(site: Site, t
 
 def test_without_nixos_rebuild(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     site.host("a")
-    monkeypatch.setenv("PATH", "/nonexistent")
+    (site.top / "bin").mkdir()
+    for name in ("git", "find"):
+        (site.top / "bin" / name).symlink_to(need(name))
+    monkeypatch.setenv("PATH", str(site.top / "bin"))
     ran = site.run("populate", "--check")
     assert ran.code == 1
     assert "nixos-rebuild: No such file or directory" in ran.err
@@ -224,7 +225,7 @@ def test_one_line_for_the_same_error(site: Site, toys: Path) -> None:
     (error,) = [line for line in ran.errors if line.startswith("bento: error: ")]
     assert error.startswith("bento: error: 8 hosts (h0, h1, h2, h3, h4, …): nixos-rebuild dry-build: exit 1;")
     for name in ("x", "y"):  # other places to look at
-        site.host(name).joinpath("configuration.nix").unlink()
+        site.host(name, {"x.nix": ""})
     assert site.run("populate", "x", "y").errors == [
         f"bento: error: {name}: hosts/{name}: neither flake.nix nor configuration.nix in it" for name in "xy"
     ]

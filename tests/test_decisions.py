@@ -5,12 +5,29 @@ from typing import Any
 import pytest
 from toylab import NOON, QUARTER, A, B, attempt
 
-from bento_client import Current, Result, State, decide, is_odd, may_reboot, retry_pause_s
+from bento_client import (
+    Cost,
+    Current,
+    Pinned,
+    Result,
+    Signed,
+    State,
+    Vow,
+    age,
+    decide,
+    format_signed,
+    format_time,
+    may_reboot,
+    pause_s,
+)
+
+DAY = 86400
 
 
-def state_after(result: str, number: int = 1, **more: Any) -> State:
-    tried = attempt(result, number)
-    return State(unpacked=A, tried=tried, last=tried, published="2026-11-23T10:00:00Z")._replace(**more)
+def state_after(result: str, number: int = 1, wait_s: float | None = None, **more: Any) -> State:
+    tried, not_before = attempt(result, number), None if wait_s is None else format_time(NOON + wait_s)
+    state = State(unpacked=A, tried=tried, last=tried, published="2026-11-23T10:00:00Z", not_before=not_before)
+    return state._replace(**more)
 
 
 CURRENT = Current(host="toy", release=A, size=10, published="2026-11-23T10:00:00Z")
@@ -23,37 +40,23 @@ CURRENT = Current(host="toy", release=A, size=10, published="2026-11-23T10:00:00
         (state_after("ok", tried=attempt("ok", release=B), unpacked=B), 0, True, "new release"),
         (state_after("rolled-back", tried=attempt("rolled-back", release=B), unpacked=B), 0, True, "new release"),
         (state_after("ok"), 10**6, False, "up to date"),
-        (state_after("rolled-back"), 10**6, False, "was rolled back (a reason): waiting for a new release"),
-        (state_after("rollback-failed"), 10**6, False, "was rolled back"),
-        # nobody can tell whose fault it was that the server was out of reach: once more, a day later
-        (state_after("rolled-back", doubts=1), 86399, False, "was rolled back (a reason): waiting for a new release"),
-        (state_after("rolled-back", doubts=1), 86400, True, "rolled-back before, attempt 2"),
-        (state_after("rolled-back", 2, doubts=2), 10**6, False, "was rolled back (a reason): waiting for a new release"),
-        (state_after("rolled-back", doubts=1), -86401, False, "was rolled back"),
-        (state_after("rollback-failed", 2, doubts=1), 10**6, False, "was rolled back"),
-        (state_after("interrupted", interruptions=1), 0, True, "attempt 2"),
-        (state_after("interrupted", 2, interruptions=2), 10**6, False, "interrupted twice"),
-        # a failed build: 15, 30, 60 minutes, ... 24 hours
-        (state_after("build-failed", 1), QUARTER - 1, False, "build-failed, next attempt in"),
-        (state_after("build-failed", 1), QUARTER, True, "build-failed before, attempt 2"),
-        (state_after("build-failed", 2), QUARTER, False, "next attempt in 15min"),
-        (state_after("build-failed", 2), 2 * QUARTER, True, "attempt 3"),
-        (state_after("build-failed", 50), 86399, False, "next attempt in 1s"),
-        (state_after("build-failed", 50), 86400, True, "attempt 51"),
-        # a bad moment: the first three at once
-        (state_after("fetch-failed", 3, unpacked=B), 0, True, "attempt 4"),
-        (state_after("postponed", 3), 0, True, "attempt 4"),
-        (state_after("postponed", 4), 0, False, "postponed, next attempt in 15min"),
-        (state_after("postponed", 4), QUARTER, True, "attempt 5"),
-        # what costs an activation each time is no bad moment
-        (state_after("postponed", 1, costly=True), QUARTER - 1, False, "postponed, next attempt in"),
-        (state_after("postponed", 1, costly=True), QUARTER, True, "attempt 2"),
-        (state_after("postponed", 3, costly=True), 4 * QUARTER - 1, False, "next attempt in"),
-        # an unknown result of another version of Bento is a failure like others
+        # whatever came of it: not before a time, which is written when it ends; nothing to wait for is the next poll
+        (state_after("postponed"), 0, True, "postponed before, attempt 2"),
+        (state_after("interrupted", 2, doubts=2), 0, True, "attempt 3"),
+        (state_after("rolled-back", wait_s=DAY, doubts=1), DAY - 1, False, "was rolled back (a reason), next attempt in 1s"),
+        (state_after("rolled-back", wait_s=DAY, doubts=2), DAY, True, "rolled-back before, attempt 2"),
+        (state_after("build-failed", wait_s=QUARTER), 0, False, "build-failed, next attempt in 15min"),
+        # after the third verdict, for good
+        (state_after("rolled-back", 3, wait_s=DAY, doubts=3), 10**6, False, "was rolled back (a reason): waiting for a new release"),
+        (state_after("interrupted", 3, doubts=3), 0, False, "or 'bento.py populate --again'"),
+        # ... or until somebody publishes it again
+        (state_after("rolled-back", 3, doubts=3, published="2026-11-23T09:00:00Z"), 0, True, "published again"),
+        (state_after("build-failed", wait_s=DAY, published="2026-11-23T09:00:00Z"), 0, True, "published again"),
+        (state_after("rolled-back", 3, doubts=3, published="2026-11-23T09:00:00Z", pinned=Pinned(())), 0, False, "waiting"),
+        # an unknown result of another version of Bento is a failure like others; so is what 1.1 wrote
         (state_after("exploded", 1), 0, True, "exploded before"),
-        # the clock was set back: a day and more of waiting says nothing
-        (state_after("build-failed", 1), -86400, True, "attempt 2"),
-        (state_after("build-failed", 1), -60, False, "next attempt in 16min"),
+        # a clock that was a year ahead when it was written down: a day and more of waiting says nothing
+        (state_after("rolled-back", wait_s=366 * DAY, doubts=1), 0, True, "attempt 2"),
     ],
 )  # fmt: skip
 def test_decide(state: State, later_s: float, wanted: bool, words: str) -> None:
@@ -64,21 +67,14 @@ def test_decide(state: State, later_s: float, wanted: bool, words: str) -> None:
 
 @pytest.mark.parametrize("result", list(Result))
 def test_decide_by_force(result: Result) -> None:
-    state = state_after(result, 9, interruptions=2)
+    state = state_after(result, 9, wait_s=DAY, doubts=9, published="2026-11-23T12:00:00Z")
     assert decide(CURRENT, state, NOON, force=True) == (True, "release aaaaaaaaaaaa, by force")
 
 
-@pytest.mark.parametrize(
-    ("published", "replica", "wanted"),
-    [
-        ("2026-11-23T09:59:59Z", True, False),
-        ("2026-11-23T10:00:00Z", True, True),
-        ("2026-11-23T09:59:59Z", False, True),  # the only server is right by definition
-    ],
-)
-def test_decide_behind(published: str, replica: bool, wanted: bool) -> None:
-    current = CURRENT._replace(release=B, published=published)
-    assert decide(current, state_after("ok"), NOON, replica=replica)[0] == wanted
+@pytest.mark.parametrize(("published", "wanted"), [("2026-11-23T09:59:59Z", False), ("2026-11-23T10:00:00Z", True)])
+def test_decide_behind(published: str, wanted: bool) -> None:
+    """Of one server, too: it may have been restored from a backup."""
+    assert decide(CURRENT._replace(release=B, published=published), state_after("ok"), NOON)[0] == wanted
 
 
 BEFORE, SEEN = "2026-11-23T09:59:59Z", "2026-11-23T10:00:00Z"
@@ -86,35 +82,45 @@ IN_A_DAY, LATER = "2026-11-24T12:00:00Z", "2026-11-24T12:00:01Z"  # clocks do no
 
 
 @pytest.mark.parametrize(
-    ("published", "seen", "signer", "odd"),
+    ("published", "newest"),
     [
-        (SEEN, None, None, False),
-        (SEEN, SEEN, None, False),
-        (BEFORE, SEEN, None, True),
-        (BEFORE, SEEN, "SHA256:x", False),  # its serial says it
-        (BEFORE, "2040-01-01T00:00:00Z", None, False),  # that other server's clock was wrong
-        (BEFORE, IN_A_DAY, None, True),
-        (IN_A_DAY, SEEN, None, False),
-        (LATER, SEEN, None, True),
-        (LATER, None, "SHA256:x", True),
+        ([SEEN, BEFORE], SEEN),
+        ([BEFORE, SEEN, IN_A_DAY], IN_A_DAY),
+        ([LATER, SEEN], SEEN),  # its clock is wrong
+        ([LATER], LATER),
     ],
 )
-def test_another_server_is_asked_first(published: str, seen: str | None, signer: str | None, odd: bool) -> None:
-    assert is_odd(CURRENT._replace(published=published, signer=signer), seen, NOON) == odd
+def test_the_newest_of_what_several_servers_publish(published: list[str], newest: str) -> None:
+    assert max((CURRENT._replace(published=each) for each in published), key=lambda each: age(each, NOON)).published == newest
+
+
+def test_of_what_is_signed_the_serial_says_which_is_the_newest() -> None:
+    old, new = (
+        CURRENT._replace(published=published, signer="SHA256:x", vow=Vow(format_signed(Signed("f" * 32, serial, LATER, "a" * 64)), "", ""))
+        for published, serial in ((IN_A_DAY, 5), (BEFORE, 6))
+    )
+    assert age(old, NOON) < age(new, NOON)
 
 
 @pytest.mark.parametrize(
-    ("result", "minutes"),
+    ("result", "cost", "minutes"),
     [
-        ("build-failed", [15, 30, 60, 120, 240, 480, 960, 1440, 1440]),
-        ("fetch-failed", [0, 0, 0, 15, 30, 60]),
-        ("postponed", [0, 0, 0, 15, 30, 60]),
-        ("interrupted", [0, 0, 0, 15]),
+        ("build-failed", Cost.WORK, [0, 15, 30, 60, 120, 240, 480, 960, 1440, 1440]),
+        ("postponed", Cost.WORK, [15, 30, 60, 120, 240, 480, 960, 1440, 1440]),
+        ("postponed", Cost.POLL, [0] * 9),
+        ("fetch-failed", Cost.POLL, [0] * 9),
+        ("rolled-back", Cost.VERDICT, [1440, 1440, 1440]),
+        ("interrupted", Cost.VERDICT, [0, 0, 0]),
     ],
 )
-def test_retry_pauses(result: str, minutes: list[int]) -> None:
-    assert [retry_pause_s(result, n) / 60 for n in range(1, len(minutes) + 1)] == minutes
-    assert retry_pause_s(result, 10**6) == 86400
+def test_pauses(result: str, cost: Cost, minutes: list[int]) -> None:
+    state, found, now_s = State(), list[float](), NOON
+    for _ in minutes:
+        wait_s = pause_s(result, cost, state)
+        state = state_after(result, tried=attempt(result, finished_s=now_s))
+        state = state._replace(not_before=format_time(now_s + wait_s) if wait_s else None)
+        found, now_s = [*found, wait_s / 60], now_s + wait_s
+    assert found == minutes
 
 
 @pytest.mark.parametrize(

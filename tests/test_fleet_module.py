@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from accounts import add_user, need_accounts
+from fleet import report_data
 from sshd import command
 from test_modules import (
     REPO,
@@ -92,6 +93,8 @@ def test_other_chroots(fleet: Path) -> None:
     assert server["users"]["bento-t470"]["home"] == "/srv/chroot/t470"
     assert {'d "/srv/chroot/t470" 0750 root bento -', 'd "/var/lib/node exporter" - - - -'} <= set(server["tmpfiles"])
     assert len(server["users"]["bento-cache"]["openssh"]["authorizedKeys"]["keys"]) == 3
+    limits = {(limit["domain"], limit["item"]): limit["value"] for limit in server["limits"]}
+    assert (limits["bento-t470", "nproc"], limits["bento-cache", "nproc"], limits["bento-cache", "nofile"]) == (16, 28, 64)
 
 
 def test_the_rule_of_pam_skips_pam_systemd_or_nothing(fleet: Path) -> None:
@@ -116,7 +119,7 @@ def test_units_verify(fleet: Path, tmp_path: Path) -> None:
     assert analyze("calendar", "*:0/5").returncode == 0
 
 
-@pytest.mark.parametrize(("unit", "exposure"), [("bento-populate", 3.9), ("bento-status", 1.8), ("bento-cache-key", 1.5)])
+@pytest.mark.parametrize(("unit", "exposure"), [("bento-populate", 3.9), ("bento-status", 2.3), ("bento-cache-key", 1.5)])
 def test_units_security(unit: str, exposure: float, fleet: Path, tmp_path: Path) -> None:
     paths = write_units(tmp_path, server_units(fleet, FULL))
     [path] = [p for p in paths if p.name == f"{unit}.service"]
@@ -160,34 +163,39 @@ def test_command(fleet: Path, tmp_path: Path) -> None:
 
 
 def test_a_person_is_told_once(fleet: Path, tmp_path: Path) -> None:
-    """When it begins, when it is about something else, and when it is over; again if that could not be done."""
+    """When it begins, and when it is over; again if that could not be done."""
     module = settings(f"notify = ''cat >> {tmp_path}/told; test ! -e {tmp_path}/broken'';")
-    script = server_units(fleet, module)["services"]["bento-notify@"]["script"]
-    journal = tmp_path / "journalctl"
-    journal.write_text(f'#!/bin/sh\ncase "$*" in --sync) ;; "--output=cat _SYSTEMD_INVOCATION_ID=id") cat {tmp_path}/said ;; *) exit 9 ;; esac\n')
-    journal.chmod(0o755)
+    services = server_units(fleet, module)["services"]
+    assert services["bento-status"]["onFailure"] == services["bento-status"]["onSuccess"] == ["bento-notify.service"]
+    command = make_command(fleet, tmp_path / "chroots", tmp_path)
+    script = re.sub(r"/nix/store/\S+/bin/bento\b", str(command), services["bento-notify"]["script"])
+    hosts = fleet.parent / "hosts"
 
-    def end(result: str, said: str = "", code: int = 0) -> str:
+    def look(code: int = 0) -> str:
         (tmp_path / "told").write_text("")
-        (tmp_path / "said").write_text(said)
-        env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "STATE_DIRECTORY": str(tmp_path), "MONITOR_INVOCATION_ID": "id"}
-        env |= {"MONITOR_UNIT": "bento-status.service", "MONITOR_SERVICE_RESULT": result}
+        env = {"PATH": os.environ["PATH"], "STATE_DIRECTORY": str(tmp_path / "state")}
+        (tmp_path / "state").mkdir(exist_ok=True)
         done = subprocess.run(["bash", "-ec", script], env=env, capture_output=True, text=True, timeout=60)
         assert done.returncode == code, done.stderr
         return (tmp_path / "told").read_text()
 
-    one = "noise\nbento: error: h07: offline: for 3 h\nbento: error: h07: offline: for 3 h\n"
-    assert end("success") == ""
-    assert end("exit-code", one) == "bento: error: h07: offline: for 3 h\n"
-    assert end("exit-code", one.replace("3 h", "4 h")) == ""
-    two = "bento: error: h07: offline: for 5 h\nbento: error: h08: failing: x\n"
+    assert look() == ""
+    report = tmp_path / "chroots/ghost/logs/status.json"
+    report.parent.mkdir(parents=True)
+    report.write_text(json.dumps(report_data(host="ghost")))
     (tmp_path / "broken").touch()
-    assert end("exit-code", two, code=1) == two
+    begins = look(code=1)
+    assert begins.startswith("bento: begins: ghost: it is not in hosts/") and begins.count("\n") == 1
     (tmp_path / "broken").unlink()
-    assert end("exit-code", two) == two
-    assert end("success") == "bento-status.service: nothing needs a person any more\n"
-    assert end("success") == ""
-    assert end("signal", "Traceback\n") == "bento-status.service: signal: Traceback\n"
+    assert look().split(",")[0] == begins.split(",")[0]
+    assert look() == ""
+    hosts.rename(tmp_path / "away")
+    assert look().startswith(f"bento: begins: the fleet cannot be looked at: {hosts}: ")
+    (tmp_path / "away").rename(hosts)
+    assert look().startswith("bento: over: the fleet cannot be looked at (since ")
+    report.unlink()
+    assert look().startswith("bento: over: ghost: not in hosts/ (since ")
+    assert look() == ""
 
 
 def test_sshd_takes_the_cache(fleet: Path, tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_two_hosts_with_one_key(site: Site) -> None:
     ran = site.run("populate")
     assert (ran.code, ran.errors) == (1, [message])
     assert ran.out.splitlines()[-1] == "3 hosts: 1 published, 0 unchanged, 2 failed"
-    assert set(os.listdir(site.chroots)) == {".lock", ".store", "c"}
+    assert set(os.listdir(site.chroots)) == {".lock", ".rollout.json", ".store", "c"}
     ran = site.run("fleet")
     assert (ran.code, ran.errors) == (1, [message, "bento: error: fleet.nix is left as it was"])
 

@@ -37,11 +37,11 @@ GOLDEN_LAST = """{"release": "RELEASE", "result": "rolled-back", "reason": "no w
 GOLDEN_REPORT = """{"format": 1, "host": "toy", "client": "1.0", "polled": "2026-11-23T10:15:02Z", "phase": "idle",
  "release": null, "system": "/nix/store/x-nixos", "needs_reboot": true, "last": LAST, "more": 1}""".replace("LAST", GOLDEN_LAST)
 GOLDEN_STATE = """{"format": 1, "release": null, "system": "/nix/store/x", "previous": null, "published": null,
- "unpacked": "RELEASE", "rebooted": null, "interruptions": 1, "tried": LAST, "last": null,
+ "unpacked": "RELEASE", "rebooted": null, "doubts": 1, "tried": LAST, "last": null,
  "more": 1}""".replace("LAST", GOLDEN_LAST).replace("RELEASE", A)
 GOLDEN_PENDING = """{"format": 1, "release": "RELEASE", "published": "2026-11-23T10:15:02Z", "old": "/nix/store/o",
- "new": "/nix/store/n", "profile": "/nix/store/o", "step": "proving", "boot_id": "b", "token": "t",
- "started": "2026-11-23T10:15:02Z", "attempt": 1, "deadline_s": 12.5, "watchdog": null, "verdict": "", "reason": "",
+ "new": "/nix/store/n", "profile": "/nix/store/o", "step": "activating", "boot_id": "b", "token": "t",
+ "started": "2026-11-23T10:15:02Z", "attempt": 1, "deadline_s": 12.5, "watchdog": null, "verdict": "", "reason": "", "switched": true,
  "more": 1}""".replace("RELEASE", A)
 LAST = Last(A, "rolled-back", "no way", None, "2026-11-23T10:15:00Z", "2026-11-23T10:15:02Z", 2,
             "20261123T101502Z_aaaaaaaaaaaa_rolled-back.log")  # fmt: skip
@@ -49,7 +49,7 @@ PARSERS: dict[str, tuple[Callable[[bytes, str], Any], str, Any]] = {
     "current.json": (parse_current, GOLDEN_CURRENT, Current("toy", A, 10240, "2026-11-23T10:15:02Z", "/nix/store/x-nixos")),
     "status.json": (parse_report, GOLDEN_REPORT,
                     Report("toy", "1.0", "2026-11-23T10:15:02Z", "idle", None, "/nix/store/x-nixos", True, LAST)),
-    "state.json": (parse_state, GOLDEN_STATE, State(system="/nix/store/x", unpacked=A, interruptions=1, tried=LAST)),
+    "state.json": (parse_state, GOLDEN_STATE, State(system="/nix/store/x", unpacked=A, doubts=1, tried=LAST)),
     "pending.json": (parse_pending, GOLDEN_PENDING,
                      Pending(A, "2026-11-23T10:15:02Z", "/nix/store/o", "/nix/store/n", "/nix/store/o", "activating", "b",
                              "t", "2026-11-23T10:15:02Z", 1, 12.5, switched=True)),
@@ -115,7 +115,7 @@ def test_refused_formats(name: str, raw: bytes, words: str) -> None:
         ("status.json", "needs_reboot", 0),
         ("status.json", "last", []),
         ("status.json", "system", "/a\n"),
-        ("state.json", "interruptions", "1"),
+        ("state.json", "doubts", "1"),
         ("state.json", "tried", {"release": A}),
         ("state.json", "system", 5),
         ("pending.json", "old", ""),

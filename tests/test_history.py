@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -32,7 +33,7 @@ def test_log(hostile: Site) -> None:
     when = published.published.replace("-", "").replace(":", "")
     assert hostile.run("log", "a", "--list") == Ran(
         0,
-        f"{when}  {published.release[:12]}  published\n"
+        f"{when}  {published.release[:12]}  published  by {bento.publisher()}\n"
         "20201124T101502Z  bbbbbbbbbbbb  ok\n20201123T101502Z  aaaaaaaaaaaa  build-failed\n",
         "",
     )
@@ -94,24 +95,6 @@ def test_the_newest_log_is_the_one_that_came_last(hostile: Site) -> None:
 # --- revisions ---
 
 
-def test_what_cannot_be_compared_is_another(site: Site) -> None:
-    """The revision is words for a person: a submodule without a commit keeps no host from what it gets."""
-    site.host("a")
-    other = site.top / "other"
-    other.mkdir()
-    (other / "x").write_text("x\n")
-    commit(other)
-    commit(site.fleet)
-    git(site.fleet, "submodule", "--quiet", "add", str(other), "sub")
-    commit(site.fleet, "with it")
-    site.host("a", {"configuration.nix": "{ } # 2\n"})
-    git(site.fleet, "commit", "-q", "-a", "-m", "with a submodule")
-    git(site.fleet / "sub", "checkout", "-q", "--orphan", "new")
-    site.publish()
-    short = git(site.fleet, "rev-parse", "--short", "HEAD").strip()
-    assert site.current().revision == f"{short}+ with a submodule"
-
-
 def test_the_revision(site: Site) -> None:
     directory = site.host("a", CONFIGURATION | {"x": "x\n"})
     (directory / "link").symlink_to("x")
@@ -131,27 +114,16 @@ def test_the_revision(site: Site) -> None:
     assert site.current().revision == f"{short} y"
     (directory / "x").write_text("z\n")
     assert site.run("populate").code == 0
-    assert site.current().revision == f"{short}+ y"
-    git(site.fleet, "add", "-A")
-    (directory / "z").symlink_to("x")
-    git(site.fleet, "add", "-N", "hosts/a/z")
+    assert site.current().revision == f"{short} y"
+    commit(site.fleet, "z")
     site.publish("--revision", "for\nthe weekend")
     assert site.current().revision == "for the weekend"
     lines = [json.loads(line) for line in (site.chroots / "a/history").read_text().splitlines()]
-    assert [list(line) for line in lines] == [["time", "release", "revision", "system"]] * 4
+    assert [list(line) for line in lines] == [["time", "release", "revision", "system", "by"]] * 3
     assert (lines[-1]["time"], lines[-1]["release"]) == (site.current().published, site.current().release)
-    assert [line["revision"] for line in lines][1:] == [f"{short} y", f"{short}+ y", "for the weekend"]
+    assert [line["revision"] for line in lines][1:] == [f"{short} y", "for the weekend"]
     listed = site.run("log", "a", "--list").out.splitlines()
-    assert len(listed) == 4 and listed[0].endswith("  published  for the weekend")
-
-
-def test_a_revision_without_a_commit(site: Site) -> None:
-    site.host("a")
-    git(site.fleet, "init", "-q")
-    git(site.fleet, "add", "-A")
-    site.publish()
-    assert site.current().revision is None
-    assert json.loads((site.chroots / "a/current.json").read_text())["revision"] is None
+    assert len(listed) == 3 and listed[0].endswith(f"  published  for the weekend  by {bento.publisher()}")
 
 
 def test_what_was_published_and_what_came_of_it(site: Site) -> None:
@@ -168,7 +140,7 @@ def test_what_was_published_and_what_came_of_it(site: Site) -> None:
     assert site.run("log", "a", "--list", "--release", site.current().release).out.count("number 1") == 1
     # A host that has never reported.
     shutil.rmtree(site.chroots / "a/logs")
-    assert [line.split("  ")[-1] for line in site.run("log", "a", "--list").out.splitlines()] == ["number 1", "number 0"]
+    assert [line.split("  ")[3] for line in site.run("log", "a", "--list").out.splitlines()] == ["number 1", "number 0"]
     assert site.run("log", "a").code == 1
 
 
@@ -232,4 +204,27 @@ def test_a_chroot_of_version_1_0(site: Site) -> None:
     site.publish()
     for name in "ab":
         check_tidy(site.chroots / name, {site.current(name).release, before.release, releases[-1].stem})
-    assert len(inodes(site, "ID.tar", "a", "b")) == 1
+    assert len(inodes(site, ".tar", "a", "b")) == 1
+
+
+def test_which_hosts_ran_a_commit_on_a_day(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the fleet, with the commit, and by whom; NAME may be a pattern."""
+    monkeypatch.setenv("SUDO_USER", "alice")
+    for name in ("desk-1", "desk-2", "nas"):
+        site.host(name, {"configuration.nix": f"{{ }} # {name}\n"})
+    site.publish("--revision", "1a2b3c4 a certificate")
+    for name in ("desk-1", "nas"):
+        log = f"20201123T101501Z_{site.current(name).release[:12]}_ok.log"
+        (site.chroots / name / "logs" / log).write_text("ok\n")
+    lines = site.run("log", "--list").out.splitlines()
+    assert len(lines) == 5 and sum(line.endswith("published  1a2b3c4 a certificate  by alice") for line in lines) == 3
+    ok = [cells for line in lines if (cells := re.split("  +", line))[3] == "ok"]
+    assert sorted((cells[1], cells[2]) for cells in ok) == [
+        (name, f"{site.current(name).release[:12]} 1a2b3c4") for name in ("desk-1", "nas")
+    ]
+    assert site.run("log", "desk-*", "--list").out.count("desk-") == 3
+    assert site.run("log", "desk-*").code == 2
+    one, two = (re.sub(r"\d+s", "Ns", site.run("status", *names).out) for names in (["desk-[12]"], ["desk-1", "desk-2"]))
+    assert one == two
+    ran = site.run("populate", "dessk-1")
+    assert ran.code == 2 and "dessk-1: no such host: there is no " in ran.err and "(did you mean desk-1?)" in ran.err

@@ -26,7 +26,6 @@ from peer import (
     OPEN,
     READ,
     READ_DATA,
-    READLINK,
     REALPATH,
     REMOVE,
     RENAME,
@@ -112,7 +111,7 @@ REQUESTS: dict[str, tuple[Callable[[Peer], str], str]] = {
         ), "ok",
     ),
     "remove a log": (lambda p: with_log(p, lambda: p.ask(REMOVE, text("logs/new.log"))), "ok"),
-    "list its own chroot": (lambda p: p.list("/"), "config current.json history logs releases"),
+    "list its own chroot": (lambda p: p.list("/"), "current.json history logs releases"),
     # Writing elsewhere.
     "overwrite current.json": (lambda p: p.open("current.json", WRITE | TRUNCATE), "denied"),
     "append to current.json": (lambda p: p.open("current.json", WRITE | APPEND), "denied"),
@@ -125,10 +124,6 @@ REQUESTS: dict[str, tuple[Callable[[Peer], str], str]] = {
     "overwrite the release": (lambda p: p.open(f"{release_of(p)}.tar", WRITE), "denied"),
     "remove the release": (lambda p: p.ask(REMOVE, text(f"{release_of(p)}.tar")), "denied"),
     "add a release": (lambda p: p.open("releases/x.tar", WRITE | CREATE), "denied"),
-    "write in the release's tree": (lambda p: p.open("config/flake.nix", WRITE), "denied"),
-    "move the link to the release": (
-        lambda p: p.extended("posix-rename@openssh.com", text("logs/old.log"), text("config")), "denied",
-    ),
     "plant a key for itself": (lambda p: p.open(".ssh/authorized_keys", WRITE | CREATE), "no such file"),
     "write through ..": (lambda p: p.open("logs/../current.json", WRITE), "denied"),
     # logs/ itself.
@@ -144,7 +139,6 @@ REQUESTS: dict[str, tuple[Callable[[Peer], str], str]] = {
     "make a hard link": (
         lambda p: p.extended("hardlink@openssh.com", text("current.json"), text("logs/l")), "denied",
     ),
-    "read a link": (lambda p: p.ask(READLINK, text("config")), "denied"),
     # Modes, owners, times.
     "change the mode of logs": (lambda p: p.ask(SETSTAT, text("logs"), mode(0o777)), "denied"),
     "change the mode of a log": (lambda p: p.ask(SETSTAT, text("logs/old.log"), mode(0o4777)), "denied"),
@@ -162,8 +156,8 @@ REQUESTS: dict[str, tuple[Callable[[Peer], str], str]] = {
     "read another host's current.json": (lambda p: p.open(f"../{OTHER}/current.json", READ), "no such file"),
     "read it by its real path": (lambda p: p.open(str(p.server.chroot(OTHER) / "current.json"), READ), "no such file"),
     "write another host's log": (lambda p: p.open(f"../{OTHER}/logs/x", WRITE | CREATE), "no such file"),
-    "list what is above": (lambda p: p.list("../.."), "config current.json history logs releases"),
-    "list what is above through logs": (lambda p: p.list("logs/../../../.."), "config current.json history logs releases"),
+    "list what is above": (lambda p: p.list("../.."), "current.json history logs releases"),
+    "list what is above through logs": (lambda p: p.list("logs/../../../.."), "current.json history logs releases"),
     # Extensions, and what is none.
     "copy data in the server": (
         lambda p: with_handle(p, lambda h: p.extended("copy-data", h, u64(0), u64(0), h, u64(0))), "denied",
@@ -416,7 +410,7 @@ def test_a_hostile_host_makes_no_tunnel(evil_with_key: Peer) -> None:
 
 def test_a_hostile_host_is_not_moved_by_its_environment(evil: Peer) -> None:
     evil.open_session("-oSetEnv=HOME=/etc LD_PRELOAD=/logs/old.log TZ=:/logs/old.log USER=root")
-    assert evil.list(".") == "config current.json history logs releases"
+    assert evil.list(".") == "current.json history logs releases"
     what, raw = evil.request(REALPATH, text("."))
     assert (what, names(raw)) == ("names", ["/"])
     evil.close_session()
@@ -451,7 +445,7 @@ def test_a_hostile_host_s_words_are_made_harmless(evil: Peer) -> None:
         shown = [evil.server.bento(*args).stdout for args in (["status"], ["log", EVIL], ["log", EVIL, "--list"])]
         for text_ in shown:
             assert "Traceback" not in text_ and all(c.isprintable() or c == "\n" for c in text_), text_
-        listed = [line for line in shown[2].splitlines() if not line.endswith("  published")]
+        listed = [line for line in shown[2].splitlines() if "  published" not in line]
         assert "?[2Jlie" in shown[1] and len(listed) == 1
         assert "malformed" in evil.server.status(EVIL)["problem"]
         done = evil.server.bento("populate", EVIL)
@@ -474,10 +468,8 @@ def test_a_hostile_host_writes_a_terabyte(evil: Peer) -> None:
         assert evil.ask(CLOSE, handle) == "ok"
         assert evil.ask(RENAME, text("logs/status.json"), text("logs/20990101T000000Z_aaaaaaaaaaaa_ok.log")) == "ok"
         assert evil.write("logs/status.json", b"{" * 100_000) == "ok"
-        started = time.monotonic()
         assert "larger than" in evil.server.status(EVIL)["problem"]
         assert evil.server.bento("log", EVIL).returncode == 0
-        assert time.monotonic() - started < 20
     finally:
         clear(evil)
 

@@ -166,6 +166,19 @@ def test_the_only_server_is_hostile(site: Site, how: str) -> None:
     assert site.lab.labels() == ("v0", "v0", "v0")
 
 
+def test_half_a_report_takes_no_whole_one_s_place(site: Site) -> None:
+    """Neither the one that says what comes next, nor the last."""
+    site.lab.publish("v1")
+    site.lab.settings["server"] = [site.rogue.address]
+    site.run()
+    before = (site.lab.chroot / "logs/status.json").read_bytes()
+    site.lab.publish("v2")
+    site.rogue.does("full")
+    said = site.run()
+    assert "is its disk full?" in said and site.lab.labels() == ("v2", "v2", "v2")
+    assert (site.lab.chroot / "logs/status.json").read_bytes() == before
+
+
 @pytest.mark.parametrize("what", ["current.json", "release", "json", "digest"])
 def test_a_server_with_bad_files(site: Site, tmp_path: Path, what: str) -> None:
     site.lab.publish("v1")
@@ -189,9 +202,8 @@ def test_a_banner_says_what_it_likes(site: Site) -> None:
     """It can neither end an answer, nor hide a first contact, nor make a good line look like a bad one."""
     site.lab.publish("v1")
     (site.rogue.top / "banner").write_text((MARKS + "Host key verification failed.\nPermission denied (\n") * 1200)
-    known = Path(site.lab.settings["known_hosts"])
-    known.unlink()
-    site.lab.settings |= {"server": [site.rogue.address]}
+    known = site.lab.state / "known_hosts"
+    site.lab.settings |= {"server": [site.rogue.address], "known_hosts": ""}
     warning = f"warning: first contact with {site.rogue.address}: its host key is kept in {known}"
     assert site.client("probe").count(warning) == 1
     known.unlink()
@@ -220,6 +232,18 @@ def test_a_time_in_the_future_holds_no_other_server_back(site: Site, tmp_path: P
     assert site.lab.labels() == ("v2", "v2", "v2")
 
 
+def test_a_server_that_froze_hides_no_newer_one(site: Site, tmp_path: Path) -> None:
+    """For ever: what it shows is what was seen, and no older."""
+    site.lab.publish("v1")
+    shutil.copytree(site.lab.chroot, tmp_path / "frozen", symlinks=True)
+    serve = f"#!/bin/sh\nexec {sys.executable} {ROGUE} {tmp_path / 'frozen'} {site.rogue.top / 'how'}\n"
+    (site.rogue.top / "serve").write_text(serve)
+    site.run()
+    site.lab.publish("v2")
+    assert f"{site.rogue.address} is behind, or its clock wrong" in site.run()
+    assert site.lab.labels() == ("v2", "v2", "v2")
+
+
 # --- first contact ---
 
 
@@ -229,7 +253,10 @@ def test_a_list_of_servers_is_not_trusted_at_first_sight(lab: Lab, command: str)
     said = lab.client(command, code=2)
     assert "several servers need 'known_hosts' (services.bento.serverKeys) or 'signers'" in said
     lab.settings["known_hosts"] = lab.file("nothing-there")
-    assert "several servers need" in lab.client(command, code=2)
+    for servers in (["first", "second"], ["first"]):
+        lab.settings["server"] = servers
+        said = lab.client(command, code=2)
+        assert f"{lab.file('nothing-there')}: no such file: it is to have the server's host keys" in said
 
 
 def test_an_impostor_of_the_second_server(site: Site) -> None:
@@ -243,14 +270,21 @@ def test_an_impostor_of_the_second_server(site: Site) -> None:
     assert site.lab.labels() == ("v0", "v0", "v0")
 
 
-def test_a_changed_port_is_no_silent_first_contact(site: Site) -> None:
+def test_the_first_key_counts_under_every_name(site: Site) -> None:
+    """By another address, port or name, also where a client before 1.2 has written the key down by name."""
     site.lab.publish("v1")
     site.lab.settings |= {"server": [site.rogue.address], "known_hosts": ""}
     known = site.lab.state / "known_hosts"
     assert "warning: first contact" in site.client("probe")
     assert "warning" not in site.client("probe")
-    known.write_text(known.read_text().replace(f"]:{site.rogue.port}", "]:1"))
-    assert f"its host key is kept in {known}" in site.client("probe")
+    first = known.read_text().splitlines()[0]
+    for text in (known.read_text(), f"{first}\n"):
+        known.write_text(text)
+        site.lab.settings["server"] = [site.good.address]  # another server, and so another key
+        assert "its host key is not the known one" in site.client("probe", code=75)
+        known.write_text(text.replace(f"[{site.rogue.address}]:{site.rogue.port}", "another.example.org"))
+        site.lab.settings["server"] = [site.rogue.address]
+        assert "warning" not in site.client("probe")
     site.run()
     assert site.lab.report().first_contact == client.format_time(known.stat().st_mtime)
     assert "the server's key was taken at first contact" in site.client("status")
@@ -294,7 +328,7 @@ def test_fleet_says_what_to_do_about_a_stolen_machine(tmp_path: Path, capsys: py
         (tmp_path / "hosts" / name).mkdir(parents=True)
         call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", tmp_path / name)
         shutil.copy(tmp_path / f"{name}.pub", tmp_path / "hosts")
-    argv = ["--fleet", str(tmp_path), "fleet"]
+    argv = ["--fleet", str(tmp_path), "--chroot-dir", str(tmp_path / "chroot"), "fleet"]
     assert bento.main(argv) == 0 and capsys.readouterr().err == ""
     call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "new", "-f", tmp_path / "new")
     shutil.copy(tmp_path / "new.pub", tmp_path / "hosts/stolen.pub")

@@ -150,7 +150,8 @@ def make_firmware(root: Path, *, info: str = "systemd-boot 252.39", features: in
 BOOTCTL = """#!/bin/sh
 echo "$*" >> "$BOOTCTL_LOG"
 [ "$BOOTCTL_FORGETS" ] && exit 0
-case $1 in set-default) name=LoaderEntryDefault ;; set-oneshot) name=LoaderEntryOneShot ;; *) exit 9 ;; esac
+case $1 in set-default) name=LoaderEntryDefault ;; set-preferred) name=LoaderEntryPreferred ;;
+set-oneshot) name=LoaderEntryOneShot ;; *) exit 9 ;; esac
 file=$BOOTCTL_VARIABLES/$name-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f
 if [ -z "$2" ]; then rm -f "$file"; exit; fi
 { printf '\\007\\000\\000\\000'; printf '%s' "$2" | sed 's/./&\\n/g' | while IFS= read -r c; do
@@ -188,12 +189,12 @@ def test_no_way(boot_loader: tuple[str, ...], way: str, tmp_path: Path) -> None:
     assert loader.trial_way() == way
     assert loader.entry_fault("/nix/store/x") is None
     assert loader.armed() == Armed()
-    loader.clear("")
+    loader.clear("", "")
 
 
 def test_what_cannot_be_told(tmp_path: Path) -> None:
     loader = make_loader(tmp_path, "extlinux", "/boot")
-    for tell in (loader.prefer, loader.try_once):
+    for tell in (lambda system: loader.prefer(system, "/x 900"), loader.try_once):
         with pytest.raises(BentoError, match="extlinux cannot be told"):
             tell("/nix/store/x")
 
@@ -274,6 +275,8 @@ def test_systemd_boot_with_more_initrds(tmp_path: Path) -> None:
         ("timeout 5\ndefault nixos-generation-1.conf\nconsole-mode keep\n", "old"),
         ("default nixos-generation-2.conf\n", "new"),
         ("preferred nixos-generation-1.conf\n", "old"),
+        ("preferred nixos-generation-1.conf\ndefault nixos-*\n", "old"),
+        ("default nixos-*\n", "new"),
         ("default nixos-generation-3.conf\n", None),
         ("default @saved\n", None),
         ("timeout 5\n", None),
@@ -287,6 +290,63 @@ def test_what_systemd_boot_starts(conf: str | None, started: str | None, tmp_pat
         (tmp_path / "boot/loader/loader.conf").write_text(conf)
     loader = make_loader(tmp_path, "systemd-boot", "/boot")
     assert [name for name, system in systems.items() if loader.starts(system)] == ([started] if started else [])
+
+
+def test_loader_conf_lies_on_the_esp(tmp_path: Path) -> None:
+    """Whatever partition of their own the entries have."""
+    systems = [make_system(tmp_path, name) for name in ("old", "new")]
+    write_systemd_boot(tmp_path / "xboot", systems)
+    (tmp_path / "boot/loader").mkdir(parents=True)
+    (tmp_path / "boot/loader/loader.conf").write_text("default nixos-generation-1.conf\n")
+    loader = find_loader(Settings(root=str(tmp_path), boot_loader=("systemd-boot", "/xboot"), esp="/boot"))
+    assert [loader.starts(system) for system in systems] == [True, False]
+
+
+def test_a_preferred_line_is_told_of_the_trial(tmp_path: Path, bootctl: Path) -> None:
+    """systemd 260's line goes before what set-default sets, so the way back is preferred as well."""
+    old, new = (make_system(tmp_path, name) for name in ("old", "new"))
+    write_systemd_boot(tmp_path / "boot", [old, new])
+    (tmp_path / "boot/loader/loader.conf").write_text("preferred nixos-generation-2.conf\ndefault nixos-*\n")
+    loader = make_loader(tmp_path, "systemd-boot", "/boot")
+    loader.prefer(old, f"{new} 900")
+    assert "set-preferred nixos-generation-1.conf" in bootctl.read_text().splitlines()
+    loader.clear("", "")
+    assert loader.armed() == Armed()
+
+
+@pytest.mark.parametrize("kind", ["systemd-boot", "grub"])
+def test_copies_with_other_bytes(tmp_path: Path, kind: str) -> None:
+    """Of the right size. What is appended to an initrd is fine, and so is what the system to fall back to has as well."""
+    old, new = (make_system(tmp_path, name) for name in ("old", "new"))
+    boot = tmp_path / "boot"
+    (write_systemd_boot if kind == "systemd-boot" else write_grub)(boot, [old, new])
+    loader = make_loader(tmp_path, kind, "/boot" if kind == "systemd-boot" else "/boot/grub")
+    kernel, initrd = (next(boot.rglob(f"new-*{name}*")) for name in ("bzImage", "initrd"))
+    with open(initrd, "ab") as file:
+        file.write(b"secrets")
+    assert loader.altered(new, old) == []
+    kernel.write_bytes(b"x" * kernel.stat().st_size)
+    assert loader.entry_fault(new) is None and set(loader.altered(new, old)) == {kernel}
+    assert loader.altered(new, new) == []
+
+
+@pytest.mark.parametrize(
+    ("fstab", "mounts", "missing"),
+    [
+        ("", [("/", "ext4", "254:1", "")], None),
+        ("/dev/vda1 / ext4 x 0 1\n# /x /boot\n", [("/", "ext4", "254:1", "")], None),
+        ("/dev/vda1 / ext4\n/dev/vda2 /boot vfat nofail 0 2\n", [("/", "ext4", "254:1", "")], "/boot"),
+        ("/dev/vda1 / ext4\n/dev/vda2 /boot vfat nofail\n", [("/", "ext4", "254:1", ""), ("/boot", "vfat", "254:2", "")], None),
+    ],
+)
+def test_a_boot_that_is_not_mounted(
+    tmp_path: Path, fstab: str, mounts: list[tuple[str, str, str, str]], missing: str | None
+) -> None:
+    (tmp_path / "boot/grub").mkdir(parents=True)
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/fstab").write_text(fstab)
+    write_mounts(tmp_path, *mounts)
+    assert make_loader(tmp_path, "grub", "/boot/grub").unmounted() == missing
 
 
 def test_a_mirror_is_looked_at_too(tmp_path: Path) -> None:
@@ -332,12 +392,12 @@ def test_systemd_boot_told(before: str, tmp_path: Path, bootctl: Path) -> None:
         write_variable(tmp_path, "LoaderEntryDefault", f"{before}\0".encode("utf-16-le"))
     loader = make_loader(tmp_path, "systemd-boot", "/boot")
     assert loader.armed() == Armed(before, "")
-    loader.prefer(old)
+    loader.prefer(old, f"{new} 900")
     loader.try_once(new)
-    assert loader.armed() == Armed(loader.entry_of(old).name, loader.entry_of(new).name)
-    assert loader.armed() == Armed("nixos-generation-1.conf", "nixos-generation-2.conf")
+    assert loader.armed() == Armed(loader.entry_of(old).name, loader.entry_of(new).name, f"{new} 900")
+    assert loader.armed()[:2] == ("nixos-generation-1.conf", "nixos-generation-2.conf")
     for _ in range(2):
-        loader.clear(before)
+        loader.clear(before, "nixos-generation-2.conf")
         assert loader.armed() == Armed(before, "")
     assert bootctl.read_text().splitlines() == [
         "set-default nixos-generation-1.conf",
@@ -351,7 +411,7 @@ def test_systemd_boot_leaves_what_is_not_nixos(tmp_path: Path, bootctl: Path) ->
     for name in ("LoaderEntryDefault", "LoaderEntryOneShot"):
         write_variable(tmp_path, name, "auto-windows\0".encode("utf-16-le"))
     loader = make_loader(tmp_path, "systemd-boot", "/boot")
-    loader.clear("")
+    loader.clear("", "")
     assert loader.armed() == Armed("auto-windows", "auto-windows")
 
 
@@ -360,7 +420,7 @@ def test_variables_that_forget(tmp_path: Path, bootctl: Path, monkeypatch: pytes
     write_systemd_boot(tmp_path / "boot", [system])
     monkeypatch.setenv("BOOTCTL_FORGETS", "1")
     loader = make_loader(tmp_path, "systemd-boot", "/boot")
-    for tell in (loader.prefer, loader.try_once):
+    for tell in (lambda system: loader.prefer(system, "/x 900"), loader.try_once):
         with pytest.raises(BentoError, match="the firmware does not keep EFI variables"):
             tell(system)
 
@@ -368,7 +428,7 @@ def test_variables_that_forget(tmp_path: Path, bootctl: Path, monkeypatch: pytes
 def test_no_entry_to_tell(tmp_path: Path, bootctl: Path) -> None:
     loader = make_loader(tmp_path, "systemd-boot", "/boot")
     with pytest.raises(BentoError, match=r"no entry for /nix/store/x: run 'nixos-rebuild boot'"):
-        loader.prefer("/nix/store/x")
+        loader.prefer("/nix/store/x", "/x 900")
 
 
 # --- GRUB ---
@@ -485,6 +545,7 @@ WINDOWS = 'menuentry "Windows" {\n  chainloader +1\n}\n'
         ("7", "", True, "none: GRUB's default is not the newest NixOS"),
         ('"${saved_entry}"', "", True, "none: GRUB's default is not the newest NixOS"),
         ("0", "set default=1\n", True, "none: GRUB's default is not the newest NixOS"),
+        ("0", 'set superusers="root"\nexport superusers\n', True, "none: GRUB asks for a password"),
         ("0", "", False, "none: {}/grub.cfg was written for another version of Bento"),
     ],
 )
@@ -547,25 +608,25 @@ def test_grub_told(tmp_path: Path) -> None:
     assert loader.armed() == Armed()
     good, new = (loader.entry_of(system).name for system in systems)
     for _ in range(2):
-        loader.prefer(systems[0])
+        loader.prefer(systems[0], "/x 900")
         loader.try_once(systems[1])
-        assert loader.armed() == Armed(good, new)
+        assert loader.armed() == Armed(good, new, "900")
     kept = {"saved_entry": "a\\b", "x": "1"}
-    assert grub_variables(envs[0]) == kept | {"bento_good": good, "bento_try": new}
-    assert grub_variables(envs[1]) == {"bento_good": good, "bento_try": new}
+    assert grub_variables(envs[0]) == kept | {"bento_good": good, "bento_deadline": "900", "bento_try": new}
+    assert grub_variables(envs[1]) == {"bento_good": good, "bento_deadline": "900", "bento_try": new}
     assert envs[0].stat().st_ino == inode and [env.stat().st_size for env in envs] == [1024, 1024]
     # GRUB clears it in the one that it was started from.
     subprocess.run(["grub-editenv", envs[1], "set", "bento_try="], timeout=60, check=True)
-    assert loader.armed() == Armed(good, "")
+    assert loader.armed() == Armed(good, "", "900")
     for _ in range(2):
-        loader.clear("")
+        loader.clear("", "")
         assert loader.armed() == Armed()
     assert grub_variables(envs[0]) == kept and grub_variables(envs[1]) == {}
 
 
 def test_nothing_is_made_to_clear(tmp_path: Path) -> None:
     write_grub(tmp_path / "boot", [make_system(tmp_path, "a")])
-    make_loader(tmp_path, "grub", "/boot/grub").clear("")
+    make_loader(tmp_path, "grub", "/boot/grub").clear("", "")
     assert not (tmp_path / "boot/grub/grubenv").exists()
 
 
@@ -577,7 +638,7 @@ def test_grub_environment_full(tmp_path: Path) -> None:
     subprocess.run(["grub-editenv", env, "set", "x=" + "y" * 850], timeout=60, check=True)
     before = env.read_bytes()
     with pytest.raises(BentoError, match="grubenv is full"):
-        make_loader(tmp_path, "grub", "/boot/grub").prefer(systems[0])
+        make_loader(tmp_path, "grub", "/boot/grub").prefer(systems[0], "/x 900")
     assert env.read_bytes() == before
 
 
@@ -585,7 +646,7 @@ def test_grub_unwritable(tmp_path: Path) -> None:
     with pytest.raises(BentoError, match="grubenv: No such file or directory"):
         bento_client.Grub(Settings(), [tmp_path / "boot/grub"]).tell({"bento_good": "x"})
     with pytest.raises(BentoError, match=r"grub\.cfg: No such file or directory"):
-        make_loader(tmp_path, "grub", "/boot/grub").prefer("/nix/store/x")
+        make_loader(tmp_path, "grub", "/boot/grub").prefer("/nix/store/x", "/x 900")
 
 
 def test_grub_reads_the_lines_of_the_module(tmp_path: Path) -> None:
@@ -603,12 +664,16 @@ def test_the_way_back_is_an_entry_that_is_still_there(tmp_path: Path, monkeypatc
     good, new = make_system(tmp_path, "good"), make_system(tmp_path, "new")
     esp = tmp_path / "boot"
     write_systemd_boot(esp, [good, good, new])
+    make_firmware(tmp_path)
     (tmp_path / "state").mkdir()
     settings = Settings(root=str(tmp_path), state_dir=str(tmp_path / "state"), boot_loader=("systemd-boot", "/boot"))
     told = {"set-default": "nixos-generation-1.conf", "set-oneshot": ""}
     monkeypatch.setattr(bento_client.SystemdBoot, "armed", lambda _: Armed(told["set-default"], told["set-oneshot"]))
     monkeypatch.setattr(bento_client.SystemdBoot, "tell", lambda _, verb, name: told.update({verb: name}))
     (esp / "loader/entries/nixos-generation-1.conf").unlink()
+    profile = tmp_path / "nix/var/nix/profiles/system"
+    profile.parent.mkdir(parents=True)
+    profile.symlink_to(new)
     bento_client.try_once(bento_client.Machine(settings), new, good)
     assert told == {"set-default": "nixos-generation-2.conf", "set-oneshot": "nixos-generation-3.conf"}
 

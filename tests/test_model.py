@@ -1,7 +1,7 @@
 """No machine is lost: the client's real `run` and `rollback` over the machine of tests/model.py.
 
-Every single fault and every pair of faults of an update, and random histories with a person's hand. BENTO_WALKS says how
-many of those (CI: 20,000), BENTO_SEED where they begin; a history that ends badly is told whole.
+Every single fault and every pair of faults of an update, and random histories with a person's hand: other ones for each
+commit. One that ends badly is told whole; `tests/run tests/test_model.py --seed N --walks 1` has it again.
 """
 
 import itertools
@@ -9,13 +9,10 @@ import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from model import Lost, System, Taken, World, model
-
-WALKS, SEED = int(os.environ.get("BENTO_WALKS", "20000")), int(os.environ.get("BENTO_SEED", "1"))
+from model import Lost, System, World, model
 
 Enter = Callable[[World], World]
 
@@ -37,7 +34,9 @@ def enter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Enter]:
 def settle(world: World) -> None:
     """Peace: no more faults, and reboots now and then. The machine must come to rest on what works, and stay there; and
     take the next good release. What that is does not depend on what the client believes."""
-    world.server_down = world.lies = world.lock_held = world.refusal = False
+    world.server_down = world.lies = world.lock_held = world.refusal = world.person = False
+    world.breaks = ""
+    world.nvram_full = ""
     world.boot_full = 0
     world.truncated.clear()
     world.say("-- peace")
@@ -49,7 +48,7 @@ def settle(world: World) -> None:
 
 def rest(world: World, trouble: str, wanted: str = "") -> None:
     calm = 0
-    for number in range(28):
+    for number in range(72):  # three verdicts, each after a boot and some proofs
         world.now_s += 24 * 3600  # whatever pauses there are
         world.run()
         well = world.is_well() and wanted in ("", world.running)
@@ -91,6 +90,19 @@ def test_every_single_fault_of_an_update(enter: Enter, top: Path) -> None:
     for (new, trials), (reboot, activation), full in itertools.product(CASES, ways, (0, 1, 2)):
         for first in ("kill", "power"):
             explore(enter, World(top, trials, reboot, activation), new, full, first, "")
+
+
+@pytest.mark.parametrize("breaks", ["session", "logind", "bus", "refusal", "lock", "person"])
+def test_every_single_fault_of_a_switch_that_breaks(enter: Enter, top: Path, breaks: str) -> None:
+    """What is wrong stays so until there is peace; services that were up are up in the end."""
+
+    def weather(world: World) -> None:
+        world.breaks = breaks if breaks in ("session", "logind", "bus") else ""
+        world.refusal, world.lock_held, world.person = breaks == "refusal", breaks == "lock", breaks == "person"
+
+    some = [new for new in NEW if not (new.inhibitor or new.init or new.boots == "panics")]
+    for new, first, second in itertools.product(some, ("kill", "power"), ("", "watchdog power")):
+        explore(enter, World(top, True, "when-needed"), new, 0, first, second, weather)
 
 
 def boot_by_hand(world: World) -> None:
@@ -169,7 +181,9 @@ def is_known(world: World, what_next: str = "peace") -> bool:
 EVENTS = (
     *["run"] * 6, "kill", "kill", "power", "power", "watchdog", "publish", "publish", "publish", "down", "up", "up",
     "full", "full to the last block", "room", "lie", "truth", "reboot", "reboot", "lock", "unlock", "refuse", "allow",
-    "rollback", "nixos-rebuild", "menu", "garbage", "channels", "pause",
+    "rollback", "nixos-rebuild", "menu", "garbage", "channels", "pause", "nvram", "nvram", "nvram has room",
+    "state lost", "hibernate",
+    "session", "logind", "bus", "well", "person",
 )  # fmt: skip
 
 
@@ -208,8 +222,19 @@ class Walk:
                 self.change(event)
             case "reboot":
                 world.start()
+            case "session" | "logind" | "bus" | "well":
+                world.say(f"-- {event}")
+                world.breaks = event if event != "well" else ""
+            case "person":
+                world.person = True
             case "menu":
                 world.start(pick=chance.choice(sorted(e for e in world.entries if world.systems[world.entries[e]].boots == "well") or [""]))
+            case "state lost":
+                if world.trials:  # else nothing has what it knew, and a person has to come
+                    world.say("-- state.json is lost")
+                    world.files.pop("state.json", None)
+            case "hibernate":
+                world.hibernate(resumes=chance.random() < 0.5)
             case "garbage":
                 world.say("-- nix-collect-garbage -d")
                 world.lies = False  # or there may be no system left that can be fallen back to
@@ -224,11 +249,10 @@ class Walk:
 
     def weather(self, event: str) -> None:
         world = self.world
-        # What a limit has taken does not come back where there is no room for it: no trial, and that is said.
-        if world.limit < 100 and event in ("full", "full to the last block", "lie"):
-            return
         world.say(f"-- {event}")
         world.boot_full = 2 if event == "full to the last block" else world.boot_full
+        if event.startswith("nvram"):
+            world.nvram_full = self.chance.choice(("mark", "default", "once", "both")) if event == "nvram" else ""
         names = {"down": "server_down", "full": "boot_full", "lie": "lies", "lock": "lock_held", "refuse": "refusal"}
         ends = {"up": "down", "room": "full", "truth": "lie", "unlock": "lock", "allow": "refuse"}
         # Without a way back, a power cut between a lie and its discovery takes a person at the boot menu.
@@ -238,17 +262,18 @@ class Walk:
 
 
 @pytest.mark.parametrize("part", range(20))
-def test_random_histories(enter: Enter, top: Path, part: int) -> None:
-    for seed in range(SEED + part, SEED + WALKS, 20):
+def test_random_histories(enter: Enter, top: Path, part: int, request: pytest.FixtureRequest) -> None:
+    first, walks = request.config.option.seed, request.config.option.walks
+    for seed in range(first + part, first + walks, 20):
         chance = random.Random(seed)
         reboot, trials = chance.choice(("never", "when-needed")), chance.random() < 0.8
         activation, rebuild_s = chance.choice(("live", "boot")), chance.choice((0, 0, 3600))
-        limit = chance.choice((100, 100, 3, 2))
+        limit = chance.choice((100, 100, 3, 2, 1))
         world = enter(World(top, trials, reboot, activation, rebuild_s, limit))
         world.systems["v0"] = System(bento=chance.random() < 0.7)
+        world.reboot_without_trial = chance.random() < 0.5
         world.say(f"seed {seed}, {reboot=}, {trials=}, {activation=}, {rebuild_s=}, {limit=}, v0: {world.systems['v0']}")
         try:
-            with suppress(Taken):
-                Walk(world, chance).go()
+            Walk(world, chance).go()
         except Lost as error:
             tell(world, error)

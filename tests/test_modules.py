@@ -12,12 +12,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from accounts import need_accounts
+from boot.initrd import trial_ends
 from toynixos import PYTHON_FLAGS, need
 
 import bento_client
@@ -43,6 +45,7 @@ FULL = """{
     identity = "/etc/ssh/ssh_host_ed25519_key";
     serverKeys = [ "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIEJFTlRPIEVYQU1QTEUgS0VZIERPIE5PVCBVU0UhISEh a comment" ];
     signers = [ "sk-ssh-ed25519@openssh.com AAAAGnNrLXNzaC1lZDI1NTE5QG9wZW5zc2guY29tAAAA alice" "ssh-ed25519 AAAA1234" ];
+    cacheKey = "bento-1:AAAA";
     sshOptions = [ "ProxyCommand=nc -X 5 -x 127.0.0.1:9050 %h %p" ];
     interval = "hourly";
     randomizedDelay = "1h";
@@ -273,6 +276,7 @@ def test_python(definitions: str, python: str) -> None:
         ('serverKeys = [ "bento.example.org ssh-ed25519 AAAA1234" ];', "Remove the host name"),
         ('serverKeys = [ "SHA256:abc" ];', "a key is"),
         ('signers = [ "SHA256:abc" ];', "services.bento.signers: a key is"),
+        ('build = "server"; signers = [ "ssh-ed25519 AAAA1234" ];', "services.bento.cacheKey: with"),
         ('server = [ "a.example" "b.example" ];', "services.bento.server is a list: set services.bento.serverKeys, or"),
         ('serverKeys = [ "ssh-ed25519 AAAA1234" ]; knownHosts = "/x";', "exclude each other"),
         ('stateDir = "/srv/bento";', "in /var/lib\nonly"),
@@ -407,6 +411,7 @@ def test_grub_follows_the_client() -> None:
     assert bento_client.GRUB_MARK in text.splitlines() and "set color_normal=white/black" in text
     assert {bento_client.GRUB_GOOD, bento_client.GRUB_TRY} <= set(re.findall(r"bento_\w+", text))
     assert evaluate_boot(SYSTEMD_BOOT)["grub"] == ""
+    assert evaluate_boot(GRUB + "boot.loader.grub.users.root.password = null;")["grub"] == ""
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -428,33 +433,21 @@ def test_attended(old: bool) -> None:
     assert (boot["params"][-1], boot["emergency"], boot["watchdog"]) == ("panic=0", True, "1min")
 
 
-def test_hibernation_is_no_trial(tmp_path: Path) -> None:
-    """What is armed is taken back before the machine sleeps; what somebody else wants next is left."""
-    script = evaluate_boot(GRUB)["hibernate"].replace("/boot", f"{tmp_path}/boot")
-    for name in ("boot", "boot-b"):
-        (tmp_path / name / "grub").mkdir(parents=True)
-        bento_client.write_grubenv(tmp_path / name / "grub/grubenv", {"bento_good": "a", "bento_try": "b"})
-    tool = next(word for word in script.split() if word.endswith("/grub-editenv"))
-    done = subprocess.run(["bash", "-ec", script.replace(tool, shlex.quote(need("grub-editenv")))], timeout=60)
-    assert done.returncode == 0
-    for name in ("boot", "boot-b"):
-        assert bento_client.read_grubenv(tmp_path / name / "grub/grubenv") == {"bento_good": "a"}
-
-
-@pytest.mark.parametrize(("entry", "taken"), [("nixos-generation-2.conf", True), ("auto-windows", False), (None, False)])
-def test_hibernation_and_one_shots(entry: str | None, taken: bool, tmp_path: Path) -> None:
-    script = evaluate_boot(SYSTEMD_BOOT)["hibernate"].replace("/sys/firmware/efi/efivars", str(tmp_path))
-    if entry is not None:
-        name = Path(bento_client.LOADER_VARIABLES.format("LoaderEntryOneShot")).name
-        (tmp_path / name).write_bytes(b"\7\0\0\0" + f"{entry}\0".encode("utf-16-le"))
-    tool = next(word for word in script.split() if word.endswith("/bootctl"))
-    (tmp_path / "bootctl").write_text(f'#!/bin/sh\nprintf "%s|" "$@" > {tmp_path}/told\n')
-    (tmp_path / "bootctl").chmod(0o755)
-    done = subprocess.run(["bash", "-ec", script.replace(tool, f"{tmp_path}/bootctl")], timeout=60)
-    assert done.returncode == 0
-    assert (tmp_path / "told").exists() == taken
-    if taken:
-        assert (tmp_path / "told").read_text() == "set-oneshot||"
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize(("definitions", "asks"), [("", False), ("keyFile = \"/k\";", False), ("device = \"/dev/x\";", True)])
+def test_what_ends_a_trial(old: bool, definitions: str, asks: bool) -> None:
+    """In the initrd, whichever kind it is; the same unit in both stages, for systemd stops what only the first has."""
+    luks = f"boot.initrd.luks.devices.root = {{ {definitions} }};" if definitions else ""
+    boot = evaluate_boot(SYSTEMD_BOOT + luks, old)
+    assert boot["asks"] == asks
+    if old:
+        assert "exec -a @bento-trial bash" in boot["initrd"]["preDeviceCommands"]
+    else:
+        units = boot["initrd"]["systemd"]["services"]["bento-trial-ends"], boot["ends"]
+        assert all(unit["unitConfig"]["FailureAction"] == "reboot-force" for unit in units)
+        assert all("@bento-trial" in unit["serviceConfig"]["ExecStart"] for unit in units)
+    off = evaluate_boot(SYSTEMD_BOOT + "services.bento.unattended = false;", old)
+    assert off["ends"] is None and off["initrd"]["availableKernelModules"] == []
 
 
 # --- its units, for real programs ---
@@ -762,7 +755,7 @@ class Server:
             chown root:6000 /run/chroot/t470; chmod 750 /run/chroot/t470
             chown 6001:6000 /run/chroot/t470/logs; chmod 750 /run/chroot/t470/logs
             OPTIONS="-F /dev/null -i id -o UserKnownHostsFile=/dev/null -o StrictHostKeyChecking=no"
-            export SSHD="{self.sshd} -i -E sshd.log -f {self.directory}/sshd_config"
+            export SSHD="{self.sshd} -i -e -f {self.directory}/sshd_config"
             t() {{ program=$1; shift; timeout 20 $program $OPTIONS -o ProxyCommand="$SSHD" "$@"; }}
             set +e
         """
@@ -772,11 +765,14 @@ class Server:
         )  # fmt: skip
 
 
+AFTER = '{ lib, ... }: { services.openssh.extraConfig = lib.mkOrder 3000 "MaxSessions 7"; }'
+QUIET = "{ services.bento-server.quiet = true; }"
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Server:
     path = write_fleet(tmp_path / "fleet", {"t470": example_keys()["t470"]})
-    after = '{ lib, ... }: { services.openssh.extraConfig = lib.mkOrder 3000 "MaxSessions 7"; }'
-    return Server(tmp_path, evaluate_server(path, after)["extraConfig"])
+    return Server(tmp_path, evaluate_server(path, AFTER)["extraConfig"])
 
 
 def test_sshd_takes_the_block(server: Server) -> None:
@@ -859,3 +855,69 @@ def test_sshd_refuses(command: str, said: str, server: Server) -> None:
     assert done.returncode not in (0, 124), done.stdout
     assert said in done.stdout + done.stderr
     assert "uid=" not in done.stdout
+
+
+def test_a_quiet_log_leaves_out_the_hosts(tmp_path: Path) -> None:
+    path = write_fleet(tmp_path / "fleet", {"t470": example_keys()["t470"]})
+    logs: list[str] = []
+    for module in ("{ }", QUIET):
+        directory = tmp_path / f"sshd-{len(logs)}"
+        directory.mkdir()
+        server = Server(directory, evaluate_server(path, AFTER, module)["extraConfig"])
+        done = server.run("echo 'get current.json got' | t sftp -b - bento-t470@any && { t ssh alice@any; true; }")
+        assert done.returncode == 0 and "sftp> get current.json got" in done.stdout, done.stdout + done.stderr
+        logs.append(done.stderr)
+    assert ["Accepted publickey for bento-t470" in log for log in logs] == [True, False]
+    assert not re.search("bento-t470 (from|by)|for bento-t470", logs[1]) and "alice" in logs[1]
+    pam = evaluate_server(path, QUIET)["pam"]["sshd"]["rules"]["session"]
+    assert pam["quiet-for-bento"]["order"] == 10190 < pam["systemd-not-for-bento"]["order"]
+
+
+def start_trial(tmp_path: Path, cmdline: str, variable: str) -> "subprocess.Popen[bytes]":
+    """The module's own text, in a machine that is a directory, where ten seconds are a tenth of one."""
+    text = trial_ends()
+    for place in ("/sys/firmware/efi/efivars", "/run", "/dev", "/proc"):
+        (tmp_path / place.lstrip("/")).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "proc/cmdline").write_text(f"{cmdline}\n")
+    if variable:
+        path = tmp_path / bento_client.TRIAL_VARIABLE.lstrip("/")
+        path.write_bytes(bento_client.EFI_ATTRIBUTES + variable.encode())
+    text = re.sub(r"(?<![\w.])/(proc|sys|run|dev)\b", rf"{tmp_path}/\1", text).replace("-t 10", "-t 0.1").replace("echo -1000 >", "echo 1000 >")
+    (tmp_path / "proc/self").symlink_to("/proc/self")
+    return subprocess.Popen(["bash", "-c", text], cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("cmdline", "variable", "word", "ends"),
+    [
+        ("init=/s/new/init quiet", "", "", "no trial"),
+        ("init=/s/old/init quiet", "/s/new 30", "", "no trial"),
+        ("init=/s/new/init quiet", "/s/new 30", "", "reboots"),
+        ("quiet init=/s/new/init bento.trial=30", "", "", "reboots"),
+        ("init=/s/new/init", "/s/new 30 asks", "", "reboots"),
+        ("init=/s/new/init", "/s/new 600", "proven", "proven"),
+        ("init=/s/new/init", "/s/new 30", "600", "goes on"),
+        ("init=/s/new/init", "/s/new 600", "2", "reboots"),
+        ("init=/s/new/init", "/s/new 30 asks", "asked", "goes on"),
+        ("init=/s/new/init", "/s/new 30", "asked", "reboots"),
+    ],
+)
+def test_a_trial_ends(tmp_path: Path, cmdline: str, variable: str, word: str, ends: str) -> None:
+    if word == "asked":
+        (tmp_path / "run/systemd/ask-password").mkdir(parents=True)
+        (tmp_path / "run/systemd/ask-password/ask.x").touch()
+    process = start_trial(tmp_path, cmdline, variable)
+    try:
+        if word not in ("", "asked"):
+            while not bento_client.tell_trial(bento_client.Settings(root=str(tmp_path)), word):
+                time.sleep(0.02)
+        if ends == "goes on":
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(2)
+            return
+        process.wait(60)
+        trigger = tmp_path / "proc/sysrq-trigger"
+        assert (trigger.exists() and trigger.read_text() == "b\n") == (ends == "reboots")
+    finally:
+        process.kill()
+        process.wait()

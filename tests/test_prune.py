@@ -146,14 +146,14 @@ def test_prune_removes_only_what_is_ours(site: Site) -> None:
     assert set(os.listdir(site.chroots)) == {".lock", ".store", "a", *foreign}
 
 
-def test_prune_ends_what_is_open(real_root: None, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by", ["fleet", "populate --prune"])
+def test_what_is_open_is_ended(by: str, real_root: None, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "gone"):
         site.host(name)
     site.publish()
     shutil.rmtree(site.fleet / "hosts/gone")
     uid, others = (number + os.getpid() for number in (10_000_000, 20_000_000))  # no other run's
-    user = types.SimpleNamespace(pw_uid=uid)
-    monkeypatch.setattr(pwd, "getpwnam", lambda name: user if name == "bento-gone" else pwd.getpwuid(0))
+    os.chown(site.chroots / "gone/logs", uid, -1)  # an account that the last switch has removed
     monkeypatch.setattr(bento, "GCROOTS", site.top / "roots")
     monkeypatch.setattr(bento, "find_owner", lambda *_: None)
     sleep = "import os, sys, time; os.setuid(int(sys.argv[1])); print(flush=True); time.sleep(600)"
@@ -167,7 +167,11 @@ def test_prune_ends_what_is_open(real_root: None, site: Site, monkeypatch: pytes
         monkeypatch.setattr(os, "geteuid", lambda: 0)
         site.publish("--prune", "--dry-run")
         assert session.poll() is None
-        site.publish("--prune")
+        with monkeypatch.context() as patched:
+            patched.setattr(pwd, "getpwuid", lambda number: types.SimpleNamespace(pw_name="somebody"))
+            site.run("fleet")
+        assert session.poll() is None, "the number is another account's by now"
+        site.run("fleet") if by == "fleet" else site.publish("--prune")
         assert session.wait(timeout=30) == -signal.SIGKILL and other.poll() is None
     finally:
         for process in (session, other):
@@ -222,7 +226,7 @@ def test_a_chroot_that_cannot_be_removed(site: Site, monkeypatch: pytest.MonkeyP
     assert set(os.listdir(site.chroots)) == {".lock", ".store", "a"}
 
 
-def test_a_garbage_collection_root_goes_with_its_host(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_garbage_collection_root_goes_with_its_host(real_root: None, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "gone"):
         site.host(name)
     site.publish()

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,14 @@ from fleet import (
     NOW_S,
     REPO,
     Site,
+    check_archive,
     check_chroot,
     check_tidy,
-    check_tree,
     key,
     sha256sum,
     snapshot,
 )
-from toynixos import TOY, _missing, need
+from toynixos import TOY, _missing, need_sftp
 
 import bento
 import bento_client as client
@@ -121,7 +122,7 @@ class Reader(threading.Thread):
 
 
 def test_a_reader_never_gets_a_mixture(site: Site) -> None:
-    need("sftp")
+    need_sftp()
     directory = site.host("a", CONFIGURATION | {"a": "", "z": b"z" * 200_000})
     site.publish()
     published = [site.current().release]
@@ -155,7 +156,7 @@ def test_the_current_release_and_two_before_are_kept(site: Site) -> None:
     for release in releases[-3:]:
         tar = site.chroots / "a/releases" / f"{release}.tar"
         assert sha256sum(tar) == release
-        check_tree(tar, tar.with_suffix(""))
+        check_archive(tar)
 
 
 def test_older_content_again(site: Site) -> None:
@@ -186,7 +187,7 @@ def test_a_clock_that_goes_back(site: Site, monkeypatch: pytest.MonkeyPatch) -> 
     assert published == [NOW_S, NOW_S + 3600, NOW_S + 3601, NOW_S + 3602, NOW_S + 3603, NOW_S + 3604]
 
 
-@pytest.mark.parametrize("damage", ["tar gone", "tar short", "tree gone", "json cut", "json of another", "json newer"])
+@pytest.mark.parametrize("damage", ["tar gone", "tar short", "json cut", "json of another", "json newer"])
 def test_damage_is_mended(damage: str, site: Site) -> None:
     site.host("a")
     site.publish()
@@ -197,8 +198,6 @@ def test_damage_is_mended(damage: str, site: Site) -> None:
             tar.unlink()
         case "tar short":
             os.truncate(tar, 100)
-        case "tree gone":
-            shutil.rmtree(tar.with_suffix(""))
         case "json cut":
             os.truncate(path, 10)
         case "json of another":
@@ -236,7 +235,8 @@ def test_a_dry_run_changes_nothing(site: Site) -> None:
     (site.chroots / "a/releases/.new").mkdir()
     before = snapshot(site.chroots)
     fleet = bento.Fleet(site.fleet, site.chroots)
-    release, size = bento.write_release(bento.list_members(fleet, "a"), None)
+    with closing(fleet.source):
+        release, size = bento.write_release(fleet.source, bento.list_members(fleet, "a")[0])
     assert site.publish("--dry-run", "--prune").out == (
         f"gone: would remove {site.chroots}/gone\n"
         f"a: would publish {release[:12]} ({size} bytes)\n"
@@ -244,7 +244,7 @@ def test_a_dry_run_changes_nothing(site: Site) -> None:
     )
     (directory / "x").symlink_to("x")
     ran = site.run("populate", "--dry-run")
-    assert (ran.code, ran.errors) == (1, ["bento: error: a: hosts/a/x: link loop (Too many levels of symbolic links)"])
+    assert (ran.code, ran.errors) == (1, ["bento: error: a: hosts/a/x: link loop"])
     assert snapshot(site.chroots) == before
 
 
@@ -273,15 +273,13 @@ def test_owners_and_modes(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     (directory / "d/script").chmod(0o700)
     os.umask(0o077)
     ran = site.run("populate")
-    assert (ran.code, ran.err) == (0, "")
+    assert (ran.code, ran.errors) == (0, [])
     assert asked == ["bento-t470", "bento"]
     release = site.current("t470").release
     expected = {
         ".": (0, 0, 0o755), "t470": (0, 51234, 0o750), "t470/current.json": (0, 0, 0o644),
         "t470/history": (0, 0, 0o644),
-        "t470/releases": (0, 0, 0o755), f"t470/releases/{release}": (0, 0, 0o755),
-        f"t470/releases/{release}.tar": (0, 0, 0o644), f"t470/releases/{release}/d": (0, 0, 0o755),
-        f"t470/releases/{release}/d/script": (0, 0, 0o755), f"t470/releases/{release}/configuration.nix": (0, 0, 0o644),
+        "t470/releases": (0, 0, 0o755), f"t470/releases/{release}.tar": (0, 0, 0o644),
         "t470/logs": (41234, 51234, 0o750),
     }  # fmt: skip
 
@@ -297,7 +295,7 @@ def test_owners_and_modes(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found() == expected
 
 
-def test_a_missing_account(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_account(real_root: None, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     site.host("no-such-account")
     ran = site.run("populate")
@@ -315,7 +313,7 @@ def test_a_missing_account(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
         "bento: error: no-such-account: the account or group 'bento-no-such-account' does not exist here: run 'bento.py fleet',"
         " include fleet.nix in this server's configuration and switch to it"
     ]
-    assert set(os.listdir(site.chroots)) == {".lock"}
+    assert set(os.listdir(site.chroots)) == {".lock", ".rollout.json"}
 
 
 def test_as_another_user(tmp_path: Path) -> None:
@@ -323,9 +321,9 @@ def test_as_another_user(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         _missing("needs root to become another user")
     code = (
-        "import os, sys, bento, tarfile, encodings.idna; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "import os, sys, bento, tarfile, tempfile, encodings.idna; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "top = sys.argv[1]; os.makedirs(top + '/hosts/a'); open(top + '/hosts/a/flake.nix', 'w').close()\n"
-        "arguments = ['--fleet', top, '--chroot-dir', top + '/chroot']\n"
+        "arguments = ['--fleet', top, '--chroot-dir', top + '.chroot']\n"
         "sys.exit(bento.main([*arguments, 'populate']) or bento.main([*arguments, 'status']))"
     )
     with tempfile.TemporaryDirectory() as top:
@@ -334,10 +332,11 @@ def test_as_another_user(tmp_path: Path) -> None:
             [sys.executable, "-c", code, f"{top}/fleet"], cwd="/", env=os.environ | {"PYTHONPATH": str(REPO)},
             capture_output=True, text=True, check=False,
         )  # fmt: skip
-        assert (done.returncode, done.stderr) == (0, f"{NOT_ROOT}\n")
-        release = check_chroot(Path(top, "fleet/chroot/a"))
+        said = f"{NOT_ROOT}\n{top}/fleet: no Git here: what lies there is published, 1 file\n"
+        assert (done.returncode, done.stderr) == (0, said)
+        release = check_chroot(Path(top, "fleet.chroot/a"))
         assert done.stdout.splitlines()[0].startswith(f"a: published {release[:12]} (")
-        assert (Path(top) / "fleet/chroot/a/logs").stat().st_uid == 65534
+        assert (Path(top) / "fleet.chroot/a/logs").stat().st_uid == 65534
 
 
 @pytest.mark.parametrize("step", ["examine", "place", "reveal"])

@@ -1,4 +1,4 @@
-"""README says nothing that is not so: its commands are run, its options, states, fields and messages exist, its links lead
+"""README and the manual say nothing that is not so: its commands are run, its options, states, fields and messages exist, its links lead
 somewhere.
 
 A block ```sh is run as it stands, in the fleet that "First host in five minutes" makes: its paths are moved below a
@@ -9,12 +9,15 @@ import argparse
 import ast
 import json
 import os
+import pwd
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +28,8 @@ import bento_client as client
 
 TESTS = Path(__file__).resolve().parent
 REPO = TESTS.parent
-README = (REPO / "README.md").read_text(encoding="utf-8")
+PAGES = {path: path.read_text(encoding="utf-8") for path in (REPO / "README.md", REPO / "utils/manual.md")}
+README = "\n".join(PAGES.values())
 LINES = README.splitlines()
 FIRST = "First host in five minutes"
 MACHINE = "t470"
@@ -99,7 +103,7 @@ BENTO_DIR=${{BENTO_DIR:-{top}/etc/bento-fleet}} exec "{python}" "{top}/etc/bento
 """
 PYTHON = """\
 #!/bin/sh
-[ "$1" != bento_client.py ] || {{ shift; exec "{top}/bin/bento-client" "$@"; }}
+[ "$2" != bento_client.py ] || {{ shift 2; exec "{top}/bin/bento-client" "$@"; }}
 exec "{python}" "$@"
 """
 REBUILD = """\
@@ -109,7 +113,11 @@ REBUILD = """\
 import re, sys
 sys.path.insert(0, "{tests}")
 import accounts
-for name in re.findall(r'"([A-Za-z0-9_-]+)" = \\[', open("{top}/etc/bento-fleet/fleet.nix").read()):
+names = re.findall(r'"([A-Za-z0-9_-]+)" = \\[', open("{top}/etc/bento-fleet/fleet.nix").read())
+for name in re.findall(r"(?m)^bento-([^:]+)", open("/etc/passwd").read()):
+    if name not in names and not name.startswith("toy"):  # that one is of other tests
+        accounts.remove_user("bento-" + name)
+for name in names:
     accounts.add_user("bento-" + name, "bento")
 END
 """
@@ -122,7 +130,7 @@ class Site:
         self.top, self.bin = top, top / "bin"
         self.base = dict[str, str]()
         self.fleet, self.chroots = top / "etc/bento-fleet", top / "home/chroot"
-        for name in ("bin", "etc/ssh", "home/.ssh", "home/laptop", "b/home", "var/www", "var/lib/node_exporter", "own"):
+        for name in ("bin", "etc/ssh", "home/.ssh", "home/laptop", "b/home", "var/www", "var/lib/node_exporter", "own", "srv/b/chroot"):
             (top / name).mkdir(parents=True)
         (top / "etc/ssh/ssh_host_ed25519_key").write_text("secret\n")
         self.settings = {
@@ -153,6 +161,7 @@ class Site:
         """What is at YOU/bento: Bento, as it is here."""
         seed = self.top / "seed"
         seed.mkdir()
+        (self.top / "home/bento").symlink_to(REPO)
         for name in ("bento.py", "bento_client.py", "fleet.nix.in", "utils", "hosts", ".examples", ".gitignore"):
             if (REPO / name).is_dir() and not (REPO / name).is_symlink():
                 shutil.copytree(REPO / name, seed / name, symlinks=True)
@@ -169,7 +178,8 @@ class Site:
         }
         config = {f"GIT_CONFIG_KEY_{number}": key for number, key in enumerate(git)}
         config |= {f"GIT_CONFIG_VALUE_{number}": value for number, value in enumerate(git.values())}
-        own = {"GIT_CONFIG_COUNT": str(len(git)), "GIT_CONFIG_GLOBAL": os.devnull, "HOME": f"{self.top}/home"}
+        own = {"RCLONE_CONFIG_STORAGE_TYPE": "alias", "RCLONE_CONFIG_STORAGE_REMOTE": f"{self.top}/storage", "RCLONE_CONFIG": os.devnull}
+        own |= {"GIT_CONFIG_COUNT": str(len(git)), "GIT_CONFIG_GLOBAL": os.devnull, "HOME": f"{self.top}/home"}
         own |= {"PATH": f"{self.bin}:{os.environ['PATH']}", "BENTO_CHROOT_DIR": str(self.chroots)}
         own |= {"TOY_ROOT": f"{self.top}/server", "TOY_STORE": f"{self.top}/store", "XDG_STATE_HOME": f"{self.top}/state"}
         return {name: value for name, value in os.environ.items() if not name.startswith(("BENTO_", "GIT_"))} | own | config
@@ -200,10 +210,11 @@ class Site:
             if directory.is_dir() and not directory.is_symlink() and not (directory / "toy.nix").exists():
                 self.write(directory.name, label)
 
-    def write(self, name: str, label: str) -> None:
+    def write(self, name: str, label: str, *, commit: bool = True) -> None:
         where = self.fleet / "hosts" / name
         write_config(where, flake=True, host=name, label=label, client_json=self.settings | {"host": name})
-        self.sh("git add --intent-to-add hosts")
+        if commit:
+            self.sh("git add hosts && git commit -qm 'What its owner wrote'")
 
     def published(self) -> dict[str, str]:
         found = {path.parent.name: json.loads(path.read_bytes())["release"] for path in self.chroots.glob("*/current.json")}
@@ -238,7 +249,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     site.furnish()
     site.sh("bento fleet && nixos-rebuild switch && git add --all && git commit -qm Others && bento populate")
     site.write(MACHINE, "v2")
-    site.sh("git commit -qam 'The second' && git tag base && bento populate && bento-client run")
+    site.sh("git tag base && bento populate && bento-client run")
     site.base = site.published()
     yield site
 
@@ -250,7 +261,7 @@ def test_the_first_host(site: Site) -> None:
 
 
 SECTIONS = list(dict.fromkeys(block.section for block in BLOCKS if block.language == "sh"))
-NEEDS = {"Several servers": ["rsync"], "Logs on a web server": ["rsync"], "Change something": ["nix"]}
+NEEDS = {"Gateways": ["rclone"], "Several servers": ["rsync"], "Logs on a web server": ["rsync"], "Change something": ["nix"]}
 
 
 @pytest.mark.parametrize("title", [title for title in SECTIONS if title not in ("Bento", FIRST)])
@@ -258,20 +269,47 @@ def test_a_section(title: str, site: Site) -> None:
     for program in NEEDS.get(title, []):
         need(program)
     site.reset()
-    if title == "Change something":
-        site.write(MACHINE, "v3")
+    if title in ("Change something", "Sign releases"):
+        site.write(MACHINE, "v3", commit=False)
     if title == "Your own repository":
         site.sh("git init -q", site.top / "own")
+    thief = steal(site) if title == "A stolen machine" and os.geteuid() == 0 else None
     for block in BLOCKS:
         if block.section == title and block.language == "sh":
             site.play(block)
             if title == "Change something":  # what it built is in the server's store only when it is what the host runs
                 site.sh("bento-client run")
     CONSEQUENCES.get(title, lambda _: None)(site)
+    assert thief is None or thief.wait(30) == -signal.SIGKILL
+
+
+def steal(site: Site) -> "subprocess.Popen[bytes]":
+    """Has a process of that host's account open."""
+    owner = (site.chroots / MACHINE / "logs").stat().st_uid
+    assert pwd.getpwuid(owner).pw_name == f"bento-{MACHINE}"
+    return subprocess.Popen(["sleep", "600"], user=owner)
+
+
+def test_servers_that_are_copies(site: Site) -> None:
+    """The timer's script, as it stands: what is published goes there, and a report comes back."""
+    need("rsync")
+    site.reset()
+    site.sh("bento-client run")
+    [block] = [block for block in BLOCKS if block.section == "Servers that are copies" and block.language == "nix"]
+    [script] = re.findall(r"(?s)script = ''\n(.*?)\n  '';", block.text)
+    there = site.top / "b/home/chroot"
+    for _ in range(2):
+        site.play(replace(block, text=script))
+        assert (there / MACHINE / "current.json").read_bytes() == (site.chroots / MACHINE / "current.json").read_bytes()
+        report = there / MACHINE / "logs/status.json"
+        shutil.copy(site.chroots / MACHINE / "logs/status.json", report)
+        report.write_text(report.read_text().replace('"phase": "idle"', '"phase": "building"'))
+        os.utime(report)
+    assert (site.chroots / MACHINE / "logs/status.json").read_bytes() == report.read_bytes()
 
 
 def check_laptop(site: Site) -> None:
-    assert site.sh("git log -1 --format=%s", site.fleet).strip() == "A new host"
+    assert "A new host" in site.sh("git log --format=%s", site.fleet).splitlines()
 
 
 def check_removed(site: Site) -> None:
@@ -284,13 +322,14 @@ def check_renamed(site: Site) -> None:
 
 
 def check_own_host(site: Site) -> None:
-    found = bento.read_release(bento.Fleet(site.fleet, site.chroots), "server")[0]
-    names = {member.name.removeprefix("./").rstrip("/") for member in found.members}
+    fleet = bento.Fleet(site.fleet, site.chroots)
+    with closing(fleet.source):
+        names = {member.name for member in bento.list_members(fleet, "server")[0]}
     assert {"fleet.nix", "fleet.nix.in", "bento.py", "bento_client.py", "utils/bento.nix"} <= names
 
 
 def check_signed(site: Site) -> None:
-    assert (site.fleet / "hosts/t470.sig").exists()
+    assert (site.fleet / "hosts/signed").exists()
 
 
 def check_rolled_back(site: Site) -> None:
@@ -331,9 +370,9 @@ def test_json(block: Block) -> None:
 
 def test_waves() -> None:
     [block] = [block for block in BLOCKS if block.section == "Roll-outs in waves"]
-    waves = bento.parse_waves(block.text, ["kiosk-01", "kiosk-10", "nas", "router", "t470"])
+    waves, _, _ = bento.parse_waves(block.text, ["kiosk-01", "kiosk-10", "nas", "router", "t470"])
     assert [(wave.hosts, wave.soak_s) for wave in waves] == [
-        (("nas", "t470"), 7200.0), (("kiosk-01",), 86400.0), (("kiosk-10", "router"), 0.0)
+        (("nas", "t470"), 7200.0), (("kiosk-01",), 86400.0), (("kiosk-10",), 0.0), (("router",), 0.0)
     ]  # fmt: skip
 
 
@@ -475,15 +514,18 @@ def anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
+def anchors(page: Path) -> set[str]:
+    return {anchor(line.lstrip("# ")) for line in PAGES[page].splitlines() if line.startswith("#")}
+
+
 def test_links() -> None:
-    anchors = {f"#{anchor(line.lstrip('# '))}" for line in LINES if line.startswith("#")}
-    links = re.findall(r"\]\(([^)]+)\)", README)
-    assert links
-    for link in links:
-        if link.startswith("#"):
-            assert link in anchors
-        elif "://" not in link:
-            assert (REPO / link).exists(), link
+    for page, text in PAGES.items():
+        links = re.findall(r"\]\(([^)]+)\)", text)
+        assert links
+        for link in (link for link in links if "://" not in link):
+            path, _, place = link.partition("#")
+            to = (page.parent / path).resolve() if path else page
+            assert to.exists() and (not place or place in anchors(to)), link
 
 
 def test_paths() -> None:

@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 from fleet import CONFIGURATION, Site, bind_socket, check_chroot, snapshot
 
-import bento
 import bento_client as client
-from bento_client import BentoError
 
 
 def out_of_fleet(directory: Path) -> None:
@@ -41,8 +39,13 @@ def climb(directory: Path) -> None:
     (directory / "sub/up").symlink_to("..")
 
 
+def deep(directory: Path) -> None:
+    directory.mkdir(parents=True)
+    (directory / "file").touch()
+
+
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "link to itself": (lambda d: (d / "x").symlink_to("x"), "hosts/bad/x: link loop (Too many levels of symbolic links)"),
+    "link to itself": (lambda d: (d / "x").symlink_to("x"), "hosts/bad/x: link loop"),
     "link upwards": (climb, "hosts/bad/sub/up: link loop: it leads to a directory that it is in"),
     "link out": (out_of_fleet, "hosts/bad/sub/secret: link out of the fleet directory, to @TOP@/secret"),
     "name that is not UTF-8": (
@@ -56,9 +59,9 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "dangling host": (replace_by_link, "hosts/bad: dangling link"),
     "control characters": (
         lambda d: (d / "\x1b[31m\n").symlink_to("\x1b[31m\n"),
-        "hosts/bad/ [31m: link loop (Too many levels of symbolic links)",
+        "hosts/bad/ [31m: link loop",
     ),
-    "too deep": (lambda d: (d / "/".join("x" * 101)).mkdir(parents=True), f"hosts/bad{'/x' * 100}: a tree deeper than 100 directories"),
+    "too deep": (lambda d: deep(d / "/".join("x" * 101)), f"hosts/bad{'/x' * 100}: a tree deeper than 100 directories"),
 }
 
 
@@ -95,6 +98,7 @@ def test_a_tree_that_is_much_too_deep(site: Site, monkeypatch: pytest.MonkeyPatc
                 (directory / "x").mkdir()
                 patched.chdir(directory / "x")
                 directory = Path()
+            (directory / "file").touch()
         ran = site.run("populate")
         assert ran.errors == [f"bento: error: bad: hosts/bad{'/x' * 100}: a tree deeper than 100 directories"]
         check_chroot(site.chroots / "good")
@@ -112,7 +116,7 @@ LEFT_OUT: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: os.mkfifo(d / "x"), "1 name left out: neither files nor directories (sockets, FIFOs, devices): hosts/a/x",
     ),
     "link to a FIFO": (
-        link_to_fifo, "1 name left out: neither files nor directories (sockets, FIFOs, devices): hosts/a/x",
+        link_to_fifo, "1 dangling link left out: hosts/a/x -> ../../f",
     ),
     "socket": (
         lambda d: bind_socket(d / "x"),
@@ -129,8 +133,9 @@ def test_what_is_left_out(case: str, site: Site) -> None:
     make, message = LEFT_OUT[case]
     make(site.host("a"))
     (site.fleet / "hosts/b").symlink_to("a")
+    extra = [f"bento: warning: {LEFT_OUT['FIFO'][1].replace('hosts/a/x', 'f')}"] if case == "link to a FIFO" else []
     ran = site.run("populate")
-    assert (ran.code, ran.errors) == (0, [f"bento: warning: {message}"] if message else [])
+    assert (ran.code, ran.errors) == (0, [f"bento: warning: {text}" for text in [message] if text] + extra)
     with tarfile.open(site.tar("b")) as archive:
         assert archive.getnames() == ["configuration.nix"]
 
@@ -152,7 +157,6 @@ def test_a_bad_host_name(name: str, site: Site) -> None:
 def test_other_files_in_hosts_are_no_hosts(site: Site) -> None:
     site.host("good")
     (site.fleet / "hosts/README").write_text("x")
-    (site.fleet / "hosts/.git").mkdir()
     assert site.publish().out.endswith("1 host: 1 published, 0 unchanged, 0 failed\n")
 
 
@@ -166,11 +170,3 @@ def test_a_release_has_a_limit(site: Site, monkeypatch: pytest.MonkeyPatch) -> N
         " configuration.nix (4 bytes)"
     ]
     check_chroot(site.chroots / "small")
-
-
-def test_a_file_that_grows_while_it_is_read(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    directory = site.host("a", CONFIGURATION | {"growing": "x"})
-    listed = bento.list_members(bento.Fleet(site.fleet, site.chroots), "a")
-    (directory / "growing").write_text("more")
-    with pytest.raises(BentoError, match=r"/growing: changed while it was read: run this again$"):
-        bento.write_release(listed, None)

@@ -135,8 +135,8 @@ def test_run_without_a_server(capsys: pytest.CaptureFixture[str], tmp_path: Path
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", ": no signer's key in it"), ("# later\n\n", ": no signer's key in it"), ("hello\n", ":1: not a public key"),
-        ("# alice\nssh-ed25519 AAAA=A alice\n", ":2: not a public key"),
+        ("", ": no signer's key in it"), ("# later\n\n", ": no signer's key in it"), ("hello\n", ":1: not a public key, as in a .pub file: hello"),
+        ("# alice\nssh-ed25519 AAAA=A alice\n", ":2: not a public key, as in a .pub file: ssh-ed25519 AAAA=A alice"),
     ],
 )  # fmt: skip
 def test_a_bad_file_of_signers(tmp_path: Path, text: str, words: str) -> None:

@@ -9,7 +9,20 @@ from typing import Any
 
 import pytest
 
-from bento_client import Facts, Move, Pending, State, Step, Switched, find_way_back, judge_switch, settle
+from bento_client import (
+    Done,
+    Facts,
+    Move,
+    Pending,
+    State,
+    Step,
+    Switch,
+    Switched,
+    find_way_back,
+    judge_switch,
+    settle,
+    switch_words,
+)
 
 OLD, NEW, OTHER, BEFORE = "/nix/store/old", "/nix/store/new", "/nix/store/other", "/nix/store/before"
 SYSTEMS = (OLD, NEW, OTHER)
@@ -157,22 +170,44 @@ def test_a_specialisation_is_gone_back_to_as_it_was() -> None:
 
 # --- what came of a switch ---
 
-INHIBITED = "Pre-switch check 'switchInhibitors' failed\nPre-switch checks failed"
-OUTPUTS = ("", INHIBITED, "Pre-switch check 'backup' failed\nPre-switch checks failed", "Could not acquire lock")
+CHECK = "Pre-switch check '{}' failed\nPre-switch checks failed"
+INHIBITED, SCRIPT, UNIT = CHECK.format("switchInhibitors"), "Failed to run activate script\n", "Failed to start web.service\n"
+OUTPUTS = ("", INHIBITED, CHECK.format("backup"), "Could not acquire lock", SCRIPT, UNIT)
 CODES = (None, 0, 1, 2, 3, 4, 11, 17, 100, 101, -9, 137)
 
 
 def test_what_came_of_a_switch() -> None:
     seen = set()
-    for code, output, runs in itertools.product(CODES, OUTPUTS, ("new", "old", "neither")):
-        came = judge_switch(code, output, is_new=runs == "new", is_old=runs == "old")
+    for code, output, began, finished in itertools.product(CODES, OUTPUTS, (False, True), (False, True)):
+        if (finished and not (began and code in (0, 4))) or (code in (0, 2, 4) and not began):
+            continue
+        came = judge_switch(Switch(Done(code, output), began, finished))
         seen.add(came)
-        case = f"exit {code}, {output!r}, {runs} runs"
-        assert (came == Switched.LIVE) == (runs == "new" and code in (0, 4)), f"look, whatever it says: {case}"
-        blocked = code == 100 or (code == 1 and "switchInhibitors" in output)
-        assert (came == Switched.NEEDS_BOOT) == (runs == "old" and blocked), f"only untouched, and said so: {case}"
-        refused = code == 11 or (code == 1 and "switchInhibitors" not in output)
-        assert (came == Switched.REFUSED) == (runs == "old" and refused), f"nothing was done, by its own word: {case}"
-        if code is None or runs == "neither":
-            assert came == Switched.FAILED, f"nobody knows what was done: {case}"
+        case = f"exit {code}, {output!r}, {began=}, {finished=}"
+        assert (came == Switched.LIVE) == (finished and output != SCRIPT), f"whatever it says: {case}"
+        assert (came == Switched.NEEDS_BOOT) == (not began and (code == 100 or output == INHIBITED)), f"only untouched: {case}"
+        if not began:
+            assert came in (Switched.NEEDS_BOOT, Switched.REFUSED), f"nothing was done, whatever the code: {case}"
+        elif not finished:
+            nobodys = code not in (None, 0, 2, 4) and output != UNIT
+            assert came == (Switched.BROKEN if nobodys else Switched.FAILED), f"who is to blame: {case}"
     assert seen == set(Switched)
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("stopping the following units: a\nactivating the configuration...\nError: Failed to get GID for git\n\nCaused by:\n"
+         "    Unknown object '/x'.\n", "Failed to get GID for git: Unknown object '/x'."),
+        ("reloading systemd...\nUnable to list users with logind: Timeout", "Unable to list users with logind: Timeout"),
+        ("restarting sysinit-reactivation.target\nFailed to reload a.service\n", "failed: a.service"),
+        ("Failed to start a.service\nwarning: the following units failed: b.service", "failed: a.service, b.service"),
+        (CHECK.format("backupRuns"), "pre-switch check refuses: 'backupRuns'"),
+        ("activating the configuration...\nmkdir: no\nActivation script snippet 'x' failed (1)\n" + SCRIPT,
+         "activation script x: mkdir: no"),
+        ("activating the configuration...\n" + SCRIPT, "Failed to run activate script"),
+        ("", "no output"),
+    ],
+)  # fmt: skip
+def test_words_of_a_switch(output: str, words: str) -> None:
+    assert switch_words(output) == words

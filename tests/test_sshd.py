@@ -123,11 +123,9 @@ def test_a_download_is_resumed_after_a_dropped_line(server: Server, fresh: Host)
 
 def test_slow_is_fine_and_dead_is_not(server: Server, fresh: Host) -> None:
     release = fresh.publish("v2", bulk=BULK)
-    started = time.monotonic()
     with Line(server.port, stall_after=BULK // 4) as line:
         done = fresh.run("--port", str(line.port), stall_s=2)
     assert done.returncode == 75 and f"no answer to 'get releases/{release}.tar" in done.stdout, done.stdout
-    assert time.monotonic() - started < 20
     shutil.rmtree(fresh.state / "partial")
     with Line(server.port, rate=BULK // 4) as line:
         started = time.monotonic()
@@ -208,13 +206,10 @@ def test_out_of_reach(settled_host: Host, way: str) -> None:
             stack.callback((settled_host.state / "outbox").rmdir)
             (settled_host.state / "outbox").mkdir(mode=0o700)
         line = stack.enter_context(Line(settled_host.server.port, **behaviour))
-        started = time.monotonic()
         done = settled_host.run(*flags(settled_host, line))
-        took_s = time.monotonic() - started
     errors = [text for text in done.stdout.splitlines() if "error" in text]
     assert done.returncode == 75 and len(errors) == 1, done.stdout
     assert says in errors[0] and "Traceback" not in done.stdout
-    assert took_s < 30
     assert snapshot(settled_host.state, *transient) == before
     assert settled_host.machine.labels() == labels and settled_host.server.logs(GOOD) == delivered
 

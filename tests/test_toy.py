@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from toybuild import build, config, set_profile, switch
-from toynixos import CHANNELS, ToyMachine, need, need_root, write_config
+from toynixos import ToyMachine, need, need_root, need_sftp
 
 
 def wait_for(path: Path) -> None:
@@ -22,13 +22,6 @@ def wait_for(path: Path) -> None:
 
 
 # --- building ---
-
-
-def test_a_new_machine_has_one_generation(machine: ToyMachine) -> None:
-    assert machine.labels() == ("v0", "v0", "v0")
-    assert machine.booted_label() == "v0"
-    assert os.readlink(machine.profile) == "system-1-link"
-    assert machine.network() == "up"
 
 
 @pytest.mark.parametrize("flake", [True, False])
@@ -81,176 +74,10 @@ def test_the_same_configuration_elsewhere_is_the_same_system(machine: ToyMachine
         assert (machine.root / "result").resolve() == first
 
 
-def test_pure_needs_only_the_behaviour(machine: ToyMachine) -> None:
-    first = build(machine, pure=True)
-    (config(machine) / "more").write_text("1")
-    assert build(machine, pure=True) == first
-    assert build(machine, pure=True, label="v2") != first
-
-
 def test_only_the_kernel_changes_the_kernel(machine: ToyMachine) -> None:
     first, second, third = build(machine), build(machine, label="v2"), build(machine, kernel="6.13")
     assert os.readlink(first / "kernel") == os.readlink(second / "kernel")
     assert os.readlink(first / "kernel") != os.readlink(third / "kernel")
-
-
-def test_several_hosts_of_a_flake(machine: ToyMachine) -> None:
-    hosts = {"toy": {}, "other": {"label": "o1"}, "bad": {"build": "eval-error"}}
-    directory = write_config(machine.root.parent / "many", flake=True, host=hosts)
-    assert machine.rebuild("build", directory).returncode == 0
-    assert (machine.root / "result").resolve().name.endswith("-nixos-system-toy-v1")
-    assert machine.run("nixos-rebuild", "build", "--flake", f"path:{directory}#other").returncode == 0
-    assert (machine.root / "result").resolve().name.endswith("-nixos-system-other-o1")
-    done = machine.run("nixos-rebuild", "build", "--flake", f"path:{directory}#nobody")
-    assert done.returncode == 1
-    assert "does not provide attribute" in done.stdout
-
-
-def test_a_build_that_fails(machine: ToyMachine) -> None:
-    directory = config(machine, build="fail", build_output_bytes=5000)
-    assert machine.rebuild("dry-build", directory).returncode == 0
-    done = machine.rebuild("build", directory, "-L")
-    assert done.returncode == 1
-    assert "expected ';'" in done.stdout
-    assert len(done.stdout) > 4500
-    assert not (machine.root / "result").is_symlink()
-
-
-def test_an_evaluation_that_fails(machine: ToyMachine) -> None:
-    for flake in (True, False):
-        directory = config(machine, flake=flake, build="eval-error")
-        for action in ("dry-build", "build"):
-            done = machine.rebuild(action, directory)
-            assert done.returncode == 1
-            assert "does not exist" in done.stdout
-
-
-def test_dry_build_builds_nothing(machine: ToyMachine) -> None:
-    done = machine.rebuild("dry-build", config(machine, label=f"dry{time.time_ns()}"))
-    assert done.returncode == 0
-    assert "will be built" in done.stdout
-    assert not (machine.root / "result").is_symlink()
-
-
-def test_a_build_waits_to_be_watched(machine: ToyMachine, tmp_path: Path) -> None:
-    begun, go_on = tmp_path / "begun", tmp_path / "go-on"
-    # A label of its own: what an earlier run left in /nix/store would not be built again.
-    label = f"watched{time.time_ns()}"
-    directory = config(machine, label=label, build_touch=str(begun), build_wait=str(go_on))
-    argv = ["nixos-rebuild", "build", "--flake", f"path:{directory}#toy"]
-    with subprocess.Popen(argv, cwd=machine.root, env=machine.env(), stderr=subprocess.DEVNULL) as process:
-        wait_for(begun)
-        assert process.poll() is None
-        assert not (machine.root / "result").is_symlink()
-        go_on.touch()
-        assert process.wait(timeout=20) == 0
-    assert (machine.root / "result").exists()
-
-
-def test_a_build_that_hangs(simulated: ToyMachine, tmp_path: Path) -> None:
-    directory = config(simulated, build="hang", build_touch=str(tmp_path / "begun"))
-    argv = ["nixos-rebuild", "build", "--flake", f"path:{directory}#toy"]
-    with subprocess.Popen(
-        argv, cwd=simulated.root, env=simulated.env(), stderr=subprocess.DEVNULL, start_new_session=True
-    ) as process:
-        wait_for(tmp_path / "begun")
-        time.sleep(0.2)
-        assert process.poll() is None
-        os.killpg(process.pid, 9)
-
-
-@pytest.mark.parametrize(
-    ("argv", "code", "says"),
-    [
-        (["build", "--flake", "path:{}#toy", "--no-such-flag"], 2, "unrecognized arguments: --no-such-flag"),
-        (["explode"], 2, "invalid choice"),
-        (["build", "--flake", "{}#toy"], 1, "only --flake path:DIR#HOST"),
-        (["build", "--flake", "path:/nowhere#toy"], 1, "does not exist"),
-        (["build", "--no-flake"], 1, "-I nixos-config=FILE"),
-        (["build", "--no-flake", "-I", "nixos-config=/nowhere/configuration.nix"], 1, "was not found"),
-        (
-            ["build", "--flake", "path:{}#toy", "--option", "a", "b", "--show-trace", "-L", "-j", "2"],
-            0,
-            "building",
-        ),
-    ],
-)
-def test_command_lines(simulated: ToyMachine, argv: list[str], code: int, says: str) -> None:
-    directory = config(simulated)
-    done = simulated.run("nixos-rebuild", *(word.format(directory) for word in argv))
-    assert (done.returncode, says in done.stdout) == (code, True), done.stdout
-
-
-def test_upgrade_of_channels(machine: ToyMachine) -> None:
-    done = machine.rebuild("build", config(machine, flake=False), "--upgrade")
-    assert done.returncode == 0
-    assert "unpacking 1 channels..." in done.stdout
-
-
-def test_switch_does_everything(machine: ToyMachine) -> None:
-    assert machine.rebuild("switch", config(machine)).returncode == 0
-    assert machine.labels() == ("v1", "v1", "v1")
-    assert machine.rebuild("test", config(machine, label="v2")).returncode == 0
-    assert machine.labels() == ("v2", "v1", "v1")
-    assert machine.rebuild("boot", config(machine, label="v3")).returncode == 0
-    assert machine.labels() == ("v2", "v3", "v3")
-
-
-def test_two_machines_may_share_a_store(tmp_path: Path, client: Path) -> None:
-    store = tmp_path / "store"
-    a, b = (ToyMachine.create(tmp_path / name / "root", store=store, client=client) for name in "ab")
-    directory = write_config(tmp_path / "config", flake=False, host="toy", client=client)
-    for one in (a, b):
-        one.rebuild("build", directory).check_returncode()
-    assert (a.root / "result").resolve() == (b.root / "result").resolve()
-    assert (a.root / "result").resolve().parent == store
-
-
-def test_the_fleets_utils_link_is_kept_and_its_client_used(simulated: ToyMachine, tmp_path: Path) -> None:
-    (tmp_path / "utils").mkdir()
-    (tmp_path / "utils/bento_client.py").write_text("print('of the fleet')\n")
-    directory = tmp_path / "hosts/toy"
-    directory.mkdir(parents=True)
-    (directory / "utils").symlink_to("../../utils")
-    write_config(directory, flake=True, host="toy")
-    assert simulated.rebuild("build", directory).returncode == 0
-    assert simulated.run(simulated.root / "result/sw/bin/bento-client").stdout == "of the fleet\n"
-
-
-def test_a_behaviour_that_does_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no behaviour lable"):
-        write_config(tmp_path, flake=True, host="a", lable="v1")
-
-
-def test_flake_and_channels_replace_each_other(tmp_path: Path) -> None:
-    write_config(tmp_path, flake=True, host="a")
-    write_config(tmp_path, flake=False, host="a")
-    assert not (tmp_path / "flake.nix").exists()
-    assert (tmp_path / "configuration.nix").read_text() == CHANNELS
-
-
-# --- the profile ---
-
-
-def test_generations(machine: ToyMachine) -> None:
-    first, second = build(machine), build(machine, label="v2")
-    for system in (first, first, second):
-        assert set_profile(machine, system) == 0
-    assert os.readlink(machine.profile) == "system-3-link"
-    assert machine.profile.resolve() == second
-    assert set_profile(machine, Path("/nowhere")) == 1
-    assert machine.profile_label() == "v2"
-
-
-def test_a_profile_that_cannot_be_set(simulated: ToyMachine, tmp_path: Path) -> None:
-    switch_file = tmp_path / "full"
-    switch_file.touch()
-    assert set_profile(simulated, build(simulated), TOY_NIX_ENV_FAIL=str(switch_file)) == 1
-    assert simulated.profile_label() == "v0"
-    switch_file.write_text("hang")
-    with pytest.raises(subprocess.TimeoutExpired):
-        argv: list[str | Path] = ["nix-env", "-p", simulated.profile, "--set", build(simulated)]
-        subprocess.run(argv, env=simulated.env(TOY_NIX_ENV_FAIL=str(switch_file)), timeout=0.5)
 
 
 # --- activating ---
@@ -290,13 +117,6 @@ def test_exit_codes(simulated: ToyMachine, asked: int, label: str) -> None:
     assert ("warning: the following units failed: a.service" in said) == (asked == 4)
 
 
-def test_other_actions(simulated: ToyMachine) -> None:
-    top = build(simulated)
-    assert switch(simulated, top, "dry-activate") == (0, "would activate the configuration...\n")
-    assert switch(simulated, top, "dance")[0] == 1
-    assert simulated.labels() == ("v0", "v0", "v0")
-
-
 def test_a_switch_waits_holds_the_lock_and_may_hang(simulated: ToyMachine, tmp_path: Path) -> None:
     begun, go_on = tmp_path / "begun", tmp_path / "go-on"
     top = build(simulated, switch_touch=str(begun), switch_wait=str(go_on), switch_hang="after")
@@ -313,34 +133,6 @@ def test_a_switch_waits_holds_the_lock_and_may_hang(simulated: ToyMachine, tmp_p
         process.kill()
     assert simulated.current_label() == "v1"
     assert switch(simulated, build(simulated, label="v2"), "test")[0] == 0
-
-
-def test_hanging_before_the_activation(simulated: ToyMachine, tmp_path: Path) -> None:
-    top = build(simulated, switch_hang="before", switch_touch=str(tmp_path / "begun"))
-    program = top / "bin/switch-to-configuration"
-    with subprocess.Popen([program, "test"], env=simulated.env()) as process:
-        wait_for(tmp_path / "begun")
-        time.sleep(0.2)
-        assert (process.poll(), simulated.current_label()) == (None, "v0")
-        process.kill()
-
-
-def test_a_way_back_that_is_closed(simulated: ToyMachine, tmp_path: Path, client: Path) -> None:
-    root = tmp_path / "other/root"
-    machine = ToyMachine.create(root, client=client, fails_from="v1", fails_from_times=2)
-    old = (root / "run/current-system").resolve()
-    assert switch(machine, build(machine), "test")[0] == 0
-    assert [switch(machine, old, "test")[0] for _ in range(3)] == [1, 1, 0]
-    assert machine.current_label() == "v0"
-
-
-def test_a_boot_loader_that_cannot_be_written(simulated: ToyMachine) -> None:
-    top = build(simulated, boot_exit=1)
-    assert set_profile(simulated, top) == 0
-    assert switch(simulated, top, "boot")[0] == 1
-    assert simulated.labels() == ("v0", "v1", "v0")
-    simulated.power_cycle()
-    assert simulated.current_label() == "v0"
 
 
 @pytest.mark.parametrize("real", [False, True], ids=["counted", "tmpfs"])
@@ -365,45 +157,6 @@ def test_a_full_boot(simulated: ToyMachine, real: bool) -> None:
     assert done.returncode == 1, done.stdout
     assert "No space left on device" in done.stdout
     assert done.stdout.endswith("left\ndefault nixos-generation-1.conf\n"), done.stdout
-
-
-# --- network, kernel, Bento ---
-
-
-def test_a_system_without_network(machine: ToyMachine) -> None:
-    seen = machine.root.parent / "seen"
-    command = f'echo "$TOY_NETWORK" >>{seen}'
-    cut = build(machine, cut_network=True, activation_command=command)
-    good = build(machine, label="v2", activation_command=command)
-    assert switch(machine, cut, "test")[0] == 0
-    assert machine.network() == "down"
-    assert switch(machine, good, "test")[0] == 0
-    assert machine.network() == "up"
-    assert seen.read_text() == "down\nup\n"
-    assert switch(machine, build(machine, activation_command="false"), "test")[0] == 2
-
-
-def test_a_broken_kernel_is_good_until_it_boots(machine: ToyMachine) -> None:
-    old = (machine.root / "run/current-system").resolve()
-    assert machine.rebuild("switch", config(machine, kernel="broken")).returncode == 0
-    assert machine.network() == "up"
-    machine.power_cycle()
-    assert machine.network() == "down"
-    assert switch(machine, old, "test")[0] == 0
-    assert machine.network() == "down"  # the kernel still runs
-    assert set_profile(machine, old) == 0
-    assert switch(machine, old, "boot")[0] == 0
-    machine.power_cycle()
-    assert (machine.network(), machine.labels()) == ("up", ("v0", "v0", "v0"))
-
-
-def test_systems_without_bento(machine: ToyMachine) -> None:
-    top = build(machine, no_bento=True)
-    assert not (top / "sw/bin/bento-client").exists()
-    assert not (top / "etc/bento").exists()
-    assert switch(machine, top, "test")[0] == 0
-    assert not (machine.root / "etc/bento/client.json").is_symlink()
-    assert machine.run(build(machine, broken_client=True) / "sw/bin/bento-client", "probe").returncode == 1
 
 
 # --- systemd ---
@@ -433,7 +186,8 @@ def test_units(simulated: ToyMachine, tmp_path: Path) -> None:
     assert installed.read_text() == "1"
     assert os.readlink(installed) == str(simulated.root / "etc/static/systemd/system/bento.timer")
     changed = units | {"bento.timer": "2", "bento.service": keep + "2"}
-    assert calls_of(units=changed)[1] == "try-restart bento.timer"
+    stopped = ["stop bento.timer", "daemon-reload", "start bento-boot.timer bento.timer"]
+    assert calls_of(units=changed) == stopped
     assert installed.read_text() == "2"
     assert calls_of(units=units, no_timer=True) == ["stop bento-boot.timer bento.timer", "daemon-reload"]
     assert not installed.is_symlink()
@@ -446,7 +200,7 @@ def test_units(simulated: ToyMachine, tmp_path: Path) -> None:
 
 @pytest.fixture
 def served(simulated: ToyMachine, tmp_path: Path) -> ToyMachine:
-    need("sftp")
+    need_sftp()
     chroot = tmp_path / "chroot"
     chroot.mkdir()
     (chroot / "current.json").write_text("{}")

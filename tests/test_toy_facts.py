@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from toybuild import build, config, set_profile, switch
@@ -140,6 +141,74 @@ def _(machine: ToyMachine) -> None:
     assert "warning: the following units failed: toy.service" in said
 
 
+def units_of(machine: ToyMachine) -> set[str]:
+    return set(os.listdir(machine.root / "run/toy-units"))
+
+
+WEB: dict[str, Any] = {"units": {"web.service": "1"}, "starts": ["web.service"]}
+NEWER: dict[str, Any] = WEB | {"label": "v2", "units": {"web.service": "2"}}
+
+
+@fact("exit codes: 4 for a reload, or a user's activation, without a list of failed units")
+def _(machine: ToyMachine) -> None:
+    code, said = switch(machine, build(machine, reload_fails=["web.service"], user_activation_fails=["eve"]), "test")
+    assert (code, machine.current_label()) == (4, "v1") and "units failed" not in said
+    assert "Failed to reload web.service\n" in said and "warning: user activation for eve failed\n" in said
+
+
+@fact("exit codes: the words of an activation script that failed are the same with 2 and with 4")
+def _(machine: ToyMachine) -> None:
+    for label, more in (("v1", {}), ("v2", {"reload_fails": ["a.service"]})):
+        code, said = switch(machine, build(machine, label=label, activation_command="false", **more), "test")
+        assert (code, "Failed to run activate script\n" in said) == (4 if more else 2, True)
+
+
+@fact("a finished switch: start-list is gone; what changed was stopped and is started again")
+def _(machine: ToyMachine) -> None:
+    assert switch(machine, build(machine, **WEB), "test")[0] == 0
+    assert units_of(machine) == {"web.service"}
+    code, said = switch(machine, build(machine, **NEWER), "test")
+    assert code == 0 and "stopping the following units: web.service\n" in said
+    assert units_of(machine) == {"web.service"} and not (machine.root / "run/nixos/start-list").exists()
+
+
+@fact("what a broken switch leaves: logind or a session goes away, exit 11 or 1 with NEW, and nothing is started")
+def _(machine: ToyMachine) -> None:
+    old, new = build(machine, **WEB), build(machine, **NEWER)
+    logind, left = machine.root / "run/toy-logind", machine.root / "run/nixos/start-list"
+    assert switch(machine, old, "test")[0] == 0
+    for words, asked, said in (("silent", 11, "Unable to list users"), ("session git", 1, "Failed to get GID for git")):
+        logind.write_text(words)
+        code, output = switch(machine, new, "test")
+        assert (code, said in output, machine.current_label(), units_of(machine)) == (asked, True, "v2", set())
+        assert "web.service" in left.read_text()
+    assert switch(machine, old, "test")[0] == 0, "the next one starts what stands in the list"
+    assert units_of(machine) == {"web.service"} and not left.exists()
+
+
+@fact("what a broken switch leaves: a bus that is stopped is gone until the next boot, and no switch gets any further")
+def _(machine: ToyMachine) -> None:
+    bus = {"dbus-daemon.service": ""}
+    first = build(machine, units=WEB["units"] | bus, starts=[*WEB["starts"], *bus])
+    assert switch(machine, first, "test")[0] == 0
+    second = build(machine, **NEWER)
+    for begun in (True, False):
+        code, said = switch(machine, second, "test")
+        assert (code, machine.current_label(), units_of(machine)) == (1, "v1", set())
+        assert ("stopping the following units" in said) == begun
+    assert "web.service" in (machine.root / "run/nixos/start-list").read_text()
+
+
+@fact("whose pre-switch checks: those of the system that is activated, on the way back, too")
+def _(machine: ToyMachine) -> None:
+    old, new = build(machine, pre_switch={"backupRuns": "[ $2 = dry-activate ]"}), build(machine, label="v2")
+    assert switch(machine, new, "test")[0] == 0
+    for action in ("test", "boot"):
+        code, said = switch(machine, old, action)
+        assert code == 1 and "Pre-switch check 'backupRuns' failed\n" in said and machine.current_label() == "v2"
+    assert switch(machine, old, "test", NIXOS_NO_CHECK="1")[0] == switch(machine, old, "boot", NIXOS_NO_CHECK="1")[0] == 0
+
+
 @fact("exit codes: 100 the init interface differs from the running system's")
 def _(machine: ToyMachine) -> None:
     top = build(machine, init="systemd 3")
@@ -240,6 +309,22 @@ def _(machine: ToyMachine) -> None:
     assert old.exists() and top.exists() and not later.exists(), "what runs is kept"
     assert switch(machine, top, "boot")[0] == 0
     assert list(machine.entries().values()) == ["v1"]
+
+
+@fact("systemd-boot's builder: entries for each system profile, with a limit each; loader.conf names the last of the default")
+def _(machine: ToyMachine) -> None:
+    profile = machine.profile.parent / "system-profiles/mine"
+    profile.parent.mkdir()
+    for number in range(1, 4):
+        top = build(machine, label=f"v{number}", configuration_limit=2)
+        machine.run("nix-env", "-p", profile, "--set", top).check_returncode()
+        commit(machine, top)
+    names = ["nixos-generation-3", "nixos-generation-4", "nixos-mine-generation-2", "nixos-mine-generation-3"]
+    assert sorted(machine.entries()) == [f"{name}.conf" for name in names]
+    assert "default nixos-mine-generation-3.conf" in (machine.root / "boot/loader/loader.conf").read_text()
+    machine.collect_garbage()
+    assert switch(machine, top, "boot")[0] == 0
+    assert sorted(machine.entries().values()) == ["v3", "v3"]
 
 
 @fact("which generations: --delete-generations removes the links, never the current one")

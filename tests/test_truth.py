@@ -1,5 +1,6 @@
 """What would mislead an administrator: each row of what `status` has to say, and of what it must not."""
 
+import itertools
 import json
 import os
 import re
@@ -46,25 +47,23 @@ FAILED = LAST._replace(result="build-failed", reason="no", attempt=3, finished=a
     ("row", "state", "reasons", "words"),
     [
         (row_of(), "up-to-date", [], ""),
-        (row_of(3), "up-to-date", ["offline"], "offline since 2026-11-25T09:00:00Z (3h), it was up-to-date"),
+        (row_of(3), "offline", ["offline"], "offline since 2026-11-25T09:00:00Z (3h), it was up-to-date"),
         (row_of(3, interval=3600), "up-to-date", [], ""),
-        (row_of(3.1, interval=3600), "up-to-date", ["offline"], "offline since"),
+        (row_of(3.1, interval=3600), "offline", ["offline"], "offline since"),
         (row_of(100, offline_after=7 * 86400), "up-to-date", [], ""),
-        (row_of(32 * 24, offline_after=1 << 50), "up-to-date", ["offline"], "offline since"),  # nobody has that patience
-        (row_of(3, bento.Beside({"a": "at sea"}, {}, {})), "up-to-date", [], "offline for 3h; absent: at sea"),
+        (row_of(32 * 24, offline_after=1 << 50), "offline", ["offline"], "offline since"),  # nobody has that patience
+        (row_of(3, bento.Beside({"a": "at sea"}, {}, {})), "offline", [], "offline for 3h; absent: at sea; was up-to-date"),
         (row_of(0.1, bento.Beside({"a": "at sea"}, {}, {})), "up-to-date", [], "back again: remove hosts/a.absent"),
         (row_of(failed_units=("nginx.service",)), "up-to-date", ["failed_units"],
          "failed units: nginx.service; up-to-date since 2026-11-25T08:54:00Z (3h)"),
         (row_of(phase="building", since=at(11.9)), "building", [], ""),
-        (row_of(phase="building", since=at(12.1)), "building", ["stuck"],
-         "building since 2026-11-24T23:54:00Z (12h): no end of its build"),
         (row_of(paused_until=at(-3)), "up-to-date", [], "paused until 2026-11-25T15:00:00Z"),
         (row_of(1, paused_until=at(0.5)), "up-to-date", [], ""),  # which is over
         (row_of(release=OTHER, waiting_for_boot=RELEASE), "waiting", [], ""),
         (row_of(0.1, bento.Beside({}, {"a": bento.Refusal(at(26), 7, "it does not evaluate")}, {})), "up-to-date",
          ["not_published"], "not published for 26h, tried 7 times: it does not evaluate; up-to-date since"),
         (row_of(last=FAILED, release=OTHER), "failing", ["failed"],
-         "failing since 2026-11-25T11:00:00Z (60min): aaaaaaa, tried 3 times: build-failed: no"),
+         "failing since 2026-11-25T11:00:00Z (60min): 1111111, tried 3 times: build-failed: no"),
         (row_of(last=FAILED, release=OTHER, logs=(
             "20261125T020000Z_bbbbbbbbbbbb_build-failed.log", "20261125T070000Z_aaaaaaaaaaaa_ok.log",
             "20261125T080000Z_aaaaaaaaaaaa_postponed.log", "20261125T100000Z_aaaaaaaaaaaa_build-failed.log",
@@ -78,21 +77,111 @@ def test_what_is_said_of_a_host(row: Row, state: str, reasons: list[str], words:
     assert row.needs_a_person == bool(reasons)
     said = bento.complaint(row, NOW_S).text if reasons else "; ".join(bento.notes(row, NOW_S))
     assert said.startswith(words), said
-    told = bento.row_json(row)
+    told = bento.row_json(row, NOW_S)
     assert told["reasons"] == reasons and json.dumps(told)
     metrics = bento.format_prometheus([row])
-    for flag in ("paused", "expired", "absent", "stuck", "failed_units", "not_published"):
-        assert f'bento_host_{flag}{{host="a"}} {int(getattr(row, flag))}' in metrics
+    for flag in ("paused", "expired", "absent", "late", "failed_units", "not_published"):
+        assert f'bento_host_{flag}{{host="a"}} {int(flag in row.flags)}' in metrics
     assert f"bento_host_tries{{host=\"a\"}} {row.tries}" in metrics
     shown = bento.format_host(row, NOW_S)
-    assert all(bento.note(row, reason, NOW_S) in shown for reason in reasons)
+    assert all(row.flags[reason].words in shown for reason in reasons)
 
 
-def test_offline_hosts_come_first_and_none_is_green() -> None:
-    rows = bento.sort_rows([row_of(last=FAILED)._replace(host="b"), row_of(9)._replace(host="c"), row_of()])
-    assert [row.host for row in rows] == ["c", "b", "a"]
-    top = bento.format_table(rows, NOW_S, 100, decorated=True).splitlines()[1]
-    assert top.startswith("\x1b[31m!\x1b[0m c ")
+DAY = 24.0
+WAITS: dict[str, Any] = {"release": OTHER, "waiting_for_boot": RELEASE, "needs_reboot": True}
+RUNS: dict[str, Any] = {"release": RELEASE, "needs_reboot": True}
+HELD = bento.Beside({}, {}, {("a", RELEASE): "held 3d: wait for nas (pending)"})
+
+
+@pytest.mark.parametrize(
+    ("published_h", "changes", "beside", "words"),
+    [
+        (23, {"release": OTHER}, NOTHING_BESIDE, None),
+        (25, {"release": OTHER}, NOTHING_BESIDE, "late: 1111111 was published 25h ago"),
+        (25, {"release": OTHER, "last": None, "phase": "building"}, NOTHING_BESIDE, "late: 1111111 was published 25h ago"),
+        (25, {"release": OTHER, "offline_after": 48 * 3600}, NOTHING_BESIDE, None),
+        (50, {"release": OTHER, "paused_until": at(23)}, NOTHING_BESIDE, None),
+        (50, {"release": OTHER, "paused_until": at(25)}, NOTHING_BESIDE, "late: 1111111 was published 2d ago"),
+        (50, {"release": OTHER}, bento.Beside({"a": "at sea"}, {}, {}), None),
+        (50, {}, HELD, None),
+        (9 * DAY, RUNS | {"reboot": "when-needed", "last": LAST._replace(finished=at(6.9 * DAY))}, NOTHING_BESIDE, None),
+        (9 * DAY, RUNS | {"reboot": "03:00-05:00", "last": LAST._replace(finished=at(7.1 * DAY))}, NOTHING_BESIDE,
+         "1111111 waits for a reboot for 7d"),
+        (99 * DAY, RUNS | {"last": LAST._replace(finished=at(29 * DAY))}, NOTHING_BESIDE, None),
+        (99 * DAY, WAITS | {"last": LAST._replace(finished=at(31 * DAY))}, NOTHING_BESIDE, "1111111 waits for a reboot for 31d"),
+        (99 * DAY, WAITS | {"last": LAST._replace(finished=at(5 * DAY))}, bento.Beside({}, {}, {}, 4 * DAY * H),
+         "1111111 waits for a reboot for 5d"),
+    ],
+)  # fmt: skip
+def test_who_is_late(published_h: float, changes: dict[str, Any], beside: bento.Beside, words: str | None) -> None:
+    current = CURRENT._replace(published=at(published_h))
+    row = bento.make_row("a", Found(current, REPORT._replace(**changes), NOW_S - 360, ""), NOW_S, 2 * H, beside)
+    assert (row.flags["late"].words if "late" in row.flags else None) == words, row
+    assert row.reasons == (["late"] if words else [])
+
+
+def test_lateness_is_measured_from_what_was_missed_first() -> None:
+    """A commit an hour starts nothing anew; a host that never came is late, and so is one that came from another server."""
+    history = tuple(bento.Published(at(hours), f"{hours:064}", None, None) for hours in range(90, 0, -1))
+
+    def late(runs: str | None) -> bento.Flag | None:
+        report = REPORT._replace(release=runs) if runs else None
+        found = Found(CURRENT._replace(published=at(1), release=f"{1:064}"), report, NOW_S - 360 if report else None, "", (), False, history)
+        return bento.make_row("a", found, NOW_S, 2 * H).flags.get("late")
+
+    assert late(f"{20:064}") is None
+    for runs, began_h, words in (
+        (f"{30:064}", 29, "late: 1111111 was published 29h ago"),
+        (None, 90, "has never reported, 1111111 was published 3d ago"),
+        (RELEASE, 90, "runs aaaaaaa, which this server never published: 'bento.py populate --again', if it was restored"),
+    ):
+        flag = late(runs)
+        assert flag is not None and flag.since_s == NOW_S - began_h * H and flag.words.startswith(words)
+
+
+def test_within_a_month_something_is_tried_again_or_a_person_is_needed() -> None:
+    """Silence is never green: from each state that a host can report, without any change."""
+    results, phases, releases = ("ok", "build-failed", "postponed", "rolled-back", "some-day"), ("idle", "building", "left"), (RELEASE, OTHER, None)
+    count = 0
+    for result, phase, runs, tried, reboot, waits in itertools.product(results, phases, releases, releases, (True, False), (True, False)):
+        last = LAST._replace(release=tried, result=result, finished=at(32 * DAY))
+        report = REPORT._replace(
+            release=runs, phase=phase, needs_reboot=reboot, last=last, waiting_for_boot=RELEASE if waits else None
+        )
+        row = bento.make_row("a", Found(CURRENT._replace(published=at(33 * DAY)), report, NOW_S - 360, ""), NOW_S, 2 * H)
+        fine = row.state == "up-to-date" and not reboot
+        assert row.needs_a_person or fine or row.state == "left", (row.state, report)
+        count += 1
+    assert count == 540
+
+
+def test_a_machine_that_fell_out_of_hosts_is_missed(site: Site) -> None:
+    for name in "ab":
+        site.host(name)
+        site.publish(name)
+        report(site, name)
+    assert site.run("status").code == 0
+    (site.fleet / "hosts/b").rename(site.fleet / "b")
+    ran = site.run("status")
+    assert ran.code == 1 and re.match(r"bento: error: b: it is not in hosts/, and reported \w+ ago: put it back", ran.err), ran.err
+    assert site.run("status", "a").code == 0
+    report(site, "b", phase="left")
+    assert site.run("status").code == 0
+
+
+def test_what_broke_last_and_worst_comes_first_and_no_silent_one_is_green() -> None:
+    newer = row_of(last=FAILED._replace(finished=at(0.5)))._replace(host="n")
+    units = row_of(failed_units=("nginx.service",))._replace(host="u")
+    rows = [row_of(), *(row_of(9)._replace(host=f"c{n}") for n in range(40)), units, row_of(last=FAILED)._replace(host="b"), newer]
+    rows = bento.sort_rows(rows)
+    assert [row.host for row in rows][:4] == ["n", "b", "u", "c0"] and rows[-1].host == "a"
+    lines = bento.format_table(rows, NOW_S, 100, decorated=True).splitlines()
+    assert lines[4].startswith("\x1b[31m!\x1b[0m c0   offline ") and lines[-1] == "44 hosts: 1 failed units, 2 failing, 40 offline, 2 up-to-date"
+    groups = [(len(group), words) for group, words in bento.complaints(rows, NOW_S)]
+    assert groups[0] == (2, "failing: 1111111: build-failed: no, for 30min to 60min")
+    assert groups[2] == (40, "offline, for 9h") and len(groups) == 3
+    assert "<b>40 hosts (c0, c1, c10, c11, c12, &#8230;)</b> offline, for 9h" in bento.format_html(rows, NOW_S, "")
+    assert 'bento_hosts{state="offline"} 40' in bento.format_prometheus(rows)
     assert "<b>! offline</b>, was up-to-date" in bento.format_html(rows, NOW_S, "")
 
 
@@ -191,9 +280,10 @@ def test_what_fails_to_be_published_is_told_until_it_passes(site: Site, toys: Pa
     assert site.run("status").code == 0
     toy_host(site, "a", build="eval-error")
     assert site.run("populate", "--check").code == 1
-    lock = json.loads((site.chroots / ".lock").read_text())
-    lock["a"]["since"] = client.format_time(time.time() - 3 * 86400)
-    (site.chroots / ".lock").write_text(json.dumps(lock))
+    notes = json.loads((site.chroots / ".rollout.json").read_text())
+    notes["refused"]["a"]["since"] = client.format_time(time.time() - 3 * 86400)
+    (site.chroots / ".rollout.json").write_text(json.dumps(notes))
+    assert (site.chroots / ".lock").read_bytes() == b""
     assert site.run("populate", "--check").code == 1
     assert site.run("populate", "b", "--check").code == 0  # of others, it says nothing
     ran = site.run("status")
@@ -291,7 +381,7 @@ def test_a_closure_that_cannot_be_read_stops_no_other(site: Site, monkeypatch: p
         report(site, name, system=f"/nix/store/{'0' * 32}-{system}")
     ran = site.run("closure", "openssl")
     assert (ran.code, ran.out) == (1, "b: none\n")
-    assert len(ran.errors) == 2 and all("nix-store" in line and "not valid" in line for line in ran.errors)
+    assert len(ran.errors) == 1 and "2 hosts (a, c): nix-store" in ran.err and "not valid" in ran.err
 
 
 def test_closure(site: Site) -> None:
@@ -313,7 +403,10 @@ def test_closure(site: Site) -> None:
         "a: 3.0.14",
         "b: 3.0.15",
         "c: without a version",
-        "d: unknown: /nix/store/" + "0" * 32 + "-elsewhere is not in this server's store",
-        "e: unknown: it has not reported",
     ]
-    assert ran.code == 0 and site.run("closure", "ssl").out.splitlines()[:3] == ["a: none", "b: none", "c: none"]
+    how = "a host builds its own: 'bento.py build' here, or services.bento.build = \"server\" there, brings them"
+    assert ran.code == 1 and ran.errors == [
+        f"bento: error: d: unknown: its system is not in this server's store: {how}",
+        "bento: error: e: unknown: it has not reported",
+    ]
+    assert site.run("closure", "ssl").out.splitlines()[:3] == ["a: none", "b: none", "c: none"]

@@ -3,6 +3,7 @@
 import os
 import re
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -103,14 +104,16 @@ def test_failed_build_leaves_the_machine_alone(lab: Lab) -> None:
     assert "make: *** [Makefile:3: toy.o] Error 1" in lab.log()
     assert lab.report().release is None
 
+    time.sleep(1)  # a log is named by its second
+    assert "attempt 2" in lab.client("run", code=1), "once at the next poll: it may have been a bad moment"
     assert re.search("build-failed, next attempt in 1[45]min", lab.client("run"))
-    assert len(lab.logs()) == 1
+    assert lab.last().attempt == 2 and len(lab.logs()) == 2
     lab.age_attempts(15 * 60)
     lab.client("run", code=1)
-    assert lab.last().attempt == 2
+    assert lab.last().attempt == 3
     assert re.search("next attempt in (30|29)min", lab.client("run"))
     lab.client("run", "--force", code=1)
-    assert lab.last().attempt == 3
+    assert lab.last().attempt == 4
 
     lab.publish("v2")
     lab.client("run")
@@ -141,7 +144,7 @@ def test_cut_line_is_rolled_back(lab: Lab) -> None:
     assert (lab.last().result, lab.last().release) == (Result.ROLLED_BACK, release)
     assert "no route to it" in lab.last().reason
 
-    assert "waiting for a new release" in lab.client("run")
+    assert "was rolled back" in lab.client("run")
     assert len(lab.logs()) == 1
     lab.publish("v2")
     lab.client("run")
@@ -155,10 +158,9 @@ def test_cut_line_is_rolled_back(lab: Lab) -> None:
         ({"server": "typo.example"}, {}, "its name cannot be resolved"),
         ({"health_checks": ["true", "exit 3"]}, {}, "health check failed (exit 3): exit 3"),
         ({}, {"switch_exit": 2}, "switch-to-configuration test: exit 2: "),
-        ({}, {"switch_exit": 7}, "switch-to-configuration test: exit 7: error: activation refused with exit code 7"),
         ({}, {"broken_client": True}, "broken on purpose"),
     ],
-    ids=["server", "health", "exit-2", "exit-7", "client"],
+    ids=["server", "health", "exit-2", "client"],
 )
 def test_rolled_back(lab: Lab, settings: dict[str, Any], behaviour: dict[str, Any], words: str) -> None:
     lab.publish("v1", settings=settings, **behaviour)
@@ -167,12 +169,11 @@ def test_rolled_back(lab: Lab, settings: dict[str, Any], behaviour: dict[str, An
     assert lab.last().result == Result.ROLLED_BACK
     assert words in lab.last().reason
     assert not (lab.state / "pending.json").exists()
-    assert "waiting for a new release" in lab.client("run")
+    assert "was rolled back" in lab.client("run")
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_endless_activation_is_rolled_back(lab: Lab, when: str) -> None:
-    lab.publish("v1", switch_hang=when)
+def test_endless_activation_is_rolled_back(lab: Lab) -> None:
+    lab.publish("v1", switch_hang="after")
     lab.client("run", "--activation-timeout", "2", code=1)
     assert lab.labels() == ("v0", "v0", "v0")
     assert lab.last().result == Result.ROLLED_BACK
@@ -207,7 +208,7 @@ def test_profile_that_cannot_be_set(lab: Lab) -> None:
     lab.client("run", code=1, TOY_NIX_ENV_FAIL=lab.file("full"))
     assert lab.labels() == ("v0", "v0", "v0")
     assert lab.last().result == Result.POSTPONED
-    assert "the system profile could not be set" in lab.last().reason
+    assert "the boot default could not be set" in lab.last().reason
     assert re.search("postponed, next attempt in 1[45]min", lab.client("run")), "an activation each poll is no way to wait"
     lab.age_attempts(QUARTER)
     lab.client("run", TOY_NIX_ENV_FAIL=lab.file("not full"))
@@ -224,7 +225,7 @@ def test_roll_back_that_fails_is_settled_later(tmp_path: Path) -> None:
     assert (lab.state / "pending.json").exists()
     assert lab.last().result == Result.ROLLBACK_FAILED, "over the connection made before"
 
-    assert "waiting for a new release" in lab.client("run")
+    assert "was rolled back" in lab.client("run")
     assert lab.labels() == ("v0", "v0", "v0")
     assert lab.machine.network() == "up"
     assert (lab.last().result, lab.last().release) == (Result.ROLLED_BACK, release)

@@ -1,17 +1,12 @@
-"""The fleet as monitoring, a page and a screen that stays; what would change, and what has moved."""
+"""The fleet as monitoring and a page; what would change, and what has moved."""
 
-import fcntl
 import html.parser
 import json
 import os
-import pty
 import re
-import struct
 import subprocess
 import sys
-import termios
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +15,7 @@ from toynixos import need, need_nix
 
 import bento
 import bento_client as client
-from bento import Row
+from bento import Flag, Row
 
 REPO = Path(__file__).resolve().parent.parent
 # Root would be asked for the hosts' accounts.
@@ -33,13 +28,13 @@ LAST = client.Last(
     "20261123T110000Z_aaaaaaaaaaaa_ok.log",
 )  # fmt: skip
 REPORT = client.Report("t470", client.VERSION, "2026-11-23T11:55:00Z", "idle", A, "/nix/store/x-nixos", False, LAST)
-GOOD = Row("t470", "up-to-date", False, False, False, CURRENT, REPORT, NOW_S - 300, "")
+GOOD = Row("t470", "up-to-date", {}, CURRENT, REPORT, NOW_S - 300)
 NASTY = 'a"b\\c\n<script>alert(1)</script>&{x="1"} 9\x1b[31m\u202e'
 BAD = GOOD._replace(
-    host="nas", state="rolled-back", offline=True,
+    host="nas", state="rolled-back", flags={"failed": Flag(client.one_line(f"aaaaaaa: {NASTY}")), "offline": Flag("offline for 5min")},
     report=REPORT._replace(host="nas", system=NASTY, last=LAST._replace(result="rolled-back", reason=NASTY)),
 )  # fmt: skip
-NEW = Row("router", "new", False, False, False, None, None, None, "")
+NEW = Row("router", "new", {}, None, None, None)
 ROWS = [BAD, GOOD, NEW]
 
 
@@ -89,7 +84,7 @@ def test_page_is_self_contained_and_escapes_what_hosts_say() -> None:
     assert page.tags.count("tr") == 1 + len(ROWS)
     assert "<script>alert(1)</script>" in page.text  # as words
     assert "\x1b" not in page.text and "\u202e" not in page.text
-    filters = ["all", "person", "rolled-back", "new", "up-to-date", "offline"]
+    filters = ["all", "person", "rolled-back", "offline", "new", "up-to-date"]
     logs = [f"file:///home/chroot/{row.host}/logs/" for row in ROWS]
     assert page.links == [*(f"?{word}#{word}" for word in filters), *logs]
     assert page.targets == filters[1:]
@@ -118,73 +113,6 @@ def test_output_is_replaced_whole_and_exit_code_tells(tmp_path: Path, capsys: py
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-class Screen:
-    """`status --watch` on a terminal, and what is on that: as much of a terminal as it takes."""
-
-    def __init__(self, fleet: Path, columns: int, lines: int, **environment: str) -> None:
-        self.master, slave = pty.openpty()
-        self.columns, self.lines, self.raw, self.cells = columns, lines, b"", [""] * lines
-        self.resize(columns, lines)
-        argv: list[str | Path] = [sys.executable, REPO / "bento.py", "--fleet", fleet, "--chroot-dir", fleet / "chroot"]
-        inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
-        # The terminal is its own, so that it is told of a change of size.
-        start = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", start, *argv, "status", "--watch"], stdin=slave, stdout=slave, stderr=slave,
-            start_new_session=True, env=inherited | environment,
-        )  # fmt: skip
-        os.close(slave)
-        os.set_blocking(self.master, False)
-
-    def resize(self, columns: int, lines: int) -> None:
-        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
-        self.columns, self.lines = columns, lines
-
-    def read(self) -> None:
-        with suppress(OSError):
-            while chunk := os.read(self.master, 1 << 16):
-                self.raw += chunk
-
-    def wait_for(self, words: str, lines: int | None = None) -> None:
-        """Until they are on the screen, which has so many lines then. The rest of a drawing may come after the words."""
-        for _ in range(400):
-            self.read()
-            if words in "\n".join(self.shown()) and lines in (None, len(self.shown())):
-                return
-            time.sleep(0.05)
-        raise AssertionError((words, self.shown()))
-
-    def shown(self) -> list[str]:
-        """The lines on the screen, drawn from all that was written; fails if a line is too long or the screen scrolls."""
-        lines, row, column = [""] * 200, 0, 0
-        for token in re.findall(r"\x1b\[[0-9;]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", self.raw.decode(errors="replace")):
-            if token == "\x1b[H":
-                row = column = 0
-            elif token == "\x1b[2J":
-                lines = [""] * 200
-            elif token == "\x1b[J":
-                lines[row:] = [lines[row][:column], *[""] * (199 - row)]
-            elif token == "\x1b[K":
-                lines[row] = lines[row][:column]
-            elif token == "\r":
-                column = 0
-            elif token == "\n":
-                row += 1
-            elif not token.startswith("\x1b"):
-                lines[row] = lines[row][:column] + token + lines[row][column + len(token) :]
-                column += len(token)
-        return [line for line in lines if line]
-
-    def end(self) -> None:
-        """Ctrl-C, as a person types it."""
-        os.write(self.master, b"\x03")
-        assert self.process.wait(10) == 0
-        self.read()
-        os.close(self.master)
-        assert b"Traceback" not in self.raw and b"\x1b[?" not in self.raw
-        assert self.raw.endswith(b"\r\x1b[J")
-
-
 @pytest.fixture
 def fleet(tmp_path: Path) -> Path:
     """Thirty hosts with names in order, none published."""
@@ -204,62 +132,6 @@ def report_of(fleet: Path, name: str, **changes: Any) -> None:
     report = REPORT._replace(host=name, polled=client.format_time(time.time()), last=LAST._replace(**changes))
     (logs / "new").write_bytes(client.encode(report))
     os.rename(logs / "new", logs / "status.json")
-
-
-def test_watch_draws_again_when_something_changes_and_ends_at_ctrl_c(fleet: Path) -> None:
-    screen = Screen(fleet, 100, 50)
-    screen.wait_for("30 hosts: 30 new")
-    time.sleep(3)
-    screen.read()
-    assert screen.raw.count(b"\x1b[H") == 1, "nothing changed, so nothing is drawn"
-    report_of(fleet, "host-07")
-    screen.wait_for("29 new, 1 up-to-date")
-    report_of(fleet, "host-07", result="build-failed", reason="no")
-    screen.wait_for("1 failing, 29 new")
-    assert "build-failed: no" in screen.shown()[1]
-    assert screen.raw.count(b"\x1b[2J") == 1, "it is drawn over, not wiped"
-    (fleet / "chroot/host-07/logs/status.json").write_text("{")  # in place: neither the directory nor the inode changes
-    screen.wait_for("not JSON")
-    screen.end()
-
-
-def test_watch_follows_the_size_of_the_terminal(fleet: Path) -> None:
-    report_of(fleet, "host-07", result="rolled-back", reason="no")
-    report_of(fleet, "host-08", release="b" * 64)
-    report_of(fleet, "host-09")
-    screen = Screen(fleet, 80, 40)
-    screen.wait_for("30 hosts: 27 new")
-    assert len(screen.shown()) == 32
-    screen.resize(30, 10)
-    screen.wait_for("\nrolled-back, 1 up-to-date")
-    assert screen.shown()[-3:] == ["(25 more)", "30 hosts: 27 new, 1 pending, 1", "rolled-back, 1 up-to-date"]
-    assert len(screen.shown()) <= 9 and "host-07" in screen.shown()[1]
-    screen.resize(30, 2)
-    screen.wait_for("up-to-date", lines=1)
-    screen.resize(200, 60)
-    screen.wait_for("30 hosts: 27 new, 1 pending")
-    assert "SYSTEM" in screen.shown()[0] and len(screen.shown()) == 32
-    screen.end()
-
-
-def test_watch_in_plain_letters(fleet: Path) -> None:
-    report_of(fleet, "host-07", result="rolled-back", reason="日本 é")
-    screen = Screen(fleet, 100, 40, PYTHONIOENCODING="ascii")
-    screen.wait_for("30 hosts: 29 new")
-    assert screen.shown()[1].startswith("< host-07 rolled-back ") and "?? ?" in screen.shown()[1]
-    assert screen.raw.isascii()
-    screen.end()
-
-
-@pytest.mark.parametrize("lines", range(1, 60))
-def test_a_table_for_a_short_terminal(lines: int) -> None:
-    """The top of the table and all of the summary, and what is left out is said."""
-    rows = [GOOD._replace(host=f"host-{number:02}") for number in range(40)]
-    shown = bento.format_table(rows, NOW_S, 30, height=lines).splitlines()
-    assert shown[0].startswith("HOST") and shown[-1] == "40 hosts: 40 up-to-date"
-    assert len(shown) <= max(lines, 3)
-    hosts = sum(line.startswith("host-") for line in shown)
-    assert hosts == 40 or f"({40 - hosts} more)" in shown
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,8 @@ BEHAVIOURS = {
     "cut_network": "no network while this system is active",
     "activation_command": "shell command of the activation, with TOY_NETWORK=up or down; if it fails, exit 2",
     "reexec": "systemd executes itself anew in the switch",
+    "reload_fails": "list of units that cannot be reloaded: exit 4, without a list of failed units",
+    "user_activation_fails": "list of users whose activation fails: exit 4, without such a list",
     # the boot loader: boot, switch
     "loader": '"systemd-boot" (default) or "extlinux"',
     "entry_names": '"sha256": entries are named by their content',
@@ -111,6 +113,8 @@ BEHAVIOURS = {
     "broken_client": "sw/bin/bento-client exits 1",
     "no_timer": "without the timers among the units",
 }
+
+SFTP_SERVERS = ("/usr/lib/openssh", "/usr/libexec/openssh", "/usr/lib/ssh", "/usr/libexec")
 
 FLAKE = """\
 {
@@ -135,15 +139,30 @@ def need(program: str) -> str:
     return path if path is not None else _missing(f"needs {program}")
 
 
+def find_sftp_server() -> str | None:
+    """Where distributions have it; in Nixpkgs' OpenSSH it lies beside sftp's own directory."""
+    beside_sftp = Path(shutil.which("sftp") or "sftp").resolve().parent.parent / "libexec"
+    places = [os.environ.get("TOY_SFTP_SERVER", ""), *(f"{place}/sftp-server" for place in (*SFTP_SERVERS, beside_sftp))]
+    return next((place for place in places if os.access(place, os.X_OK)), None)
+
+
+def need_sftp() -> None:
+    need("sftp")
+    if find_sftp_server() is None:
+        _missing("needs sftp-server (Debian: openssh-sftp-server)")
+
+
 def need_root() -> None:
     if os.geteuid() != 0:
         _missing("needs root")
+    if os.environ.get("BENTO_TESTS") == "quick":
+        _missing("needs root, which only tests/run --all uses")
 
 
 def need_nix() -> None:
     """Nix that can build: as root, without a daemon."""
-    need("nix")
     need_root()
+    need("nix")
 
 
 def _missing(what: str) -> Any:
@@ -206,6 +225,40 @@ def write_config(
     return directory
 
 
+@dataclass(frozen=True)
+class Templates:
+    """Where machines are kept that others are copies of: what it is made of -> the copy, and the directory that it was in."""
+
+    directory: Path
+    made: dict[str, tuple[Path, str]] = field(default_factory=dict)
+
+
+templates: Templates | None = None  # conftest.py's: who needs one machine needs no copy
+
+
+def copy_tree(source: Path, target: Path, changes: Mapping[bytes, bytes]) -> None:
+    """With times and modes; in all files and links these words become others."""
+
+    def change(text: bytes) -> bytes:
+        for old, new in changes.items():
+            text = text.replace(old, new)
+        return text
+
+    def copy(from_path: str, to_path: str) -> None:
+        with open(from_path, "rb") as file, open(to_path, "wb") as copied:
+            copied.write(change(file.read()))
+        shutil.copystat(from_path, to_path)
+
+    shutil.copytree(source, target, symlinks=True, copy_function=copy)
+    for place, directories, files in os.walk(target):
+        for path in (os.path.join(place, name) for name in (*directories, *files)):
+            if os.path.islink(path) and (leads := os.fsencode(os.readlink(path))) != change(leads):
+                os.unlink(path)
+                os.symlink(change(leads), path)
+    for place, _, _ in os.walk(source):  # the times of directories, which have just changed
+        shutil.copystat(place, f"{target}{place.removeprefix(str(source))}")
+
+
 class ToyDown(Exception):
     """The machine hangs, or has nothing to boot: somebody has to come."""
 
@@ -233,24 +286,45 @@ class ToyMachine:
         efi: bool = True,
         **behaviour: Any,
     ) -> "ToyMachine":
-        """A machine that has booted its first generation: label "v0", unless the behaviour says otherwise.
+        """A machine that has booted its first generation: label "v0", unless the behaviour says otherwise. It is a copy of
+        an earlier one, where that differs by its directory only.
 
         efi: whether it has EFI variables.
         """
         machine = cls(root.resolve(), host, mode, store, chroot)
+        top = str(machine.root.parent)
+        program = client.read_bytes() if client is not None and client.is_file() else b""
+        what = repr((host, store, chroot, client, hash(program), efi, sorted(behaviour.items()))).replace(top, "@TOP@")
+        if templates is None or mode != "simulated" or machine.root.exists():
+            return machine._install(client, efi, behaviour)
+        if what in templates.made:
+            kept, old = templates.made[what]
+            machine._copy(kept, {old: top, (kept / "etc/machine-id").read_text("utf-8").strip(): uuid.uuid4().hex})
+        else:
+            machine._install(client, efi, behaviour)
+            kept = templates.directory / f"{len(templates.made)}"
+            shutil.copytree(machine.root, kept, symlinks=True)
+            templates.made[what] = kept, top
+        return machine
+
+    def _copy(self, kept: Path, changes: Mapping[str, str]) -> None:
+        copy_tree(kept, self.root, {old.encode(): new.encode() for old, new in changes.items()})
+        (self.root / "proc/sys/kernel/random/boot_id").write_text(f"{uuid.uuid4()}\n", encoding="utf-8")
+
+    def _install(self, client: Path | None, efi: bool, behaviour: Mapping[str, Any]) -> "ToyMachine":
         for name in ("boot", "etc", "run", "nix/var/nix/profiles", "var/lib", "proc/sys/kernel/random"):
-            (machine.root / name).mkdir(parents=True, exist_ok=True)
-        (machine.root / "etc/machine-id").write_text(f"{uuid.uuid4().hex}\n", encoding="utf-8")
-        machine.set_mounts({})
+            (self.root / name).mkdir(parents=True, exist_ok=True)
+        (self.root / "etc/machine-id").write_text(f"{uuid.uuid4().hex}\n", encoding="utf-8")
+        self.set_mounts({})
         if efi:
-            esp.variables(machine.root).mkdir(parents=True, exist_ok=True)
+            esp.variables(self.root).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:
             config = write_config(
-                Path(scratch, "v0"), flake=True, host=host, client=client, **{"label": "v0"} | behaviour
+                Path(scratch, "v0"), flake=True, host=self.host, client=client, **{"label": "v0"} | dict(behaviour)
             )
-            machine.rebuild("boot", config).check_returncode()
-        machine.power_cycle()
-        return machine
+            self.rebuild("boot", config).check_returncode()
+        self.power_cycle()
+        return self
 
     def env(self, **more: str) -> dict[str, str]:
         """The environment of everything that runs on this machine: the toy's programs first on PATH."""

@@ -94,6 +94,7 @@ let
   # could write down that it was, it is. The first line is how the client knows these lines: it goes up with them.
   grubTrial = ''
     # bento: the first boot is a trial (1)
+    # bento: the first boot is a trial (2)
     if [ -n "''${bento_good}" -a -z "''${boot_once}" ]; then
       set default="''${bento_good}"
       if [ -n "''${bento_try}" ]; then
@@ -101,10 +102,108 @@ let
         set bento_try=
         if save_env bento_try; then
           set default="''${bento_new}"
+          set bento_trial="bento.trial=''${bento_deadline}"
+          export bento_trial
         fi
       fi
     fi
   '';
+
+  # Ends the trial of a system that does not come up, whatever hangs. It is started in the initrd and lives until the
+  # client says `proven`: what is in its way later (systemd, its jobs and timers, the client) may stand still. Where a
+  # boot is no trial it does nothing: a proven system may check its disks for hours.
+  #
+  # The @ in front of its name keeps it when the root is switched. Its files are gone then, so: only what bash does by
+  # itself, and paths from /dev, which goes along. It counts what it has slept, not the time: a laptop that was asleep is
+  # not over its deadline. It feeds the hardware watchdog, until systemd does, so that a kernel that hangs reboots as
+  # well. The words that it takes are beats of ten seconds that are left, `sleep` (the machine is about to: a watchdog
+  # that nobody feeds would reset it), and `proven`.
+  trialEnds = ''
+    LC_ALL=C
+    set -f
+    read -r line </proc/cmdline
+    name=none
+    seconds=
+    asks=
+    variable=/sys/firmware/efi/efivars/BentoTrial-6e3a4a5c-0d0b-4f4e-9d5e-6b656e746f21
+    if [ -e "$variable" ]; then
+      { name=$(<"$variable"); } 2>/dev/null
+      set -- ''${name:1}
+      name=''${1:-none}
+      seconds=$2
+      asks=$3
+    fi
+    case " $line " in
+      *" bento.trial="*)
+        seconds=''${line##*bento.trial=}
+        seconds=''${seconds%% *}
+        ;;
+      *" init=$name/init "*) ;;
+      *) exit 0 ;;
+    esac
+    case $seconds in "" | *[!0-9]*) seconds=900 ;; esac
+    umask 077
+    mkfifo /run/bento-trial || exit 0
+    exec 3<>/run/bento-trial 4>/proc/sysrq-trigger 6>/dev/kmsg
+    echo -1000 >/proc/self/oom_score_adj
+    cd /dev
+    set +f
+    dog=
+    asleep=0
+    beats=$(((seconds + 9) / 10))
+    echo "bento: a trial, for $seconds seconds" >&6
+    while [ "$beats" -gt 0 ]; do
+      if [ -z "$dog" ] && [ "$asleep" = 0 ] && [ -c watchdog0 ] && { exec 5>watchdog0; } 2>null; then dog=1; fi
+      if [ -n "$dog" ]; then echo >&5; fi
+      if read -t 10 -r word <&3; then
+        case $word in
+          proven)
+            if [ -n "$dog" ]; then echo -n V >&5; fi
+            exit 0
+            ;;
+          sleep)
+            if [ -n "$dog" ]; then
+              echo -n V >&5
+              exec 5>&-
+            fi
+            dog=
+            asleep=6
+            ;;
+          [1-9]*) beats=$word ;;
+        esac
+        continue
+      fi
+      if [ "$asleep" -gt 0 ]; then asleep=$((asleep - 1)); fi
+      # Somebody may be asked for a passphrase, and asleep, where that is as it always was.
+      set -- ../run/systemd/ask-password/ask.*
+      if [ -z "$asks" ] || [ ! -e "$1" ]; then beats=$((beats - 1)); fi
+    done
+    echo "bento: the trial is over" >&6
+    echo b >&4
+  '';
+
+  trialFile = pkgs.writeText "bento-trial" trialEnds;
+
+  # Whether there are trials, and nobody in front of the machine to end one.
+  ends = cfg.unattended && bootLoader != [ ];
+  inherit (config.boot) initrd;
+
+  # The same in both stages: when the second begins, systemd stops what only the first has.
+  trialService = bash: {
+    description = "End the trial of a system that does not come up";
+    unitConfig = {
+      DefaultDependencies = false;
+      IgnoreOnIsolate = true;
+      SurviveFinalKillSignal = true;
+      FailureAction = "reboot-force";
+    };
+    serviceConfig.ExecStart = "@${bash} @bento-trial ${trialFile}";
+  };
+
+  # Whether a boot asks for a passphrase, so that it may wait for somebody: not one that a chip or a file has.
+  asks = builtins.any (
+    device: (device.keyFile or null) == null && (device.crypttabExtraOpts or [ ]) == [ ]
+  ) (builtins.attrValues (initrd.luks.devices or { }));
 
   # The hardware watchdog's option, new and old.
   watchdog =
@@ -118,23 +217,6 @@ let
         option = "watchdog";
         value.runtimeTime = lib.mkDefault "30s";
       };
-
-  # A system from hibernation has to be woken by the kernel that went to sleep, which is one that is known to boot: so
-  # the trial waits. Windows, if that is to be next, does not.
-  hibernate =
-    if systemdBoot.enable then
-      ''
-        variable=/sys/firmware/efi/efivars/LoaderEntryOneShot-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f
-        if [ -e "$variable" ] && [[ "$(tr -d '\0' < "$variable")" = *nixos* ]]; then
-          ${config.systemd.package}/bin/bootctl set-oneshot ""
-        fi
-      ''
-    else
-      lib.concatMapStrings (directory: ''
-        if [ -s "${directory}/grubenv" ]; then
-          ${pkgs.grub2}/bin/grub-editenv "${directory}/grubenv" unset bento_try
-        fi
-      '') (builtins.tail bootLoader);
 
   settings = {
     inherit (cfg)
@@ -155,14 +237,19 @@ let
     confirm_timeout = cfg.confirmTimeout;
     health_checks = cfg.healthChecks;
     upgrade_channels = cfg.upgradeChannels;
+    allow_options = cfg.allowOptions;
     rebuild_every = cfg.rebuildEvery;
     after_deployment = cfg.afterDeployment;
     boot_loader = bootLoader;
+    reboot_without_trial = cfg.rebootWithoutTrial;
+    inherit asks;
+    esp = if systemdBoot.enable then config.boot.loader.efi.efiSysMountPoint else "";
   }
   // lib.optionalAttrs (cfg.knownHosts != null) { known_hosts = cfg.knownHosts; }
   // lib.optionalAttrs (pollSeconds != null) { interval = pollSeconds; }
   // lib.optionalAttrs (cfg.offlineAfter != null) { offline_after = cfg.offlineAfter * 3600; }
-  // lib.optionalAttrs (cfg.signers != [ ]) { signers = signersFile; };
+  // lib.optionalAttrs (cfg.signers != [ ]) { signers = signersFile; }
+  // lib.optionalAttrs (cfg.cacheKey != null) { cache_key = cfg.cacheKey; };
 
   # How often it polls, as far as that can be told here: the server worries after three polls that were missed.
   minutes = builtins.match "\\*:0*0/([1-9][0-9]?)" cfg.interval;
@@ -180,7 +267,7 @@ let
   servers = lib.toList cfg.server;
   isServer = name: builtins.match "[A-Za-z0-9:[][]A-Za-z0-9._:%[-]*" name != null && !isHostAndPort name;
   isHostAndPort = name: builtins.match "[^:]*:[^:]*" name != null;
-  isPublicKey = key: builtins.match "(ssh|ecdsa|sk)-[^ ]+ AAAA[A-Za-z0-9+/=]+( .*)?" key != null;
+  isPublicKey = key: builtins.match "(ssh|ecdsa|sk)-[^ ]+ +AAAA[A-Za-z0-9+/=]+( .*)?" key != null;
 
   seconds =
     default: description:
@@ -276,8 +363,21 @@ in
       example = [ "sk-ssh-ed25519@openssh.com AAAAGnNrLXNzaC1lZDI1NTE5QG9wZW5zc2guY29tAAAA admin@example.org" ];
       description = ''
         Public SSH keys of those who sign this machine's releases with `bento.py sign`. With any, the machine takes
-        what one of them has signed, and nothing else, whoever serves it. A system without signers may follow one
-        with them only if it was signed with `--unsign`.
+        what one of them has signed, and nothing else, whoever serves it, and whatever system runs: only a release that
+        was signed with `--unsign`, or `bento-client unpin` at the machine, ends that. A release whose own signers lack
+        the key that signed it is refused.
+      '';
+    };
+
+    cacheKey = mkOption {
+      type = types.nullOr types.singleLineStr;
+      default = null;
+      example = "bento-aBcD1234:AAAAC3NzaC1lZDI1NTE5AAAAIEJFTlRPIEVYQU1QTEUgS0U=";
+      description = ''
+        The public key with which `bento.py sign --build` signs for Nix what it has built; it prints it. With
+        {option}`services.bento.signers` and `build = "server"`, the machine takes from its substituters what this key
+        has signed, and nothing else, whatever {option}`nix.settings.trusted-public-keys` lists: what is signed of a
+        release is the name of a store path, and not its content. Several are separated by spaces.
       '';
     };
 
@@ -321,7 +421,8 @@ in
       description = ''
         Who builds this machine's systems. `"server"` is for machines too small for it: they evaluate and build nothing,
         and fetch what `bento.py populate --build` has built from their substituters ({option}`nix.settings.substituters`),
-        signed by a key in {option}`nix.settings.trusted-public-keys`.
+        signed by a key in {option}`nix.settings.trusted-public-keys`; with {option}`services.bento.signers`, what
+        `bento.py sign --build` has built, signed by {option}`services.bento.cacheKey`.
       '';
     };
 
@@ -366,6 +467,17 @@ in
       description = ''
         Whether to update root's channels before a build, as `nixos-rebuild --upgrade` does. For machines without a
         flake.
+      '';
+    };
+
+    allowOptions = mkOption {
+      type = types.listOf types.str;
+      default = [ ];
+      example = [ "--accept-flake-config" ];
+      description = ''
+        Words that the `options` of a release's `bento.json` may have, beside the harmless ones (`-L`, `--show-trace`,
+        `--max-jobs N`, …). Such an option may run a program as root, before the release has proven anything, so it has to be
+        allowed by the system that runs already.
       '';
     };
 
@@ -418,6 +530,16 @@ in
         Whether to reboot into a release that needs it: one with another kernel, initrd or kernel modules, or one that
         NixOS cannot activate live. `"never"` leaves that to you, and says so in the report; `"when-needed"` reboots at
         any time; `"HH:MM-HH:MM"` between these times of the day, in the machine's time zone.
+      '';
+    };
+
+    rebootWithoutTrial = mkOption {
+      type = types.bool;
+      default = false;
+      description = ''
+        Whether {option}`services.bento.reboot` holds where no trial is possible, too: where the boot loader cannot be
+        told to start a system just once (`boot trial` in `bento-client status`). A release that does not boot then
+        takes a person at the machine.
       '';
     };
 
@@ -527,6 +649,13 @@ in
         message = "services.bento.signers: a key is \"ssh-ed25519 AAAA…\", as in the .pub file that ssh-keygen makes.";
       }
       {
+        assertion = cfg.build == "server" && cfg.signers != [ ] -> cfg.cacheKey != null;
+        message = ''
+          services.bento.cacheKey: with `build = "server"` and signers, set it to the key that `bento.py sign --build`
+          prints. The key of the server's own cache says nothing of who signed: it lies on the server.
+        '';
+      }
+      {
         assertion =
           builtins.length servers < 2
           || !builtins.all isServer servers
@@ -579,15 +708,79 @@ in
 
     environment.systemPackages = [ command ];
 
-    boot.loader.grub.extraConfig = lib.mkIf grub.enable grubTrial;
+    # With users, GRUB asks for a password where an entry is chosen by its name: at each boot, with these lines.
+    boot.loader.grub.extraConfig = lib.mkIf (grub.enable && (grub.users or { }) == { }) grubTrial;
 
     # First in the list: the kernel takes the last of several, which is then the user's.
+    # The last one is how a boot learns that it is a trial: GRUB puts in its word, or nothing.
     boot.kernelParams = lib.mkIf cfg.unattended (
-      lib.mkBefore [
-        "panic=30"
-        "boot.panic_on_fail"
-      ]
+      lib.mkBefore (
+        [
+          "panic=30"
+          "boot.panic_on_fail"
+        ]
+        ++ lib.optional (!systemdBoot.enable && grub.enable) "\${bento_trial}"
+      )
     );
+
+    # The watchdogs of most PCs and virtual machines.
+    boot.initrd.availableKernelModules = lib.mkIf (ends && pkgs.stdenv.hostPlatform.isx86_64 or false) [
+      "efivarfs"
+      "i2c_i801"
+      "i6300esb"
+      "iTCO_wdt"
+      "lpc_ich"
+      "sp5100_tco"
+      "wdat_wdt"
+    ];
+
+    boot.initrd.systemd.storePaths = lib.mkIf (ends && initrd.systemd.enable) [ "${trialFile}" ];
+
+    boot.initrd.systemd.services.bento-trial-ends = lib.mkIf (ends && initrd.systemd.enable) (
+      trialService "/bin/bash" // { wantedBy = [ "sysinit.target" ]; }
+    );
+
+    # The other kind of initrd. The process has to have its name before stage 1 ends all that have no @.
+    boot.initrd.extraUtilsCommands = lib.mkIf (
+      ends && !initrd.systemd.enable
+    ) "copy_bin_and_libs ${pkgs.bash}/bin/bash";
+
+    boot.initrd.preDeviceCommands = lib.mkIf (ends && !initrd.systemd.enable) (
+      lib.mkBefore ''
+        if [ -d /sys/firmware/efi ]; then
+          modprobe efivarfs 2>/dev/null
+          mount -t efivarfs efivarfs /sys/firmware/efi/efivars 2>/dev/null
+        fi
+        cat >/bento-trial <<'BENTO'
+        ${trialEnds}
+        BENTO
+        bash -c 'exec -a @bento-trial bash /bento-trial' &
+        trial=$!
+        while [ ! -p /run/bento-trial ] && kill -0 $trial 2>/dev/null; do sleep 0.1; done
+      ''
+    );
+
+    # Nobody starts it in the second stage: it is there, or this is no trial.
+    systemd.services.bento-trial-ends = lib.mkIf ends (
+      trialService "${pkgs.bash}/bin/bash"
+      // {
+        restartIfChanged = false;
+        stopIfChanged = false;
+        unitConfig = (trialService "").unitConfig // {
+          X-StopOnRemoval = false;
+        };
+      }
+    );
+
+    # Started by the client in a trial that has not been proven yet, whatever the interval of the polls is.
+    systemd.timers.bento-proof = {
+      description = "Try the proof of a new system again";
+      timerConfig = {
+        OnActiveSec = "5min";
+        OnUnitInactiveSec = "5min";
+        Unit = "bento.service";
+      };
+    };
 
     systemd.enableEmergencyMode = lib.mkIf cfg.unattended (lib.mkDefault false);
 
@@ -744,19 +937,25 @@ in
     };
 
     systemd.services.bento-hibernate = lib.mkIf (bootLoader != [ ]) {
-      description = "Leave the trial of a new system for after hibernation";
-      wantedBy = [
-        "hibernate.target"
-        "hybrid-sleep.target"
-        "suspend-then-hibernate.target"
+      description = "Have the kernel that goes to sleep woken, trial or not";
+      requiredBy = [
+        "systemd-hibernate.service"
+        "systemd-hybrid-sleep.service"
+        "systemd-suspend-then-hibernate.service"
       ];
       before = [
         "systemd-hibernate.service"
         "systemd-hybrid-sleep.service"
         "systemd-suspend-then-hibernate.service"
       ];
-      script = hibernate;
-      serviceConfig.Type = "oneshot";
+      unitConfig.StopWhenUnneeded = true;
+      serviceConfig = {
+        Type = "oneshot";
+        RemainAfterExit = true;
+        ExecStart = "${command}/bin/bento-client hibernate";
+        # Awake again.
+        ExecStop = "${command}/bin/bento-client align";
+      };
     };
 
     systemd.sockets.bento-trigger = lib.mkIf cfg.trigger.enable {

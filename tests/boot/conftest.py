@@ -9,36 +9,25 @@ import pytest
 from lab.conftest import name_event
 from lab.conftest import need as need_lab
 from lab.image import ImageError
+from tiers import stamp
 
 from boot.bed import Bed, Server, first_boot, make_bed
 from boot.image import ALL_KINDS, Kind, base_tree
 from boot.machine import FIRMWARE, TOOLS, VARIABLES
 
-WHOLE = os.environ.get("BENTO_BOOT") == "all"
 TABLE = Path(__file__).with_name("table.md")
 HEAD = """\
 # The first boot is a trial: what was seen
 
-Written by `BENTO_BOOT=all tests/run tests/boot`: each row is of the last such run of its test. A row is a machine in QEMU with
+Written by `tests/run --whole tests/boot`: each row is of the last such run of its test. A row is a machine in QEMU with
 real firmware, boot loader, kernel and systemd, and the real client's `run`. Boots: how often it got up, from its first one
 on. See [the tests](test_boot.py) for what each one looks at in the end.
 
-| event | boot loader | | boots | minutes |
-| --- | --- | --- | --- | --- |
+| event | boot loader | | boots | minutes | of |
+| --- | --- | --- | --- | --- | --- |
 """
 # (event, boot loader) -> the rest of its row
 rows: dict[tuple[str, str], str] = {}
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "whole: only with BENTO_BOOT=all")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left_out = [item for item in items if item.get_closest_marker("whole") and not WHOLE]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
 
 
 def need() -> None:
@@ -95,13 +84,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
             report.sections.append(("console", used.tail()))
         if report.when == "call" and isinstance(used, Bed):
             rows[name_event(item.name, *(kind.name for kind in ALL_KINDS)), used.kind.name] = (
-                f"{report.outcome} | {len(used.machine.boots)} | {report.duration / 60:.1f}"
+                f"{report.outcome} | {len(used.machine.boots)} | {report.duration / 60:.1f} | {stamp()}"
             )
     return report
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if not (WHOLE and rows):
+    if not (session.config.option.whole and rows):
         return
     known: dict[tuple[str, str], str] = {}
     for line in TABLE.read_text(encoding="utf-8").splitlines()[8:] if TABLE.exists() else []:

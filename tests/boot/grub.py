@@ -73,19 +73,25 @@ class Grub:
             f"  initrd {self.copy(system / 'initrd')}\n}}\n\n"
         )
 
-    def generations(self) -> list[int]:
-        found = (re.fullmatch(r"system-(\d+)-link", path.name) for path in (self.root / PROFILES).iterdir())
+    def generations(self, profile: str) -> list[int]:
+        place = self.root / PROFILES / profile
+        found = (re.fullmatch(place.name + r"-(\d+)-link", path.name) for path in place.parent.iterdir())
         numbers = sorted((int(match[1]) for match in found if match), reverse=True)
         return numbers[: self.limit] if self.limit else numbers
 
     def install(self, top: Path) -> None:
         text = HEADER.format(search=self.search) + trial_lines() + self.entry("NixOS - Default", top)
-        text += 'submenu "NixOS - All configurations" --class submenu {\n'
-        for number in self.generations():
-            link = self.root / PROFILES / f"system-{number}-link"
-            date = time.strftime("%Y-%m-%d", time.localtime(link.lstat().st_mtime))
-            label = (link / "nixos-version").read_text(encoding="utf-8").strip()
-            text += self.entry(f"NixOS - Configuration {number} ({date} - {label})", link)
+        others = self.root / PROFILES / "system-profiles"
+        names = sorted(path.name for path in others.glob("*") if re.fullmatch(r"\w+", path.name))
+        menus = {"system": "All configurations"} | {f"system-profiles/{name}": f"Profile '{name}'" for name in names}
+        for profile, title in menus.items():
+            text += "}\n" if profile != "system" else ""
+            text += f'submenu "NixOS - {title}" --class submenu {{\n'
+            for number in self.generations(profile):
+                link = self.root / PROFILES / f"{profile}-{number}-link"
+                date = time.strftime("%Y-%m-%d", time.localtime(link.lstat().st_mtime))
+                label = (link / "nixos-version").read_text(encoding="utf-8").strip()
+                text += self.entry(f"NixOS - Configuration {number} ({date} - {label})", link)
         config = self.boot / "grub/grub.cfg"
         config.with_suffix(".cfg.tmp").write_text(text + "}\n", encoding="utf-8")
         os.rename(config.with_suffix(".cfg.tmp"), config)

@@ -275,6 +275,13 @@ def copy_repository(extra: Path) -> None:
         (programs / name).symlink_to(f"/bento/tests/toy/{name}")
 
 
+def take_bash(root: Path) -> list[tuple[str, bytes]]:
+    """With its libraries, all where its loader looks first."""
+    found = [("bin/bash", root / "usr/bin/bash"), ("lib64/ld-linux-x86-64.so.2", root / "usr/lib64/ld-linux-x86-64.so.2")]
+    found += [(f"lib64/{name}", root / "usr/lib/x86_64-linux-gnu" / name) for name in ("libtinfo.so.6", "libc.so.6")]
+    return [(name, (path.parent / os.readlink(path) if path.is_symlink() else path).read_bytes()) for name, path in found]
+
+
 def write_extra(extra: Path, tree: Path, kind: Kind, files: dict[str, str]) -> None:
     copy_repository(extra)
     parts = extra / "opt/boot-lab"
@@ -283,7 +290,7 @@ def write_extra(extra: Path, tree: Path, kind: Kind, files: dict[str, str]) -> N
     modules = sorted((tree / "parts/modules").iterdir())
     named = [(path.name.partition("-")[2], path.read_bytes()) for path in modules]
     named = [(name, content) for name, content in named if kind.boot == "btrfs" or name not in BTRFS]
-    (parts / "initrd").write_bytes(make_initrd((tree / "parts/busybox").read_bytes(), named))
+    (parts / "initrd").write_bytes(make_initrd((tree / "parts/busybox").read_bytes(), named, take_bash(tree / "root")))
     for name, text in (MACHINE_FILES | files).items():
         write(extra, name, text)
         if text.startswith("#!"):

@@ -3,10 +3,12 @@
 Used where the disk is made, and on the machine itself, by its nixos-rebuild.
 """
 
+import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path
 
+MODULE = Path(__file__).resolve().parents[2] / "utils/bento.nix"
 # What a disk of this lab needs before its root is mounted. All the others, too: the machine has no modules of its own.
 MODULES = """
     virtio_pci virtio_blk virtio_net crc32c_generic ext4 vfat nls_cp437 nls_ascii nls_iso8859-1 efivarfs i6300esb
@@ -21,6 +23,7 @@ INIT = r"""#!/bin/sh
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
+mount -t tmpfs run /run
 exec </dev/console >/dev/console 2>&1
 read -r cmdline </proc/cmdline
 fate=$(cat /fate)
@@ -41,8 +44,11 @@ fail() {
 echo "stage 1: kernel $fate"
 if is panic; then echo c >/proc/sysrq-trigger; fi
 while read -r module; do insmod "/modules/$module" || echo "stage 1: no $module"; done </modules/list
-if is armed; then watchdog -F -t 3600 -T 10 /dev/watchdog & sleep 1; fi
-if is hang || is armed-hang; then echo "stage 1: hangs"; while :; do sleep 3600; done; fi
+[ ! -d /sys/firmware/efi/efivars ] || mount -t efivarfs efivarfs /sys/firmware/efi/efivars
+bash -c 'exec -a @bento-trial bash /bento-trial' &
+trial=$!
+while [ ! -p /run/bento-trial ] && kill -0 $trial 2>/dev/null; do sleep 0.1; done
+if is hang; then echo "stage 1: hangs"; while :; do sleep 3600; done; fi
 if is fail; then fail "broken on purpose"; fi
 root=$(value root /dev/vda2)
 if is rootless; then root=/dev/vda9; fi
@@ -54,8 +60,7 @@ until mount -t ext4 "$root" /mnt; do
     sleep 1
 done
 while read -r device place type; do mkdir -p "/mnt$place"; mount -t "$type" "$device" "/mnt$place" || fail "$place"; done </mnt/etc/lab/mounts
-[ ! -d /sys/firmware/efi/efivars ] || mount -t efivarfs efivarfs /sys/firmware/efi/efivars
-for each in proc sys dev; do mount --move /$each /mnt/$each; done
+for each in proc sys dev run; do mount --move /$each /mnt/$each; done
 exec switch_root /mnt /usr/lib/systemd/systemd
 """
 
@@ -83,12 +88,22 @@ def with_fate(initrd: bytes, version: str) -> bytes:
     return initrd + cpio([("fate", stat.S_IFREG | 0o644, f"{version}\n".encode())])
 
 
-def make_initrd(busybox: bytes, modules: Iterable[tuple[str, bytes]]) -> bytes:
+def trial_ends(module: Path = MODULE) -> str:
+    """What utils/bento.nix starts in an initrd."""
+    found = re.search(r"trialEnds = ''\n(.*?)  '';", module.read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    return found[1].replace("''${", "${")
+
+
+def make_initrd(busybox: bytes, modules: Iterable[tuple[str, bytes]], bash: Iterable[tuple[str, bytes]]) -> bytes:
+    """`bash`: with its libraries, by their paths."""
     directory = stat.S_IFDIR | 0o755
-    files = [(name, directory, b"") for name in ("bin", "dev", "proc", "sys", "modules", "mnt")]
+    files = [(name, directory, b"") for name in ("bin", "dev", "proc", "sys", "run", "modules", "mnt", "lib64")]
+    files += [(path, stat.S_IFREG | 0o755, content) for path, content in bash]
+    files.append(("bento-trial", stat.S_IFREG | 0o644, trial_ends().encode()))
     files.append(("dev/console", stat.S_IFCHR | 0o600, b""))
     files.append(("bin/busybox", stat.S_IFREG | 0o755, busybox))
-    for name in ["sh", "mount", "mkdir", "cat", "echo", "sleep", "insmod", "switch_root", "watchdog"]:
+    for name in ["sh", "mount", "mkdir", "cat", "echo", "sleep", "insmod", "switch_root"]:
         files.append((f"bin/{name}", stat.S_IFLNK | 0o777, b"busybox"))
     found = list(modules)
     files += [(f"modules/{name}", stat.S_IFREG | 0o644, content) for name, content in found]

@@ -19,7 +19,7 @@ KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 BUILD_TIMEOUT_S = 1200
 
 PACKAGES = (
-    "systemd systemd-sysv libpam-systemd dbus openssh-server openssh-client nix-bin python3 iproute2 iputils-ping procps libfaketime"
+    "systemd systemd-sysv libpam-systemd dbus openssh-server openssh-client nix-bin git python3 iproute2 iputils-ping procps libfaketime"
 )
 
 # What a machine of the lab does not need, and what would only make its boot slower or touch the kernel it shares.

@@ -612,7 +612,8 @@ class Machine:
         if code not in (0, REBOOT) and self._wanted:
             self._error = f"systemd-nspawn ended with {code}"
         # nspawn removes its directory itself only if /run is a tmpfs.
-        shutil.rmtree(NSPAWN / "propagate" / self.container, ignore_errors=True)
+        for left in NSPAWN.glob(f"*/{self.container}"):
+            shutil.rmtree(left, ignore_errors=True)
         return code
 
     def _listen(self, nspawn: "subprocess.Popen[bytes]", notify: socket.socket) -> None:
@@ -654,7 +655,7 @@ class Machine:
         environment = [f"{name}={value}" for name, value in (ENVIRONMENT | (env or {})).items()]
         command = [
             "sh", "-c", 'mkdir "$1" && echo $$ >"$1/cgroup.procs" && shift && exec "$@"', "lab", str(group),
-            "nsenter", f"--target={leader}", "--all", "--", "/usr/bin/env", "-i", f"--chdir={cwd}", *environment, *words,
+            "nsenter", f"--target={leader}", "--all", "--root", "--", "/usr/bin/env", "-i", f"--chdir={cwd}", *environment, *words,
         ]  # fmt: skip
         # Files, not pipes: a process that is left behind would keep those open.
         with contextlib.ExitStack() as stack:
@@ -1088,7 +1089,8 @@ def remove_run(run: str) -> None:
             end_cgroup(place / name)
     for netns in sorted(NETNS.glob(f"{name}*")):
         sh("ip", "netns", "delete", netns.name)
-    for left in (NSPAWN / "propagate").glob(f"{name}-*"):
+    for left in NSPAWN.glob(f"*/{name}-*"):  # propagate; and unix-export, since systemd 256
+        unmount_below(left)
         shutil.rmtree(left, ignore_errors=True)
     unmount_below(RUNS / run)
     shutil.rmtree(RUNS / run, ignore_errors=True)

@@ -2,7 +2,7 @@
 site without power, the boot menu, a boot loader that lies, jobs that outlive their switch, a switch that waits for the
 boot. On booted machines, with the real systemd: what it does there is nobody's model.
 
-    BENTO_MATRIX=all tests/run tests/lab/test_events.py      writes tests/lab/events.md, too
+    tests/run --whole tests/lab/test_events.py      writes tests/lab/events.md, too
 """
 
 import os
@@ -12,6 +12,7 @@ from itertools import groupby
 from typing import Any
 
 import pytest
+from tiers import stamp
 from toynixos import write_config
 
 from lab.conftest import name_event
@@ -23,7 +24,7 @@ __all__ = ["installed", "server"]  # fixtures
 TABLE = """\
 # What else happens to machines → what the host reported
 
-Written by `BENTO_MATRIX=all tests/run tests/lab/test_events.py`, when all of it has passed. Each row is a booted machine
+Written by `tests/run --whole tests/lab/test_events.py`, of STAMP, when all of it has passed. Each row is a booted machine
 with the real systemd. Reports: of all attempts from its first release to its last one, in order; a slash between two
 releases. Boots: from its first one on. See [the tests](test_events.py) for what each one looks at in the end.
 
@@ -36,8 +37,8 @@ rows: list[str] = []
 @pytest.fixture(scope="module", autouse=True)
 def table(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
-    if os.environ.get("BENTO_MATRIX") == "all" and not request.session.testsfailed:
-        (TESTS / "lab/events.md").write_text(TABLE + "".join(rows), encoding="utf-8")
+    if request.config.option.whole and not request.session.testsfailed:
+        (TESTS / "lab/events.md").write_text(TABLE.replace("STAMP", stamp()) + "".join(rows), encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)
@@ -239,7 +240,7 @@ def test_the_boot_loader_leads_back(host: Host, server: Server, kernel: str) -> 
         host.power_cut()
         host.boot()
         assert which(host)[0] == "v1"
-    assert wait(lambda: "interrupted" in reports(server, release), 60), told(host, server, release)
+    assert wait(lambda: "rolled-back" in reports(server, release), 60), told(host, server, release)
 
 
 # --- jobs and boots ---

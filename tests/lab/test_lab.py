@@ -1,6 +1,5 @@
 """The lab itself: its machines boot, talk, lose their network and their power, fill up, and leave nothing behind."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toynixos import CLIENT, write_config
+from toynixos import write_config
 
 from lab.conftest import need
 from lab.image import apt_sources
@@ -35,12 +34,10 @@ def server(lab: Lab) -> Server:
 # --- power ---
 
 
-def test_boot_is_quick_and_nothing_fails(lab: Lab) -> None:
+def test_a_boot_in_which_nothing_fails(lab: Lab) -> None:
     host = lab.machine("h1", Host)
     assert not host.is_on
-    started = time.monotonic()
     host.boot()
-    assert time.monotonic() - started < 5
     assert host.run("systemctl", "is-system-running").stdout == "running\n"
     assert host.run("hostname", check=False).stdout == "h1\n"
     assert host.run("cat", "/proc/1/comm").stdout == "systemd\n"
@@ -65,17 +62,6 @@ def test_power_cut_keeps_files_but_neither_run_nor_processes_nor_boot_id(host: H
     assert host.boots == 2
 
 
-def test_power_cut_twice_and_at_once(lab: Lab) -> None:
-    host = lab.machine("h1", Host)
-    for pause_s in (0, 0.02, 0.05, 0.1, 0.2):
-        host.boot(wait=False)
-        time.sleep(pause_s)
-        host.power_cut()
-        host.power_cut()
-        assert not host.is_on
-    host.boot()
-
-
 def test_reboot_from_inside_comes_back(host: Host) -> None:
     before = host.boot_id()
     host.run("touch", "/var/kept")
@@ -87,12 +73,6 @@ def test_reboot_from_inside_comes_back(host: Host) -> None:
     assert host.boots == 3
 
 
-def test_shut_down_stays_down(host: Host) -> None:
-    host.shut_down()
-    assert not host.is_on
-    host.boot()
-
-
 def test_clocks_start_anew_at_boot(host: Host) -> None:
     first = uptime_s(host)
     assert first < 10
@@ -100,13 +80,6 @@ def test_clocks_start_anew_at_boot(host: Host) -> None:
     host.power_cut()
     host.boot()
     assert uptime_s(host) < first + 1
-
-
-def test_reset_forgets(lab: Lab, host: Host) -> None:
-    host.write("/var/forgotten", "")
-    host.reset()
-    assert not host.is_on and not host.exists("/var/forgotten")
-    host.boot()
 
 
 def uptime_s(host: Host) -> float:
@@ -122,60 +95,11 @@ def commands_of(host: Host) -> str:
 # --- inside ---
 
 
-def test_run(host: Host) -> None:
-    assert host.run("sh", "-c", "echo out; echo err >&2").stdout == "out\n"
-    assert host.run("cat", stdin="in").stdout == "in"
-    assert host.run("pwd", cwd="/var").stdout == "/var\n"
-    assert host.run("sh", "-c", "exit 7", check=False).returncode == 7
-    with pytest.raises(LabError, match=r"(?s)h1: sh -c .*: exit 7\nwhy"):
-        host.run("sh", "-c", "echo why >&2; exit 7")
-
-
 def test_run_leaves_no_process(host: Host) -> None:
     host.run("sh", "-c", "sleep 4712 >/dev/null 2>&1 &")
     with pytest.raises(LabError, match=r"not in 0\.3 s"):
         host.run("sleep", "4712", timeout_s=0.3)
     assert "4712" not in commands_of(host)
-
-
-def test_journal_of_every_boot_is_on_the_console(host: Host) -> None:
-    host.run("systemd-run", "--quiet", "--wait", "--unit=talker", "echo", "a word in the journal")
-    assert "a word" in host.run("journalctl", "--unit=talker", "--output=cat").stdout
-    host.power_cut()
-    host.wait_for(lambda: "a word in the journal" in host.console.read_text(encoding="utf-8", errors="replace"))
-
-
-def test_transient_timer(host: Host) -> None:
-    # Without AccuracySec, systemd may take a minute longer.
-    accuracy = "--timer-property=AccuracySec=100ms"
-    host.run("systemd-run", "--quiet", "--on-active=1", accuracy, "touch", "/run/fired")
-    assert not host.exists("/run/fired")
-    host.wait_for(lambda: host.exists("/run/fired"), 5, "the timer")
-
-
-def test_path_follows_links_as_the_machine_does(host: Host) -> None:
-    host.run("sh", "-c", "mkdir /a /b; echo 1 >/b/f; ln -s /b /a/abs; ln -s ../b/f /a/rel; ln -s /a/abs/../x /a/no")
-    assert host.read("/a/abs/f") == host.read("/a/rel") == "1\n"
-    assert host.path("/a/abs/f") == host.root / "b/f"
-    assert os.readlink(host.path("/a/rel")) == "../b/f"
-    assert host.path("/../../a/no", follow=True) == host.root / "x"
-    host.run("sh", "-c", "ln -s /b/f /run/link; ln -s loop /a/loop")
-    assert host.read("/run/link") == "1\n"
-    with pytest.raises(OSError, match="symbolic links"):
-        host.read("/a/loop")
-
-
-def test_nix_builds(host: Host) -> None:
-    expression = """derivation {
-      name = "trivial"; system = builtins.currentSystem; builder = "/bin/sh"; args = [ "-c" "echo hello >$out" ];
-    }"""
-    out = host.run("nix-build", "--no-out-link", "--expr", expression).stdout.strip()
-    assert host.read(out) == "hello\n"
-    host.run("nix-env", "-p", "/nix/var/nix/profiles/system", "--set", out)
-    host.power_cut()
-    host.boot()
-    assert host.profile_system() == out
-    host.run("nix-store", "--verify", "--check-contents")
 
 
 # --- disks ---
@@ -254,27 +178,6 @@ def test_two_machines_reach_each_other_until_the_link_is_down(host: Host, server
     host.run(*ping, "server")
 
 
-def test_sftp_in_a_chroot(host: Host, server: Server) -> None:
-    host.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", "/root/key")
-    server.add_host("h1", host.read("/root/key.pub").strip())
-    server.write("/home/chroot/h1/current.json", "{}\n", 0o644)
-    host.write("/root/known_hosts", f"server {server.host_key}\n")
-    options = ("-oUserKnownHostsFile=/root/known_hosts", "-oBatchMode=yes", "-oConnectTimeout=3")
-    sftp = ("sftp", "-b", "-", "-i", "/root/key", *options, "bento-h1@server")
-
-    host.run(*sftp, stdin="get current.json /root/got\nput /root/got logs/put\n")
-    assert host.read("/root/got") == "{}\n"
-    assert server.exists("/home/chroot/h1/logs/put")
-    assert host.run(*sftp, stdin="put /root/got out\n", check=False).returncode != 0
-    assert host.run("ssh", "-i", "/root/key", *options, "bento-h1@server", "id", check=False).returncode != 0
-
-    server.stop_sshd()
-    refused = host.run(*sftp, stdin="ls\n", check=False)
-    assert refused.returncode != 0 and "Connection refused" in refused.stderr
-    server.start_sshd()
-    host.run(*sftp, stdin="ls\n")
-
-
 # --- the clock ---
 
 
@@ -331,35 +234,6 @@ def test_the_boot_default_is_booted(nixos: Host) -> None:
     for timer in ("bento.timer", "bento-boot.timer"):
         assert nixos.run("systemctl", "is-active", timer).stdout == "active\n"
     nixos.run("systemd-analyze", "verify", "bento.service", "bento.timer", "bento-boot.timer")
-    nixos.run("ping", "-c1", "-W1", "server")
-
-
-def test_a_switch_is_gone_after_a_power_cut_unless_it_is_the_default(nixos: Host) -> None:
-    old = nixos.default_system()
-    write_config(nixos.path("/etc/nixos"), flake=True, host="h1", **{"label": "v2"} | nixos.behaviour())
-    nixos.run("nixos-rebuild", "build", "--flake", "path:/etc/nixos#h1")
-    new = os.readlink(nixos.path("/root/result"))
-    nixos.run(f"{new}/bin/switch-to-configuration", "test")
-    assert nixos.current_system() == new and nixos.default_system() == old
-    nixos.power_cut()
-    nixos.boot()
-    assert nixos.current_system() == old
-
-    nixos.run("nix-env", "-p", "/nix/var/nix/profiles/system", "--set", new)
-    nixos.run(f"{new}/bin/switch-to-configuration", "boot")
-    nixos.power_cut()
-    nixos.boot()
-    assert nixos.current_system() == nixos.booted_system() == new
-
-
-def test_a_system_that_cuts_the_network(nixos: Host) -> None:
-    behaviour = nixos.behaviour() | {"label": "cut", "cut_network": True}
-    write_config(nixos.path("/etc/nixos"), flake=True, host="h1", **behaviour)
-    nixos.run("nixos-rebuild", "build", "--flake", "path:/etc/nixos#h1")
-    new, old = os.readlink(nixos.path("/root/result")), nixos.current_system()
-    nixos.run(f"{new}/bin/switch-to-configuration", "test")
-    assert nixos.run("ping", "-c1", "-W1", "server", check=False).returncode != 0
-    nixos.run(f"{old}/bin/switch-to-configuration", "test")
     nixos.run("ping", "-c1", "-W1", "server")
 
 
@@ -439,28 +313,6 @@ def test_queued_jobs_outlive_their_switch(nixos: Host) -> None:
     nixos.wait_for(lambda: nixos.exists("/root/ran"), 10, "the unit of the system that was left")
 
 
-@pytest.mark.skipif(not CLIENT.exists(), reason="no client")
-def test_the_whole_loop(nixos: Host, server: Server) -> None:
-    """Published on the server, deployed by the host's own timer, and reported: the lab is complete."""
-    key = nixos.client("key").stdout
-    server.path("/srv/fleet/hosts").mkdir(parents=True, exist_ok=True)
-    server.write("/srv/fleet/fleet.nix.in", (TESTS.parent / "fleet.nix.in").read_text(encoding="utf-8"))
-    server.write("/srv/fleet/hosts/h1.pub", key)
-    write_config(server.path("/srv/fleet/hosts/h1"), flake=True, host="h1", **{"label": "v2"} | nixos.behaviour())
-    server.apply_fleet()
-    server.bento("populate")
-
-    def reported() -> Any:
-        path = "/home/chroot/h1/logs/status.json"
-        status = json.loads(server.read(path)) if server.exists(path) else {}
-        return status.get("last")
-
-    last = nixos.wait_for(reported, 60, "the report")
-    assert last["result"] == "ok", last
-    assert nixos.label(nixos.default_system()) == "v2"
-    assert nixos.current_system() == nixos.profile_system() == nixos.default_system()
-
-
 # --- leaving ---
 
 
@@ -510,28 +362,6 @@ def test_clean_removes_what_a_killed_run_left(killed_run: str, lab: Lab) -> None
     assert done.stdout == f"removed {killed_run}\n"
     assert left_of(killed_run) == []
     assert lab.directory.exists()  # ours goes on
-
-
-def test_a_lab_leaves_nothing_after_a_failure() -> None:
-    need()
-    with pytest.raises(ZeroDivisionError), Lab() as made:
-        made.machine("server", Server).boot()
-        host = made.machine("h1", Host)
-        host.set_small_fs("/var", "64m")
-        host.boot(wait=False)
-        1 / 0  # noqa: B018
-    assert left_of(made.run) == []
-
-
-def test_a_machine_that_cannot_boot_says_why(lab: Lab) -> None:
-    host = lab.machine("h1", Host)
-    for path in ("/usr/lib/systemd/systemd", "/usr/bin/sh"):
-        host.path(path).unlink()
-    with pytest.raises(LabError, match="systemd-nspawn ended with"):
-        host.boot()
-    assert not host.is_on
-    host.reset()
-    host.boot()
 
 
 # --- the root filesystem's source ---

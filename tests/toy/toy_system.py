@@ -7,7 +7,9 @@ Nix runs it, or the toy nixos-rebuild.
 As switch-to-configuration it finds its machine below TOY_ROOT (default /):
 
     run/current-system  run/booted-system  run/toy-network ("up", "down")  run/systemd/system (systemctl is used)
-    run/toy-booting (while it is there, the boot has not ended)  run/nixos/switch-to-configuration.lock
+    run/toy-booting (while it is there, the boot has not ended)  run/nixos/{switch-to-configuration.lock,start-list}
+    run/toy-units/UNIT (it is active, where no systemd runs)  run/toy-no-bus (there is no D-Bus until the next boot)
+    run/toy-logind ("silent": it does not answer; "session NAME": this user's session goes away, once)
     etc/toy  etc/static -> TOPLEVEL/etc  etc/bento/{client.json,left}  etc/systemd/system/UNIT
     boot/ (the ESP: written by `boot` and `switch`, as nixpkgs' builder for systemd-boot does)
     nix/var/nix/profiles/system-N-link (only read)  var/toy-boot-size (bytes that fit into boot/; default: no limit)
@@ -305,10 +307,18 @@ def refuses(root: Path, toy: Toy) -> bool:
 # --- the boot loader's files ---
 
 
-def generations(root: Path) -> list[int]:
-    """Of the system profile, the oldest first."""
-    found = (re.fullmatch(r"system-(\d+)-link", path.name) for path in (root / PROFILES).iterdir())
+def generations(root: Path, profile: str = "system") -> list[int]:
+    """Of a profile, the oldest first."""
+    place = root / PROFILES / profile
+    found = (re.fullmatch(place.name + r"-(\d+)-link", path.name) for path in place.parent.iterdir())
     return sorted(int(match[1]) for match in found if match)
+
+
+def profiles(root: Path) -> list[str]:
+    """Fact: which generations. Those of each profile in system-profiles/ have entries, too."""
+    place = root / PROFILES / "system-profiles"
+    names = sorted(path.name for path in place.iterdir() if not path.name.endswith(("-link", ".lock"))) if place.is_dir() else []
+    return ["system", *(f"system-profiles/{name}" for name in names)]
 
 
 class Esp:
@@ -351,34 +361,35 @@ class Esp:
             whole.rename(target)
         return f"/EFI/nixos/{target.name}"
 
-    def write_entry(self, number: int, system: Path, special: str | None) -> str:
+    def write_entry(self, number: int, system: Path, special: str | None, profile: str = "") -> str:
         """Fact: entries. One is found by init=TOPLEVEL/init in its options. Its name."""
         system = system.resolve()
         linux, initrd = self.copy(system / "kernel"), self.copy(system / "initrd")
         label = (system / "nixos-version").read_text(encoding="utf-8").strip()
         params = (system / "kernel-params").read_text(encoding="utf-8")
         built = time.strftime("%Y-%m-%d", time.gmtime(system.stat().st_ctime))
-        text = f"title NixOS{f' ({special})' if special else ''}\nsort-key nixos\n"
+        text = f"title NixOS{f' [{profile}]' if profile else ''}{f' ({special})' if special else ''}\nsort-key nixos\n"
         text += f"version Generation {number} NixOS {label}, built on {built}\nlinux {linux}\ninitrd {initrd}\n"
         text += f"options init={system}/init {params}\n"
         machine = self.root / "etc/machine-id"
         if machine.exists() and (found := machine.read_text(encoding="utf-8").strip()):
             text += f"machine-id {found}\n"
-        name = entry_name(number, special)
+        name = entry_name(number, special, profile)
         if self.toy.get("entry_names") == "sha256":
             name = f"nixos-{hashlib.sha256(text.encode()).hexdigest()}.conf"
         self.replace(self.entries / name, text)
         return name
 
-    def remove_old(self, numbers: list[int]) -> None:
+    def remove_old(self, kept: list[tuple[str, int]]) -> None:
         """What is of no generation any more; also what a copy that failed has left under a name of its own."""
         known = set()
-        for number in numbers:
-            system = self.root / PROFILES / f"system-{number}-link"
+        for profile, number in kept:
+            system = self.root / PROFILES / f"{profile}-{number}-link"
             known |= {self.name(path / part) for path in specials(system).values() for part in ("kernel", "initrd")}
         for entry in self.entries.glob("nixos*-generation-*.conf"):
-            found = re.match(r"nixos-generation-(\d+)", entry.name)
-            if found and int(found[1]) not in numbers:
+            found = re.match(r"nixos-(?:(.*)-)?generation-(\d+)", entry.name)
+            profile = f"system-profiles/{found[1]}" if found and found[1] else "system"
+            if found and (profile, int(found[2])) not in kept:
                 entry.unlink()
         for image in self.kernels.iterdir():
             if image.name not in known:
@@ -388,15 +399,17 @@ class Esp:
         """Fact: which generations. All links of the profile, at most configurationLimit of them, the newest."""
         for directory in (self.entries, self.kernels):
             directory.mkdir(parents=True, exist_ok=True)
-        numbers = generations(self.root)[-int(self.toy.get("configuration_limit", 0)) :]
-        self.remove_old(numbers)
+        limit = int(self.toy.get("configuration_limit", 0))
+        kept = [(each, number) for each in profiles(self.root) for number in generations(self.root, each)[-limit:]]
+        self.remove_old(kept)
         written: set[str] = set()
-        for number in numbers:
-            system = self.root / PROFILES / f"system-{number}-link"
+        for profile, number in kept:
+            system = self.root / PROFILES / f"{profile}-{number}-link"
             try:
                 if behaviour(system).get("boot_einval"):
                     raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-                names = [self.write_entry(number, path, name or None) for name, path in specials(system).items()]
+                of = profile.partition("/")[2]
+                names = [self.write_entry(number, path, name or None, of) for name, path in specials(system).items()]
                 written.update(names)
                 # A system that no generation has becomes nobody's default, and nothing is said of it.
                 if system.resolve() == top:
@@ -418,8 +431,8 @@ def specials(system: Path) -> dict[str, Path]:
     return {"": system} | {name: system / "specialisation" / name for name in names}
 
 
-def entry_name(number: int, special: str | None) -> str:
-    return f"nixos-generation-{number}{f'-specialisation-{special}' if special else ''}.conf"
+def entry_name(number: int, special: str | None, profile: str = "") -> str:
+    return f"nixos-{f'{profile}-' if profile else ''}generation-{number}{f'-specialisation-{special}' if special else ''}.conf"
 
 
 def install_extlinux(root: Path, toy: Toy, top: Path) -> None:
@@ -461,6 +474,28 @@ def systemctl(*words: str) -> bool:
     return subprocess.run(["systemctl", *words], check=False).returncode == 0
 
 
+class Units:
+    """What is active: systemd's, or a directory of names where none runs."""
+
+    def __init__(self, root: Path) -> None:
+        self.live, self.table = (root / "run/systemd/system").is_dir(), root / "run/toy-units"
+
+    def is_active(self, unit: str) -> bool:
+        """Fact: jobs. What only waits for its turn is inactive, so a switch neither sees nor stops it."""
+        if not self.live:
+            return (self.table / unit).exists()
+        argv = ["systemctl", "show", "--property=ActiveState", "--value", unit]
+        return subprocess.run(argv, capture_output=True, text=True, check=False).stdout.strip() != "inactive"
+
+    def do(self, verb: str, *units: str) -> bool:
+        if self.live:
+            return not units or systemctl(verb, *units)
+        self.table.mkdir(parents=True, exist_ok=True)
+        for unit in units:
+            (self.table / unit).unlink(missing_ok=True) if verb == "stop" else (self.table / unit).touch()
+        return True
+
+
 def unit_texts(directory: Path, owned_by: Path | None = None) -> dict[str, str]:
     """The units in a directory; with owned_by only those that are links into it."""
     if not directory.is_dir():
@@ -482,12 +517,6 @@ def link_units(root: Path, names: Iterable[str], gone: Iterable[str]) -> None:
         wanted_by = WANTED_BY.get(name, WANTED_BY.get(Path(name).suffix))
         if wanted_by is not None and (root / "run/systemd/system").is_dir():
             replace_link(root / "run/systemd/system" / wanted_by / name, directory / name)
-
-
-def is_active(unit: str) -> bool:
-    """Fact: jobs. What only waits for its turn is inactive, so a switch neither sees nor stops it."""
-    argv = ["systemctl", "show", "--property=ActiveState", "--value", unit]
-    return subprocess.run(argv, capture_output=True, text=True, check=False).stdout.strip() != "inactive"
 
 
 def is_booting(root: Path) -> bool:
@@ -537,27 +566,64 @@ def run_activation_script(root: Path, top: Path, toy: Toy) -> bool:
     return not command or subprocess.run(command, shell=True, env=os.environ | {"TOY_NETWORK": state}).returncode == 0
 
 
+class Plan:
+    """What a switch does to units. A changed one is stopped and started, unless it is to be restarted, or left."""
+
+    def __init__(self, root: Path, top: Path, toy: Toy) -> None:
+        old, new = unit_texts(root / "etc/systemd/system", root / "etc/static"), unit_texts(top / "etc/systemd/system")
+        self.units, self.list = Units(root), root / "run/nixos/start-list"
+        gone = [name for name in sorted(old.keys() - new.keys()) if "X-StopOnRemoval=false" not in old[name]]
+        changed = [name for name in sorted(old.keys() & new.keys()) if old[name] != new[name]]
+        changed = [name for name in changed if "X-RestartIfChanged=false" not in new[name] and self.units.is_active(name)]
+        self.restart = [name for name in changed if "X-StopIfChanged=false" in new[name]]
+        again = [name for name in changed if name not in self.restart]
+        self.stop = [name for name in gone if self.units.is_active(name)] + again
+        timers = [name for name in sorted(new) if name.endswith(".timer")]
+        # A new file system is mounted by starting local-fs.target once more. Fact: emergency mode.
+        mounts = ["local-fs.target"] if any(name.endswith(".mount") for name in new) else []
+        left = self.list.read_text(encoding="utf-8").split() if self.list.exists() else []
+        wanted = [*mounts, *timers, *left, *again, *toy.get("starts", [])]
+        self.start = [name for name in dict.fromkeys(wanted) if name in new or name in mounts]
+
+    def record(self) -> None:
+        """Fact: a finished switch. Each active target is in it, whatever changes, and what is stopped to be started."""
+        self.list.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.list, "a", encoding="utf-8") as file:
+            file.write("\n".join(["multi-user.target", *(name for name in self.stop if name in self.start)]) + "\n")
+
+
 def activate(root: Path, top: Path, toy: Toy) -> int:
-    """What is running becomes this system. Fact: exit codes; 4 overrides 2."""
-    live = (root / "run/systemd/system").is_dir()
-    old = unit_texts(root / "etc/systemd/system", root / "etc/static")
-    new = unit_texts(top / "etc/systemd/system")
-    gone = [name for name in sorted(old.keys() - new.keys()) if "X-StopOnRemoval=false" not in old[name]]
-    stopped = [name for name in gone if live and is_active(name)]
-    if stopped:
-        say(f"stopping the following units: {', '.join(stopped)}")
-        systemctl("stop", *stopped)
-    code = 0 if run_activation_script(root, top, toy) else 2
-    failed = list(toy.get("failed_units", ["toy.service"])) if toy.get("switch_exit") == 4 else []
-    if live:
+    """What is running becomes this system: stop, activate, ask logind, start. Fact: exit codes; 4 overrides 2."""
+    if (root / "run/toy-no-bus").exists():
+        raise Refused(1, "Error: Failed to open dbus connection")
+    plan = Plan(root, top, toy)
+    plan.record()
+    if plan.stop:
+        say(f"stopping the following units: {', '.join(plan.stop)}")
+        plan.units.do("stop", *plan.stop)
+    if any(name.startswith("dbus") for name in plan.stop):
+        (root / "run/toy-no-bus").touch()
+    if (root / "run/toy-no-bus").exists():  # Fact: what a broken switch leaves
+        raise Refused(1, "Error: Failed to process dbus messages")
+    code = 0
+    if not run_activation_script(root, top, toy):
+        say("Failed to run activate script")
+        code = 2
+    if plan.units.live:
         if toy.get("reexec"):  # Fact: needs. Whoever waits for a job at that moment loses its bus
             systemctl("daemon-reexec")
         say("reloading systemd...")
         systemctl("daemon-reload")
     while is_old(toy) and is_booting(root):
         time.sleep(0.1)
-    if live:
-        failed += start_units(old, new, toy)
+    code = 4 if ask_logind(root, toy) else code
+    say("restarting sysinit-reactivation.target")
+    failed = list(toy.get("failed_units", ["toy.service"])) if toy.get("switch_exit") == 4 else []
+    for name in toy.get("reload_fails", []):  # Fact: exit 4 for other things
+        say(f"Failed to reload {name}")
+        code = 4
+    failed += start_units(plan)
+    plan.list.unlink()
     if toy.get("switch_hang") == "after":
         time.sleep(FOREVER_S)
     if failed:
@@ -566,37 +632,44 @@ def activate(root: Path, top: Path, toy: Toy) -> int:
     return code
 
 
-def start_units(old: dict[str, str], new: dict[str, str], toy: Toy) -> list[str]:
+def ask_logind(root: Path, toy: Toy) -> bool:
+    """Whether a user's activation failed. Fact: exit 1 and 11 after the activation."""
+    path = root / "run/toy-logind"
+    word, _, name = (path.read_text(encoding="utf-8").strip() if path.exists() else "").partition(" ")
+    if word == "silent":
+        raise Refused(errno.EAGAIN, "Unable to list users with logind: Did not receive a reply")
+    if word == "session":
+        path.unlink()
+        cause = "Unknown object '/org/freedesktop/login1/user/_953'."
+        raise Refused(1, f"Error: Failed to get GID for {name}\n\nCaused by:\n    {cause}")
+    for user in toy.get("user_activation_fails", []):
+        say(f"warning: user activation for {user} failed")
+    return bool(toy.get("user_activation_fails"))
+
+
+def start_units(plan: Plan) -> list[str]:
     """Restarts what has changed and starts what is to run; those that failed."""
-    changed = [name for name in sorted(old.keys() & new.keys()) if old[name] != new[name]]
-    restart = [name for name in changed if "X-RestartIfChanged=false" not in new[name]]
-    timers = [name for name in sorted(new) if name.endswith(".timer")]
-    # A new file system is mounted by starting local-fs.target once more. Fact: emergency mode.
-    mounts = ["local-fs.target"] if any(name.endswith(".mount") for name in new) else []
-    starts = [name for name in toy.get("starts", []) if name in new]
-    failed = []
-    if restart and not systemctl("try-restart", *restart):
-        failed += restart
-    for names in (mounts, timers, starts):
-        if names and not systemctl("start", *names):
+    failed = [] if plan.units.do("restart", *plan.restart) else list(plan.restart)
+    for kind in (".target", ".timer", ".service"):
+        names = [name for name in plan.start if name.endswith(kind)]
+        if names and not plan.units.do("start", *names):
+            say("\n".join(f"Failed to start {name}" for name in names))
             failed += names
     return failed
 
 
 def stage_2(root: Path, top: Path, toy: Toy) -> int:
     """What NixOS' init does at a boot."""
-    live = (root / "run/systemd/system").is_dir()
     replace_link(root / "run/booted-system", top)
-    done = run_activation_script(root, top, toy)
-    if live:
-        new = unit_texts(top / "etc/systemd/system")
+    done, units = run_activation_script(root, top, toy), Units(root)
+    new = unit_texts(top / "etc/systemd/system")
+    if units.live:
         systemctl("daemon-reload")
-        timers = [name for name in sorted(new) if name.endswith(".timer")]
-        mounts = ["local-fs.target"] if any(name.endswith(".mount") for name in new) else []
-        starts = [name for name in toy.get("starts", []) if name in new]
-        for names in (mounts, timers, starts):
-            if names:
-                systemctl("start", "--no-block", *names)
+    timers = [name for name in sorted(new) if name.endswith(".timer")]
+    mounts = ["local-fs.target"] if any(name.endswith(".mount") for name in new) else []
+    for names in (mounts, timers, [name for name in toy.get("starts", []) if name in new]):
+        if names:
+            units.do("start", *(["--no-block"] if units.live else []), *names)
     return 0 if done else 2
 
 
