@@ -123,6 +123,15 @@ END
 """
 
 
+# Of another machine: no more than `ssh root@HOST bento-client key`.
+SSH = """\
+#!/bin/sh -e
+[ "$2 $3" = "bento-client key" ]
+ssh-keygen -q -t ed25519 -N "" -f "{top}/$1"
+cat "{top}/$1.pub"
+"""
+
+
 class Site:
     """Everything that README speaks of, below one directory: the server's files, the machine, the administrator's."""
 
@@ -151,7 +160,7 @@ class Site:
             "top": self.top, "root": self.machine.root, "python": sys.executable, "repo": REPO, "toy": TOY, "tests": TESTS,
             "config": config, "environment": " ".join(f'"{name}={value}"' for name, value in mine.items()),
         }  # fmt: skip
-        programs = {"bento-client": ENTER, "bento": BENTO, "python3": PYTHON, "nixos-rebuild": REBUILD, "pkill": "#!/bin/sh\n"}
+        programs = {"bento-client": ENTER, "bento": BENTO, "python3": PYTHON, "nixos-rebuild": REBUILD, "ssh": SSH, "pkill": "#!/bin/sh\n"}
         for name, text in programs.items():
             path = self.bin / name
             path.write_text(text.format(**words))
@@ -273,6 +282,9 @@ def test_a_section(title: str, site: Site) -> None:
         site.write(MACHINE, "v3", commit=False)
     if title == "Your own repository":
         site.sh("git init -q", site.top / "own")
+    if title == "A fleet that exists":
+        write_config(site.top / "srv/infra", flake=True, host="web1", label="v1", client_json=site.settings | {"host": "web1"})
+        site.sh("git init -qb main && git add . && git commit -qm 'An own repository'", site.top / "srv/infra")
     thief = steal(site) if title == "A stolen machine" and os.geteuid() == 0 else None
     for block in BLOCKS:
         if block.section == title and block.language == "sh":
@@ -312,6 +324,12 @@ def check_laptop(site: Site) -> None:
     assert "A new host" in site.sh("git log --format=%s", site.fleet).splitlines()
 
 
+def check_linked(site: Site) -> None:
+    published = site.published()
+    assert published["web1"] == published["web2"], "one tree, one release"
+    assert "flake.nix" in site.sh("bento show web1") and site.sh("git status --short", site.top / "srv/infra") == ""
+
+
 def check_removed(site: Site) -> None:
     assert not (site.chroots / MACHINE).exists() and (site.chroots / "nas").exists()
 
@@ -337,17 +355,18 @@ def check_rolled_back(site: Site) -> None:
 
 
 CONSEQUENCES = {
-    "Let the server do it": check_laptop,
+    "A fleet that exists": check_linked,
+    "Publish from a laptop": check_laptop,
     "Removing a host": check_removed,
     "Renaming a host": check_renamed,
     "The server as its own host": check_own_host,
     "Sign releases": check_signed,
-    "Going back": check_rolled_back,
+    "Go back": check_rolled_back,
 }
 
 
 def test_the_demo_and_the_tests_are_there() -> None:
-    assert [block.text.split() for block in BLOCKS if block.section == "Bento"] == [["python3", "tests/demo.py", "tests/run"]]
+    assert [block.text.split() for block in BLOCKS if (block.section, block.language) == ("Bento", "sh")] == [["python3", "tests/demo.py", "tests/run"]]
     assert os.access(REPO / "tests/run", os.X_OK) and os.access(REPO / "tests/demo.py", os.R_OK)
 
 
@@ -502,7 +521,7 @@ def said_by_the_code() -> str:
 
 
 def test_messages() -> None:
-    told, known = re.findall(r"`([^`]+)`", " ".join(first_column("Troubleshooting"))), said_by_the_code()
+    told, known = re.findall(r"`([^`]+)`", " ".join(first_column("When something is wrong"))), said_by_the_code()
     assert len(told) > 10
     assert [message for message in told if message not in known] == []
 
