@@ -366,7 +366,8 @@ CONSEQUENCES = {
 
 
 def test_the_demo_and_the_tests_are_there() -> None:
-    assert [block.text.split() for block in BLOCKS if (block.section, block.language) == ("Bento", "sh")] == [["python3", "tests/demo.py", "tests/run"]]
+    [commands] = [block.text.splitlines() for block in BLOCKS if (block.section, block.language) == ("Bento", "sh")]
+    assert commands == ["python3 tests/demo.py", "tests/run"]
     assert os.access(REPO / "tests/run", os.X_OK) and os.access(REPO / "tests/demo.py", os.R_OK)
 
 
