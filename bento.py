@@ -72,6 +72,7 @@ from bento_client import (
     UsageError,
     format_time,
     one_line,
+    words_of,
 )
 
 if __name__ == "__main__":
@@ -93,7 +94,8 @@ SHOWN_ATTEMPTS = 20
 SHOWN_PERSONS, MANY_HOSTS = 30, 1000
 # So many logs are opened for a page, to say why an attempt failed.
 MAX_REASONS = 2000
-FULL_DISK_BYTES = 1 << 20
+# A disk with less than this is full; with less than that, room is made on it. So many are named who have most there.
+FULL_DISK_BYTES, ROOM_BYTES, SHOWN_LOADS = 1 << 20, 16 << 20, 3
 # The same key as long as it lasts; its words tell since when. While one of these lasts, nothing else is over.
 SILENCE, LOOK = "all hosts are silent", "the fleet cannot be looked at"
 BUILD_LIMIT_S = 12 * 3600.0
@@ -667,7 +669,7 @@ def read_keys(fleet: Fleet, name: str) -> list[tuple[str, str, str]]:
     try:
         lines = read_own(fleet, where).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise BentoError(f"{where}: cannot be read: {one_line(str(error))}") from None
+        raise BentoError(f"{where}: cannot be read: {one_line(words_of(error))}") from None
     keys = []
     for number, line in enumerate(lines, 1):
         if line.strip() and not line.lstrip().startswith("#"):
@@ -1799,6 +1801,42 @@ def weigh_logs(logs: int) -> tuple[str, tuple[str, ...]]:
     return problem, tuple(sorted(names)[-SHOWN_ATTEMPTS:])
 
 
+def is_full(directory: Path, room_bytes: int) -> str:
+    """What a disk lacks; nothing where there is room."""
+    try:
+        disk = os.statvfs(directory)
+    except OSError:
+        return ""
+    if disk.f_bavail * disk.f_frsize < room_bytes:
+        return "has no room"
+    return "" if disk.f_favail or not disk.f_files else "has no inodes"
+
+
+class Load(NamedTuple):
+    """How much a host has in its logs/. A sparse file takes no more than it takes."""
+
+    taken: int
+    files: int
+    host: str
+
+    def __str__(self) -> str:
+        return f"{self.host} ({self.taken >> 20} MB in {counted(self.files, 'file')})"
+
+
+def weigh_all(chroot_dir: Path) -> list[Load]:
+    """What each host has in its logs/, the most first; of hosts that are gone, too."""
+    found, lacks_names = [], is_full(chroot_dir, 0)
+    for name in filter(client.HOST_NAME.fullmatch, os.listdir(chroot_dir)):
+        taken = files = 0
+        with suppress(OSError), open_logs(chroot_dir / name) as logs, os.scandir(logs) as entries:
+            for entry in itertools.islice(entries, MAX_LOG_ENTRIES):
+                files += 1
+                with suppress(FileNotFoundError):
+                    taken += entry.stat(follow_symlinks=False).st_blocks * 512
+        found.append(Load(taken, files, name))
+    return sorted(found, key=lambda load: (load.files, load.taken) if lacks_names else load, reverse=True)
+
+
 def parse_log_name(name: str) -> Attempt | None:
     if not client.LOG_NAME.fullmatch(name):
         return None
@@ -2596,7 +2634,7 @@ def read_waves(fleet: Fleet, hosts: Sequence[str], known: Collection[str]) -> tu
     try:
         return parse_waves(read_own(fleet, "hosts/waves", MAX_WAVES_BYTES).decode("utf-8"), hosts, known)
     except (OSError, UnicodeDecodeError) as error:
-        raise BentoError(f"hosts/waves: cannot be read: {one_line(str(error))}") from None
+        raise BentoError(f"hosts/waves: cannot be read: {one_line(words_of(error))}") from None
 
 
 def note_run(runs: tuple[Run, ...], found: Found, log_s: float | None) -> tuple[Run, ...]:
@@ -3221,19 +3259,36 @@ def prune_releases(chroot: Path, current: str, history: Sequence[Published]) -> 
             client.remove(Path(releases, name))
 
 
-def prune_logs(chroot: Path) -> None:
-    """Removes the oldest of what a host left beyond a generous number of logs, in several runs if it left very many. Where
-    there is more than one run looks at, what is neither a log nor a report goes too, or it would hide the logs for ever."""
-    with suppress(OSError), os.scandir(f"{chroot}/logs") as entries:
+def prune_logs(chroot: Path, keep: int = KEEP_LOGS) -> int:
+    """Removes the oldest of what a host left beyond a generous number of logs, in several runs if it left very many: how
+    many files. Where there are more than one run looks at, or fewer are to stay than a host keeps there anyway, what is
+    neither a log nor a report goes too: it would hide the logs for ever, or fill the disk."""
+    removed, scarce = 0, keep < KEEP_LOGS
+    with suppress(OSError), open_logs(chroot) as directory, os.scandir(directory) as entries:
         names = sorted(entry.name for entry in itertools.islice(entries, MAX_PRUNED))
         logs = [name for name in names if client.LOG_NAME.fullmatch(name)]
         # A dot in front: under way, or cut short.
         uploads = [name for name in names if client.LOG_NAME.fullmatch(name.removeprefix(".")) and name not in logs]
-        kept = {"status.json", ".status.json", ".announcement", *logs[-KEEP_LOGS:], *uploads[-KEEP_LOGS:]}
-        for name in names if len(names) == MAX_PRUNED else logs:
+        kept = {"status.json", ".status.json", *logs[-keep:], *uploads[-1 if scarce else -keep :]}
+        for name in names if len(names) == MAX_PRUNED or scarce else logs:
             if name not in kept:
                 with suppress(OSError):  # a directory, say
-                    os.unlink(f"{chroot}/logs/{name}")
+                    os.unlink(name, dir_fd=directory)
+                    removed += 1
+    return removed
+
+
+def make_room(chroot_dir: Path) -> list[str]:
+    """On a disk that is nearly full: one host's junk keeps nobody else from being published. Who has most is left its
+    newest logs and its report, then the next, until there is room. What was done."""
+    done = []
+    for load in weigh_all(chroot_dir) if is_full(chroot_dir, ROOM_BYTES) else ():
+        rounds = (prune_logs(chroot_dir / load.host, client.KEEP_LOGS) for _ in range(MAX_LOG_ENTRIES // MAX_PRUNED))
+        if removed := sum(itertools.takewhile(bool, rounds)):
+            done.append(f"{chroot_dir} is full: removed {counted(removed, 'file')} of {load}")
+        if not is_full(chroot_dir, ROOM_BYTES):
+            break
+    return done
 
 
 def is_chroot(path: Path) -> bool:
@@ -3304,7 +3359,7 @@ def prune_chroots(gone: Sequence[Path], plan: Plan, failures: list[Failure]) -> 
                 for left in ("logs", "config", ""):
                     client.remove(path / left)
         except OSError as error:  # the host is writing there, say
-            failures.append(Failure(path.name, str(error)))
+            failures.append(Failure(path.name, words_of(error)))
             continue
         done = "would remove" if plan.dry_run else "removed"
         told = {"host": path.name, "result": done.replace(" ", "-")}
@@ -3399,7 +3454,7 @@ def read_signatures(fleet: Fleet) -> Signatures | None:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise BentoError(f"hosts/signed: cannot be read: {one_line(str(error))}") from None
+        raise BentoError(f"hosts/signed: cannot be read: {one_line(words_of(error))}") from None
 
 
 def check_signature(fleet: Fleet, name: str, release: Release, before: Current | None = None) -> Signature | None:
@@ -3579,7 +3634,7 @@ class Work:
 
     def fail(self, name: str, error: Exception) -> None:
         """One host's failure, whatever it is: it stops no other."""
-        text = str(error)
+        text = words_of(error)
         if not isinstance(error, BentoError | OSError):
             text = f"{type(error).__name__}: {text} (this is an error in Bento: -v shows where)"
             if client.verbose:
@@ -3998,7 +4053,7 @@ def command_sign(fleet: Fleet, wanted: Sequence[str], oath: Oath) -> int:
                     fleet, name, last if ours or last is None else last._replace(system=None, unsign=False), oath
                 )
         except (BentoError, OSError) as error:
-            failures.append(Failure(name, str(error)))
+            failures.append(Failure(name, words_of(error)))
             old = old if ours else None
         if old is not None:
             leaves[name] = old
@@ -4123,7 +4178,7 @@ def nix_key(oath: Oath) -> tuple[Path, str]:
         try:
             return subprocess.run(argv, input=given, stdout=subprocess.PIPE, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError) as error:
-            raise BentoError(f"no key for Nix: {one_line(str(error), 200)}") from None
+            raise BentoError(f"no key for Nix: {one_line(words_of(error), 200)}") from None
 
     if not secret.exists():
         name = "bento-" + re.sub("[^A-Za-z0-9]", "", next(iter(oath.own)))[6:14]
@@ -4159,7 +4214,7 @@ def say_of_each(hosts: Sequence[str], errors: list[str], say: Callable[[str], st
         try:
             words = say(name)
         except (BentoError, OSError) as error:
-            failures.append(Failure(f"{prefix}{name}", str(error)))
+            failures.append(Failure(f"{prefix}{name}", words_of(error)))
             continue
         if words:
             print(f"{prefix}{name}: {words}", flush=True)
@@ -4316,7 +4371,7 @@ def read_lock(tree: Path, directory: str) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise BentoError(f"{directory}/flake.lock: cannot be read: {one_line(str(error))}") from None
+        raise BentoError(f"{directory}/flake.lock: cannot be read: {one_line(words_of(error))}") from None
 
 
 def note_system(fleet: Fleet, name: str, release: str, system: str) -> None:
@@ -4462,7 +4517,8 @@ def plan_rollout(work: Work, hosts: Sequence[str], good: Sequence[str], memory: 
     """How far hosts/waves lets this run go, and what each host gets of it."""
     if work.plan.now:
         return memory._replace(candidates=(), holds=(), line="")
-    waves, work.warnings, fits = read_waves(work.fleet, hosts, memory.fits)
+    waves, warnings, fits = read_waves(work.fleet, hosts, memory.fits)
+    work.warnings += warnings
     memory = memory._replace(fits=tuple(sorted(fits)))
     if not waves:
         return memory._replace(candidates=(), runs={}, holds=(), line="")
@@ -4501,7 +4557,10 @@ def roll_out(work: Work, hosts: Sequence[str], good: Sequence[str], memory: Roll
         if work.store.kept - memory.releases:  # what is remembered is on disk
             os.sync()
             work.store.settle()
-        write_rollout(work.fleet.chroot_dir, rollout)
+        try:
+            write_rollout(work.fleet.chroot_dir, rollout)
+        except OSError as error:  # a full disk: what needs no room goes on
+            work.warnings.append(f"{words_of(error)}: the waves are not remembered")
     held = {host: release for hold in rollout.holds for host, release in hold.hosts.items()}
     out = {host for host, release in held.items() if not gets_another(work, host, release)}
     out |= {failure.host for failure in work.failures}
@@ -4553,6 +4612,7 @@ def publish(work: Work, hosts: Sequence[str], bad_keys: Mapping[str, str], *, ev
             client.remove(left)
         work.store.kept = read_rollout(chroots, time.time()).releases
         work.store.prune()
+        work.warnings += make_room(chroots)
     unfit = [Failure(name, bad_keys[name]) for name in hosts if name in bad_keys]
     for name, error in sorted(unfit) if plan.as_json else ():
         print(json.dumps({"host": name, "result": "failed", "error": error}))
@@ -4598,7 +4658,8 @@ def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: boo
         except BentoError as error:
             if not plan.dry_run and not wanted:  # nobody may be looking: for `status`
                 memory = read_rollout(fleet.chroot_dir, time.time())
-                write_rollout(fleet.chroot_dir, memory._replace(error=one_line(str(error), 1000)))
+                with suppress(OSError):  # a full disk
+                    write_rollout(fleet.chroot_dir, memory._replace(error=one_line(str(error), 1000)))
             raise
     work.progress.clear()
     if not plan.as_json:
@@ -4654,16 +4715,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def look_at_disk(directory: Path) -> dict[str, str]:
-    """What to say of a disk that has no room for what hosts report."""
-    try:
-        disk = os.statvfs(directory)
-    except OSError:
+    """What to say of a disk that has no room for what hosts report, and whose most of it is."""
+    if not (what := is_full(directory, FULL_DISK_BYTES)):
         return {}
-    if disk.f_bavail * disk.f_frsize >= FULL_DISK_BYTES and (disk.f_favail or not disk.f_files):
-        return {}
-    what = "has no room" if disk.f_bavail * disk.f_frsize < FULL_DISK_BYTES else "has no inodes"
+    most = ", ".join(str(load) for load in weigh_all(directory)[:SHOWN_LOADS])
     words = f"this server's own disk {what} at {directory}: no host can report, and nothing can be published"
-    return {"this server's own disk": words}
+    return {"this server's own disk": words + (f": the most is of {most}" if most else "")}
 
 
 def look_at_silence(rows: Sequence[Row], now_s: float) -> dict[str, str]:
@@ -4873,7 +4930,7 @@ def list_log(logs: int, host: str, name: str, came_s: float) -> Line:
     try:
         words = last_words(logs, name)
     except (BentoError, OSError) as error:
-        words = one_line(str(error))
+        words = one_line(words_of(error))
     parsed = parse_log_name(name)
     late = parsed is not None and abs(client.parse_time(parsed.finished) - came_s) > CLOCK_TOLERANCE_S
     what = f"{result}{f'  {words}' if words else ''}{f'  (came {format_time(came_s)})' if late else ''}"
@@ -5223,7 +5280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except OSError as error:
-        print(f"bento: error: {error.filename or 'system'}: {error.strerror}", file=sys.stderr)
+        print(f"bento: error: {words_of(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("bento: error: interrupted; nothing partial is published", file=sys.stderr)

@@ -120,6 +120,13 @@ class BentoError(Exception):
     exit_code = 1
 
 
+def words_of(error: Exception) -> str:
+    """What went wrong: of the system's errors without the number that Python puts in front."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if isinstance(error.filename, str | os.PathLike) else error.strerror
+
+
 class UsageError(BentoError):
     """A wrong command line, or a setting that cannot work."""
 
@@ -1041,17 +1048,19 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Replaces `path` so that a reader, or a power cut, sees the old content or the new, whole."""
     # A name that nobody can have made a link of, and that is cleared away if we are killed.
     aside = path.with_name(f".tmp-{os.getpid()}-{os.urandom(6).hex()}")
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     try:
+        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
         with open(descriptor, "wb") as file:
             os.fchmod(descriptor, mode)
             file.write(data)
             file.flush()
             os.fsync(descriptor)
-    except OSError:
-        aside.unlink(missing_ok=True)  # on a full disk, the first thing that is needed is room
+        os.rename(aside, path)
+    except OSError as error:
+        with suppress(OSError):
+            aside.unlink()  # on a full disk, the first thing that is needed is room
+        error.filename, error.filename2 = str(path), None  # a person knows nothing of our other name for it
         raise
-    os.rename(aside, path)
     sync_directory(path.parent)
 
 
@@ -1441,7 +1450,7 @@ def read_signers(path: Path) -> dict[str, str]:
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: the signers' keys cannot be read: {one_line(str(error), 100)}") from None
+        raise UsageError(f"{path}: the signers' keys cannot be read: {one_line(words_of(error), 100)}") from None
     found = {}
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -3013,7 +3022,7 @@ def best_effort(log: Log) -> Iterator[None]:
     try:
         yield
     except (OSError, BentoError) as error:
-        log.say(f"going on without: {error}")
+        log.say(f"going on without: {words_of(error)}")
 
 
 # --- reports ---
@@ -3163,7 +3172,7 @@ def report(machine: Machine, phase: Phase = Phase.IDLE) -> None:
                 deliver(machine, phase)
                 return
         except (BentoError, OSError) as error:
-            failures.append(str(error))
+            failures.append(words_of(error))
     machine.log.say(f"report kept for the next run: {'; '.join(failures)}")
 
 
@@ -3854,7 +3863,7 @@ def make_default(machine: Machine, system: str, pending: Pending) -> str | None:
         if forward:
             machine.nix_env("--set", system)
     except BentoError as error:
-        return f"the boot default could not be set: {error}"
+        return f"the boot default could not be set: {words_of(error)}"
     done = machine.switch(system, "boot", pending.token, back=not forward)
     machine.flush_menu(system)
     fault = machine.loader_of(system).entry_fault(system)
@@ -3885,7 +3894,7 @@ def write_again(machine: Machine, system: str, good: str) -> str | None:
         if copies:
             machine.write_menu(system)
     except (OSError, BentoError) as error:
-        return f"the boot loader could not be written: {error}"
+        return f"the boot loader could not be written: {words_of(error)}"
     return loader.entry_fault(system)
 
 
@@ -3894,8 +3903,8 @@ def begin_trial(machine: Machine, system: str, good: str, *, must: bool) -> str 
     try:
         try_once(machine, system, good)
     except BentoError as error:
-        machine.log.say(f"the next boot is no trial: {error}")
-        return f"its first boot would be no trial: {error}" if must else None
+        machine.log.say(f"the next boot is no trial: {words_of(error)}")
+        return f"its first boot would be no trial: {words_of(error)}" if must else None
     return None
 
 
@@ -4083,11 +4092,11 @@ def activate(machine: Machine, pending: Pending) -> Outcome | None:
         pending = pending._replace(job=max(machine.jobs(), default=0))
         pending = advance(machine, pending, pending.step, machine.settings.activation_timeout)
     except (OSError, BentoError) as error:
-        return Outcome(Result.POSTPONED, f"not activated, the watchdog could not be armed: {error}")
+        return Outcome(Result.POSTPONED, f"not activated, the watchdog could not be armed: {words_of(error)}")
     try:
         return take_over(machine, pending)
     except (OSError, BentoError) as error:
-        return go_back(machine, load_pending(machine) or pending, Outcome(Result.POSTPONED, str(error)))
+        return go_back(machine, load_pending(machine) or pending, Outcome(Result.POSTPONED, words_of(error)))
     except Exception as error:  # a bug of ours must not leave a machine on a system that proved nothing
         outcome = Outcome(Result.INTERRUPTED, tell_bug(machine.log, error))
         return go_back(machine, load_pending(machine) or pending, outcome)
@@ -4160,7 +4169,7 @@ def prepare_trial(machine: Machine, system: str, good: str, *, must: bool) -> bo
     except BentoError as error:
         if must and loader.entry_fault(machine.default) is None:
             raise
-        machine.log.say(f"the next boot cannot be a trial: {error}")
+        machine.log.say(f"the next boot cannot be a trial: {words_of(error)}")
         return False
     return True
 
@@ -4357,7 +4366,7 @@ def obtain(machine: Machine, pending: Pending, current: Current) -> Outcome | Pe
     except Unreachable:
         raise
     except (BentoError, OSError) as error:
-        known, words = current.system if settings.build == "server" else None, str(error)
+        known, words = current.system if settings.build == "server" else None, words_of(error)
         if result == Result.BUILD_FAILED and free_bytes(settings.state) < MIN_FREE_BYTES:
             return Outcome(Result.POSTPONED, f"the disk of {settings.state} is full: {words}", known)
         if result == Result.BUILD_FAILED and (cost := machine.log.cause(bad_moment)):
@@ -4376,7 +4385,7 @@ def deploy(machine: Machine, pending: Pending, *, server: str, force: bool) -> O
         machine.session = knock(machine.settings, machine.log, server)
         announce(machine, Phase.ACTIVATING)
     except BentoError as error:
-        reason = f"built, but not activated, because the server went away: {error}"
+        reason = f"built, but not activated, because the server went away: {words_of(error)}"
         return Outcome(Result.POSTPONED, reason, pending.new, unreachable=True)
     outcome = activate(machine, pending)
     return outcome and outcome._replace(system=pending.new)
@@ -4429,7 +4438,7 @@ def poll_once(machine: Machine, *, force: bool) -> Current:
     except Unreachable:
         raise
     except Exception as error:
-        words = str(error) if isinstance(error, (BentoError, OSError)) else tell_bug(machine.log, error)
+        words = words_of(error) if isinstance(error, (BentoError, OSError)) else tell_bug(machine.log, error)
         if state.last is None or state.last.reason != one_line(words):
             machine.log.kept = True
             now = format_time(time.time())
@@ -4653,7 +4662,7 @@ def probe_failure(settings: Settings) -> str | None:
         try:
             session, _ = poll(settings, directory, Log(settings.state / "no-log"))
         except BentoError as error:
-            return str(error)
+            return words_of(error)
         session.close()
     return None
 
@@ -4902,7 +4911,7 @@ def read_settings(options: Mapping[str, Any]) -> Settings:
             if config:
                 raise UsageError(f"{path}: no such file") from None
         except (OSError, ValueError, RecursionError) as error:
-            raise UsageError(f"{path}: cannot be read: {one_line(str(error), 100)}") from None
+            raise UsageError(f"{path}: cannot be read: {one_line(words_of(error), 100)}") from None
         if not isinstance(values, dict):
             raise UsageError(f"{path}: not a JSON object")
     sources = ([str(path)] if values else []) + (["the command line"] if given else [])
@@ -4943,7 +4952,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bento: error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"bento: error: {error.filename or 'system'}: {error.strerror}", file=sys.stderr)
+        print(f"bento: error: {words_of(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("bento: error: interrupted; the next run goes on from here", file=sys.stderr)

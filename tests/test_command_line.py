@@ -175,3 +175,12 @@ def test_days_that_no_calendar_has(days: str, site: Site) -> None:
     site.host("a")
     ran = site.run("sign", "--key", str(site.top), "--days", days)
     assert (ran.code, ran.err) == (2, f"bento: error: --days {days}: at most 36500, a hundred years\n")
+
+
+@pytest.mark.parametrize("option", ["--output", "--changes"])
+def test_a_file_that_cannot_be_written_is_named_as_it_was_given(option: str, site: Site) -> None:
+    """And not a temporary one beside it."""
+    site.host("a")
+    site.publish()
+    ran = site.run("status", option, "/nope/x")
+    assert (ran.code, ran.errors[-1]) == (1, "bento: error: /nope/x: No such file or directory")

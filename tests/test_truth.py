@@ -4,13 +4,16 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fleet import OTHER, RELEASE, Site, last_data, toy_host, write_program
+from fleet import CONFIGURATION, OTHER, RELEASE, Site, last_data, toy_host, write_program
 from toynixos import _missing, need
 
 import bento
@@ -269,6 +272,83 @@ def test_a_full_disk_of_the_server(site: Site, tmp_path: Path) -> None:
         assert ran.code == 1 and f"this server's own disk has no room at {site.chroots}" in ran.err
     finally:
         subprocess.run(["umount", "-l", site.chroots], check=True)
+
+
+@pytest.fixture
+def small_disk(site: Site) -> Iterator[Site]:
+    """The chroots have 24 MB of their own."""
+    if os.getuid() != 0:
+        _missing("needs root, to mount")
+    site.chroots.mkdir()
+    subprocess.run([need("mount"), "-t", "tmpfs", "-o", "size=24m,nr_inodes=2000", "tmpfs", site.chroots], check=True)
+    try:
+        yield site
+    finally:
+        subprocess.run(["umount", "-l", site.chroots], check=True)
+
+
+def stuff(site: Site, name: str, what: str) -> int:
+    """One host's junk, until nothing fits beside it."""
+    logs, number = site.chroots / name / "logs", 0
+    with suppress(OSError):
+        for number in range(3000):
+            file = {"junk": f"x{number}", "uploads": f".{LOG.format(number)}", "names": f"x{number}"}.get(what, LOG.format(number))
+            (logs / file).write_bytes(bytes(0 if what == "names" else 1 << 18))
+    return number
+
+
+LOG = "20261123T10{:04}Z_9f3a61c07be4_ok.log"
+
+
+@pytest.mark.parametrize("what", ["logs", "junk", "uploads", "names"])
+def test_one_hosts_junk_keeps_nobody_from_being_published(small_disk: Site, what: str) -> None:
+    site = small_disk
+    for name in "abc":
+        site.host(name)
+    site.publish()
+    for name in "abc":
+        report(site, name)
+        (site.chroots / name / "logs" / LOG.format(9999)).write_text("bento: ok: fine\n")
+    (site.chroots / "b/logs/own").write_text("small\n")
+    stuff(site, "b", what)
+    ran = site.run("status")
+    lacks = "no inodes" if what == "names" else "no room"
+    assert ran.code == 1 and f"own disk has {lacks} at {site.chroots}" in ran.err and ": the most is of b (" in ran.err
+    site.host("a", CONFIGURATION | {"big": os.urandom(2 << 20)})
+    site.host("b", CONFIGURATION | {"new": "1"})
+    ran = site.run("populate")
+    assert (ran.code, ran.out.splitlines()[-1]) == (0, "3 hosts: 2 published, 1 unchanged, 0 failed"), ran.err
+    assert f"bento: warning: {site.chroots} is full: removed " in ran.err and "of b (" in ran.err
+    kept = os.listdir(site.chroots / "b/logs")
+    assert "status.json" in kept and len(kept) <= 21
+    for name in "ac":  # of others, nothing went
+        assert set(os.listdir(site.chroots / name / "logs")) == {"status.json", LOG.format(9999)}
+    assert site.run("status").code == 0
+
+
+def test_a_disk_that_stays_full_stops_only_what_needs_room(small_disk: Site) -> None:
+    """Nobody's logs/ fills it."""
+    site = small_disk
+    for name in "abc":
+        site.host(name)
+    (site.fleet / "hosts/waves").write_text("a\n")
+    site.publish()
+    site.host("b", {"configuration.nix": "{ } # new\n"})
+    with suppress(OSError), open(site.chroots / ".filler", "wb", buffering=0) as filler:
+        while filler.write(bytes(1 << 12)):
+            pass
+    (site.chroots / "c/logs/x").symlink_to("y")
+    ran = site.run("populate")
+    assert ran.code == 1 and "1 failed" in ran.out and "Traceback" not in ran.err, ran.err
+    assert "b: No space left on device" in ran.err or "No space left on device" in ran.err
+    assert "Errno" not in ran.err
+    shutil.rmtree(site.fleet / "hosts/c")
+    assert "c: removed " in site.run("populate", "--prune").out
+    (site.fleet / "hosts/waves").write_text("nobody\n")
+    assert "nobody: no such host" in site.run("populate").err
+    (site.fleet / "hosts/waves").unlink()
+    (site.chroots / ".filler").unlink()
+    assert site.publish().out.endswith("1 published, 1 unchanged, 0 failed\n")
 
 
 def test_what_fails_to_be_published_is_told_until_it_passes(site: Site, toys: Path) -> None:

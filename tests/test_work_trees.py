@@ -304,8 +304,8 @@ def test_root_reads_what_the_trees_ruler_may_read(as_root: Site) -> None:
     secret.write_text("a b # root's own\n")
     secret.chmod(0o600)
     ran = site.run("populate")
-    assert "hosts/waves: cannot be read: [Errno 13] Permission denied" in ran.errors[-1]
-    assert "hosts/a.pub: cannot be read: [Errno 13]" in site.run("fleet").err
+    assert f"hosts/waves: cannot be read: {secret}: Permission denied" in ran.errors[-1]
+    assert f"hosts/a.pub: cannot be read: {secret}: Permission denied" in site.run("fleet").err
     assert "root's own" not in site.run("status", "--json").out
     assert os.geteuid() == 0
 
