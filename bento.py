@@ -6,8 +6,8 @@ public keys), hosts/signed (what the administrator signed for all), hosts/NAME.a
 order of a roll-out), fleet.nix (written from fleet.nix.in). In the chroot directory, for each host: current.json (the
 release to run; replacing it is the moment of publication), releases/ID.tar and ID.parts/, history, and logs/, which
 belongs to the host: nothing there is trusted. Beside the chroots: .store/, which has each release once, for the chroots
-to link to, and in .known what each was read from; .rollout.json, what `populate` remembers; and .lock, in which nothing
-is: its time is that of the last `populate` of the whole fleet.
+to link to, and in .known what each was read from; .rollout.json, what `populate` remembers; .machines, what `status` does:
+which machines reported as a host; and .lock, in which nothing is: its time is that of the last `populate` of the whole fleet.
 
 Exit codes: 0 done, 1 something failed (each failure on stderr) or a host needs a person, 2 usage.
 
@@ -90,6 +90,8 @@ LATE_S, LATE_REBOOT_S, LATE_PERSON_S = 86400.0, 7 * 86400.0, 30 * 86400.0
 # Before a signature expires, and the last publication is too old.
 NOTICE_S = 7 * 86400.0
 SHOWN_ATTEMPTS = 20
+# So many machines are remembered that reported as one host; two that take turns are told for so long after the last turn.
+KEEP_MACHINES, TWIN_S = 5, 86400.0
 # Of a page: so many hosts are named at its top; with more than that in all, marks that are alike are one.
 SHOWN_PERSONS, MANY_HOSTS = 30, 1000
 # So many logs are opened for a page, to say why an attempt failed.
@@ -346,9 +348,13 @@ class Rollout(NamedTuple):
 NO_ROLLOUT = Rollout()
 
 
+# The machines that reported as a host, by their marks, and since when; a change each, the newest last.
+Machines = tuple[tuple[str, float], ...]
+
+
 class Beside(NamedTuple):
     """What the server itself knows of hosts, besides their chroots: which are acknowledged as `absent`, which
-    configurations are not published, and which wait for other hosts. Each with words for a person."""
+    configurations are not published, which wait for other hosts, each with words for a person, and their `machines`."""
 
     absent: dict[str, str]
     refused: dict[str, Refusal]
@@ -356,6 +362,7 @@ class Beside(NamedTuple):
     late_reboot_s: float = LATE_PERSON_S
     logs: tuple[str, ...] = ()  # directories like the chroots', where reports lie, too
     rollout: Rollout = NO_ROLLOUT
+    machines: Mapping[str, Machines] = {}
 
 
 NOTHING_BESIDE = Beside({}, {}, {})
@@ -428,7 +435,7 @@ class Flag(NamedTuple):
 
 class Row(NamedTuple):
     """What is known of a host. `flags`: which of FLAGS hold. `seen_s`: seconds since 1970 on the server's clock. `held`:
-    since when, and whom it waits for. `was`: the state of one that has fallen silent since."""
+    since when, and whom it waits for. `was`: the state of one that has fallen silent since. `machines`: that reported."""
 
     host: str
     state: str
@@ -441,6 +448,7 @@ class Row(NamedTuple):
     held: str = ""
     logs: tuple[str, ...] = ()
     was: str = ""
+    machines: Machines = ()
 
     @property
     def reasons(self) -> list[str]:
@@ -1911,7 +1919,8 @@ def make_row(name: str, found: Found, now_s: float, offline_after_s: float, besi
     elif held and state in ("up-to-date", "waiting"):
         state = "held"
     absence, refusal = beside.absent.get(name, ""), beside.refused.get(name)
-    row = Row(name, state, {}, current, report, seen_s, absence, refusal, held, found.logs, was)
+    machines = note_machine(beside.machines.get(name, ()), report, now_s)
+    row = Row(name, state, {}, current, report, seen_s, absence, refusal, held, found.logs, was, machines)
     return row._replace(flags=find_flags(row, found, now_s, beside, offline=offline, drift=drift))
 
 
@@ -1933,7 +1942,7 @@ def find_flags(row: Row, found: Found, now_s: float, beside: Beside, *, offline:
         paused = pause_left_s(report) > now_s - seen_s
         flags |= {
             "failed_units": Flag(units, since_s) if report.failed_units else None,
-            "two_machines": Flag(f"two machines report as {row.host}") if report.twin else None,
+            "two_machines": Flag(f"two machines report as {row.host}") if has_twin(row.machines, now_s) else None,
             "needs_reboot": Flag("needs reboot") if report.needs_reboot else None,
             "other_client": Flag(f"client {report.client}") if report.client != client.VERSION else None,
             "paused": Flag(f"paused until {report.paused_until}") if paused else None,
@@ -1943,6 +1952,19 @@ def find_flags(row: Row, found: Found, now_s: float, beside: Beside, *, offline:
         words = f"not published for {age(now_s - began_s)}, tried {counted(refusal.times, 'time')}: {refusal.error}"
         flags["not_published"] = Flag(words, began_s, f"not published: {refusal.error}")
     return {name: flag for name in FLAGS if (flag := flags.get(name)) is not None}
+
+
+def note_machine(known: Machines, report: Report | None, now_s: float) -> Machines:
+    """The machines that reported as a host, with this report."""
+    if report is None or report.machine is None or (known and known[-1][0] == report.machine):
+        return known
+    return (*known[1 - KEEP_MACHINES :], (report.machine, now_s))
+
+
+def has_twin(machines: Machines, now_s: float) -> bool:
+    """Whether one has come back after another, lately: a machine that takes another's place does not."""
+    mark, since_s = machines[-1] if machines else ("", 0.0)
+    return mark in {each for each, _ in machines[:-1]} and now_s - since_s < TWIN_S
 
 
 def find_lateness(row: Row, history: Sequence[Published], now_s: float, late_reboot_s: float) -> Flag | None:
@@ -4685,6 +4707,7 @@ def gather(
     for name in hosts:
         chroot = f"{fleet.chroot_dir}/{name}"  # a Path takes its time, ten thousand times
         rows.append(look_at(name, chroot, now_s, view.offline_after_s, beside))
+    remember_machines(fleet.chroot_dir, beside.machines, rows, everyone=not wanted)
     troubles = look_at_disk(fleet.chroot_dir)
     if not wanted:
         troubles |= look_at_silence(rows, now_s) | look_at_strangers(fleet, now_s)
@@ -4702,7 +4725,8 @@ def read_beside(fleet: Fleet, now_s: float, late_reboot_s: float = LATE_PERSON_S
             words = str(error) if isinstance(error, BentoError) else ""
         absent[path.stem] = one_line(words) or "nobody said why"
     rollout = read_rollout(fleet.chroot_dir, now_s)
-    return Beside(absent, dict(rollout.refused), rollout.words(now_s), late_reboot_s, rollout=rollout)
+    machines = read_machines(fleet.chroot_dir, now_s)
+    return Beside(absent, dict(rollout.refused), rollout.words(now_s), late_reboot_s, rollout=rollout, machines=machines)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -4712,6 +4736,24 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def read_machines(chroot_dir: Path, now_s: float) -> dict[str, Machines]:
+    known = {}
+    for host, machines in read_json(chroot_dir / ".machines").items():
+        with suppress(ValueError, TypeError):
+            known[host] = tuple((str(mark), min(float(since_s), now_s)) for mark, since_s in machines)
+    return known
+
+
+def remember_machines(
+    chroot_dir: Path, before: Mapping[str, Machines], rows: Sequence[Row], *, everyone: bool
+) -> None:
+    """Who may not write there, or finds no room, only looks."""
+    now = ({} if everyone else dict(before)) | {row.host: row.machines for row in rows if row.machines}
+    if now != before:
+        with suppress(OSError):
+            client.write_atomic(chroot_dir / ".machines", json.dumps(now).encode(), 0o644)
 
 
 def look_at_disk(directory: Path) -> dict[str, str]:

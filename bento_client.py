@@ -106,9 +106,6 @@ HOOK_LIMIT_S = 60
 HEARTBEAT_S = 30 * 60
 NO_RELEASE = "0" * 64
 BY_HAND = "by hand"
-# How long it is told that another machine reported under this name, and how often it is looked for: that is a fifth of
-# a poll on a slow line.
-TWIN_S, TWIN_LOOK_S = 24 * 3600, 6 * 3600
 
 
 # --- errors ---
@@ -278,7 +275,7 @@ class Report(NamedTuple):
 
     `waiting_for_boot`: the release that the next boot is to start. `boot_trial`: how this machine's boot loader tries a
     system that has never booted. `known_to_boot`: the system that it falls back to. `first_contact`: when a server's key
-    was last taken on trust. `machine` tells this machine from others; `twin`: when another one last reported as this host.
+    was last taken on trust. `machine` tells this machine from others.
     `since`: when the phase began. `interval`, of polls, and `offline_after`, both in seconds: when to worry about this
     machine's silence. `reboot`: the setting of that name, unless it is `never`.
     """
@@ -301,7 +298,6 @@ class Report(NamedTuple):
     expires: str | None = None
     first_contact: str | None = None
     machine: str | None = None
-    twin: str | None = None
     since: str | None = None
     interval: int | None = None
     offline_after: int | None = None
@@ -334,8 +330,7 @@ class State(NamedTuple):
     read `current.json`), `not_before` when the next one may begin, `doubts` how many verdicts there are against that release;
     `published` its publication, `rebooted` the system that a reboot was last asked for. `down_units`: what was active before
     an attempt, and was not after the way back. `serials`: the highest ones that were seen, each behind the fingerprint of its
-    signer, which a client before 1.2 heeds, too. `machine`: which one wrote this file;
-    `twin`: see Report; `looked`: when it was looked for.
+    signer, which a client before 1.2 heeds, too.
     """
 
     release: str | None = None
@@ -365,9 +360,6 @@ class State(NamedTuple):
     last: Last | None = None
     serials: tuple[str, ...] = ()
     pinned: Pinned | None = None
-    machine: str | None = None
-    twin: str | None = None
-    looked: str | None = None
 
 
 class Pending(NamedTuple):
@@ -508,7 +500,7 @@ FIELDS: dict[str, type | re.Pattern[str]] = {
     "verdict": re.compile("|".join(("", *Result))), "Last.reason": TEXT, "Report.system": re.compile(r"[ -~]{0,400}"),
     "boot_trial": LINE, "known_to_boot": LINE, "signer": FINGERPRINT, "expires": TIME, "first_contact": TIME,
     "vow": dict, "pinned": dict, "commit": COMMIT, "root": RELEASE_ID, "fleet": FLEET_ID, "Pinned.fleet": LINE,
-    "since": TIME, "until": TIME, "not_before": TIME, "machine": re.compile(r"[0-9a-f]{16}"), "twin": TIME, "looked": TIME,
+    "since": TIME, "until": TIME, "not_before": TIME, "machine": re.compile(r"[0-9a-f]{16}"),
     "Report.reboot": re.compile(r"[a-z0-9:-]{1,20}"),
 }  # fmt: skip
 SIMPLE: dict[str, type] = {"str": str, "int": int, "bool": bool, "float": float}
@@ -670,7 +662,7 @@ def plain(value: Any) -> Any:
 
 # Not written while there is nothing in them: a file stays as it was before there were such fields.
 OPTIONAL = (
-    "parts", "signed", "commit", "vow", "signer", "again", "expires", "serials", "pinned", "first_contact", "machine", "twin", "looked",
+    "parts", "signed", "commit", "vow", "signer", "again", "expires", "serials", "pinned", "first_contact", "machine",
     "since", "interval", "offline_after", "reboot",
 )  # fmt: skip
 
@@ -2504,7 +2496,6 @@ class Machine:
         self.way_back = settings.system_path(WAY_BACK)
         self.session: Sftp | None = None
         self.watchdog: str | None = None
-        self.twin = self.state.twin
         self.phase_since: str | None = None
 
     def remember(self, **changes: Any) -> None:
@@ -3065,7 +3056,6 @@ def make_report(machine: Machine, phase: Phase = Phase.IDLE) -> Report:
         expires=vouched_until(state),
         first_contact=first_contact(machine.settings),
         machine=machine.mark,
-        twin=machine.twin,
         since=machine.phase_since if phase == Phase.BUILDING else None,
         interval=machine.settings.interval,
         offline_after=machine.settings.offline_after or None,
@@ -3116,31 +3106,6 @@ def heartbeat(machine: Machine) -> Iterator[None]:
         thread.join()
 
 
-def look_for_twin(machine: Machine) -> None:
-    """Looks whether the last report there is another machine's: a clone's. That is told, and nobody fights it.
-
-    It is remembered if it came after one of this machine's own: else the other may have made way for this one.
-    """
-    session, state, own = machine.session, machine.state, machine.mark
-    assert session is not None
-    name, now_s = f"{machine.directory}/reported.json", time.time()
-    looked_s = 0.0 if state.looked is None else parse_time(state.looked)
-    if state.machine == own and state.twin is None and abs(now_s - looked_s) < TWIN_LOOK_S:
-        return
-    path, seen = machine.settings.state / name, None
-    session.do(f"-get logs/status.json {name}", grows=path, ceiling=MIN_FREE_BYTES)
-    with suppress(OSError, BentoError):
-        seen = parse_report(path.read_bytes(), "the last report").machine
-    if None not in (seen, own) and seen != own:
-        machine.twin = format_time(now_s)
-        machine.log.say(f"warning: another machine reports as {machine.settings.host}: each needs a name of its own")
-    elif state.twin is not None and abs(now_s - parse_time(state.twin)) > TWIN_S:
-        machine.twin = None
-    with suppress(OSError):
-        twin = machine.twin if state.machine == own else None
-        machine.remember(machine=own, twin=twin, looked=format_time(now_s))
-
-
 def deliver(machine: Machine, phase: Phase = Phase.IDLE) -> None:
     """Uploads the logs in the outbox, oldest first, then a fresh status.json; keeps the newest logs on the server."""
     session, outbox = machine.session, machine.settings.state / "outbox"
@@ -3149,7 +3114,6 @@ def deliver(machine: Machine, phase: Phase = Phase.IDLE) -> None:
     for name in waiting:
         session.put(f"outbox/{name}", name)
         (outbox / name).unlink()
-    look_for_twin(machine)
     session.put(write_report(machine, phase), "status.json")
     name_holder(machine.settings, str(os.getpid()), f"{format_time(time.time())} {session.server}")
     if waiting:
@@ -4835,8 +4799,6 @@ def format_status(
         ("signed", report.signer and f"by {report.signer}, until {report.expires}"),
         ("expired", over and "nobody vouches for this machine's state: sign anew"),
         ("expires", 0 < left_s <= EXPIRES_SOON_S and f"in {duration(left_s)}: sign anew"),
-        ("twin", report.twin and f"another machine reported as {report.host}, last seen {report.twin}: give it a name and"
-         " a key of its own"),
         ("trust", report.first_contact and f"the server's key was taken at first contact, {report.first_contact}"),
         ("outbox", waiting and f"{waiting} not delivered yet"),
         ("contact", contact),

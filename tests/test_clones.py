@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fleet import Site
 from test_states import Server, server
 from toylab import HOST, Lab
 from toynixos import ToyMachine
 
+import bento
 import bento_client as client
 
 __all__ = ["server"]  # fixtures
@@ -31,19 +33,13 @@ def copy_of(lab: Lab, *, state: bool) -> Lab:
     return second
 
 
-def poll(lab: Lab) -> str:
-    """A run after which hours have gone by."""
-    done = lab.run_patched("c.TWIN_LOOK_S = -1")
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
 def told(server: Server) -> bool:
     """Whether the server says so: in each form, and with its exit code."""
     code, table = server.run("status")
     (row,) = json.loads(server.run("status", "--json")[1])["hosts"]
     flag = bool(row["two_machines"])
-    assert (f"two machines report as {HOST}" in table) == flag == (code == 1), table
+    assert (f"two machines report as {HOST}" in table) == flag == ("two_machines" in row["reasons"]), table
+    assert code == int(bool(row["reasons"])), table
     assert f'bento_host_two_machines{{host="{HOST}"}} {int(flag)}' in server.run("status", "--prometheus")[1]
     assert bool(re.search('<tr class="[^"]* two_machines', server.run("status", "--html")[1])) == flag
     return flag
@@ -52,56 +48,71 @@ def told(server: Server) -> bool:
 def test_two_machines_with_one_name(server: Server) -> None:
     first = server.lab
     server.publish("v1")
-    poll(first)
+    first.client("run")
     assert not told(server)
     second = copy_of(first, state=True)
-    assert "another machine reports as" in poll(second)
+    second.client("run")
+    assert not told(server), "it may have taken the other's place"
+    first.client("run")
     assert told(server)
-    assert "another machine reports as" in poll(first)
-    assert "another machine reported as" in first.client("status")
-    # It is told for a day, whichever of them reports.
-    assert "another machine reports as" not in poll(first)
+    second.client("run")
     assert told(server)
     # Neither of them was kept from its work.
     assert (first.labels(), second.labels()) == (("v1",) * 3, ("v0",) * 3)
     release = server.publish("v2")
-    poll(first)
-    poll(second)
+    first.client("run")
+    second.client("run")
     assert (first.labels(), second.labels()) == (("v2",) * 3, ("v2",) * 3) and first.report().release == release
+    # It is told for a day after the last turn.
+    path = server.lab.chroot.parent / ".machines"
+    known = json.loads(path.read_text())
+    for each in known[HOST]:
+        each[1] -= bento.TWIN_S
+    path.write_text(json.dumps(known))
+    assert not told(server)
 
 
-def test_a_machine_in_the_place_of_another(server: Server) -> None:
+@pytest.mark.parametrize("state", [False, True])
+def test_a_machine_in_the_place_of_another(server: Server, state: bool) -> None:
+    """Or its disk in another machine."""
     server.publish("v1")
     server.lab.client("run")
-    new = copy_of(server.lab, state=False)
-    new.client("run")
-    new.client("run")
-    assert not told(server) and "another machine" not in new.client("status")
-
-
-def test_a_clone_that_is_gone_is_forgotten(server: Server) -> None:
-    lab = server.lab
-    server.publish("v1")
-    lab.client("run")
-    path = lab.state / "state.json"
-    state = client.parse_state(path.read_bytes(), "state.json")
-    path.write_bytes(client.encode(state._replace(twin="2026-11-01T00:00:00Z")))
-    poll(lab)
     assert not told(server)
-    assert client.parse_state(path.read_bytes(), "state.json").twin is None
+    new = copy_of(server.lab, state=state)
+    for _ in range(2):
+        new.client("run")
+        assert not told(server)
 
 
-@pytest.mark.parametrize("content", [b"no JSON", b"{}", b"\0" * 100_000, None])
-def test_a_report_there_that_is_none(server: Server, content: bytes | None) -> None:
-    lab = server.lab
-    server.publish("v1")
-    lab.client("run")
-    there = lab.chroot / "logs/status.json"
-    there.unlink()
-    if content is not None:
-        there.write_bytes(content)
-    poll(lab)
-    assert lab.report().release and not told(server)
+A, B, C = "a" * 16, "b" * 16, "c" * 16
+
+
+@pytest.mark.parametrize(
+    ("marks", "twin"), [("A", 0), ("AA", 0), ("AB", 0), ("ABB", 0), ("ABA", 1), ("ABAAA", 1), ("ABCA", 1), ("ABC", 0), ("A-A", 0), ("A-B-A", 1)]
+)
+def test_whose_turn_it_is(hostile: Site, marks: str, twin: int) -> None:
+    """`-`: a client that does not say, or a report that nobody can read."""
+    marked = {"A": A, "B": B, "C": C}
+    for mark in marks:
+        hostile.write_report("a", **({"machine": marked[mark]} if mark in marked else {}))
+        ran = hostile.run("status", "a", "--json")
+    assert json.loads(ran.out)["hosts"][0]["two_machines"] is bool(twin)
+    assert json.loads(hostile.run("status", "--json").out)["hosts"][0]["two_machines"] is bool(twin)
+
+
+@pytest.mark.parametrize("content", ["no JSON", "[]", '{"a": 1}', '{"a": [["x"]]}', '{"a": [[1, "x"]]}', '{"a": {"b": "c"}}'])
+def test_a_memory_that_is_damaged_is_begun_anew(hostile: Site, content: str) -> None:
+    (hostile.chroots / ".machines").write_text(content)
+    for mark in (A, B, A):
+        hostile.write_report("a", machine=mark)
+        ran = hostile.run("status", "--json")
+    assert json.loads(ran.out)["hosts"][0]["two_machines"] is True
+
+
+def test_who_may_not_write_only_looks(hostile: Site) -> None:
+    (hostile.chroots / ".machines").mkdir()
+    hostile.write_report("a", machine=A)
+    assert "Traceback" not in hostile.run("status").err and (hostile.chroots / ".machines").is_dir()
 
 
 def test_the_mark_says_nothing_of_the_id_and_knows_a_copied_disk(tmp_path: Path) -> None:

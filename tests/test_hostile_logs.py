@@ -128,7 +128,7 @@ def test_whatever_one_host_leaves_the_others_rows_stay(seed: int, hostile: Site)
     log = dice.choice(NAMES[:4]).format(release[:12])
     report = report_data(polled=dice.choice(times), last=last | {"log": log, "attempt": dice.choice([0, 1, 10**9])})
     report |= {"since": dice.choice(times), "phase": dice.choice(["idle", "building", "x"]), "paused_until": dice.choice(times)}
-    report |= {"twin": dice.choice(times), "interval": dice.choice([0, 1, 1 << 50]), "offline_after": dice.choice([0, 1 << 50])}
+    report |= {"machine": dice.choice(["0" * 16, "f" * 16]), "interval": dice.choice([0, 1, 1 << 50]), "offline_after": dice.choice([0, 1 << 50])}
     raw = json.dumps(report).encode()
     if dice.random() < 0.5:
         raw = raw.replace(dice.choice([b"0", b"-", b"a"]), dice.choice([b"", b"\xff", b"9" * 30, b"{"]), dice.randrange(9))

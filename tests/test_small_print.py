@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 from fleet import Site, last_data
-from test_clones import copy_of, poll
 from test_download import BIG, heavy, parts
-from test_states import Server, server
 from toylab import HOST, NOON, A, B, Lab
 
 import bento
 from bento_client import Current, Result, State, decide, format_time
 
-__all__ = ["heavy", "server"]  # fixtures
+__all__ = ["heavy"]  # fixture
 HOUR_S = 3600
 
 
@@ -106,16 +104,6 @@ def test_parts_are_not_fetched_twice(heavy: Lab, what: str) -> None:
     (heavy.chroot / f"releases/{release}.tar").unlink()
     assert f"{release}.tar" in heavy.client("run", code=1)
     assert heavy.last().result == Result.FETCH_FAILED and heavy.labels() == ("v1", "v1", "v1")
-
-
-def test_a_disk_that_moved_to_another_machine_brings_no_clone(server: Server) -> None:
-    """The last report there was the other machine's, and is gone with the first one of its own."""
-    server.publish("v1")
-    poll(server.lab)
-    second = copy_of(server.lab, state=True)
-    assert "another machine reports as" in poll(second)
-    poll(second)
-    assert json.loads(server.run("status", "--json")[1])["hosts"][0]["two_machines"] is False
 
 
 @pytest.mark.parametrize(("signer", "followed"), [(None, False), ("SHA256:" + "x" * 43, True)])
