@@ -4813,11 +4813,13 @@ def for_stdout(text: str) -> str:
 
 
 class View(NamedTuple):
-    """How `status` shows the fleet: `form`, into the file `output`, and what has changed since the file `changes`."""
+    """How `status` shows the fleet: as `form`, or in `files`, a form and a path each; and what has changed since the file
+    `changes`. `quiet`: nobody is told on stderr who needs a person."""
 
     form: str
     offline_after_s: float = OFFLINE_AFTER_S
-    output: str | None = None
+    files: tuple[tuple[str, str], ...] = ()
+    quiet: bool = False
     logs_url: str | None = None
     changes: str | None = None
     late_reboot_s: float = LATE_PERSON_S
@@ -4833,34 +4835,45 @@ def command_status(fleet: Fleet, wanted: Sequence[str], view: View) -> int:
         if view.changes is not None:
             tell_changes(Path(view.changes), [], {LOOK: f"{LOOK}: {error}"}, now_s, "")
         raise
-    terminal = sys.stdout.isatty() and view.output is None
-    if view.form == "json":
-        text = format_json(rows, now_s, list(troubles.values()), line)
-    elif view.form == "prometheus":
-        text = format_prometheus(rows)
-    elif view.form == "html":
-        url = view.logs_url or fleet.chroot_dir.as_uri()
-        why = functools.partial(find_reason, (str(fleet.chroot_dir), *view.logs), itertools.count())
-        text = format_html(rows, now_s, url, list(troubles.values()), why, line)
-    else:
-        width = shutil.get_terminal_size(fallback=(200, 24)).columns
-        text = format_table(rows, now_s, width, decorated=terminal and "NO_COLOR" not in os.environ) + "\n"
-        text = "".join(f"{each}\n" for each in textwrap.wrap(line, width) if not wanted) + text
-        if wanted and len(rows) == 1:
-            top, _, summary = text[:-1].rpartition("\n")
-            text = f"{top}\n\n{format_host(rows[0], now_s)}\n\n{summary}\n"
-    if view.output is None:
-        sys.stdout.write(for_stdout(text))
+    problems, terminal = list(troubles.values()), sys.stdout.isatty() and not view.files
+
+    def show(form: str) -> str:
+        if form == "json":
+            return format_json(rows, now_s, problems, line)
+        if form == "prometheus":
+            return format_prometheus(rows)
+        if form == "html":
+            why = functools.partial(find_reason, (str(fleet.chroot_dir), *view.logs), itertools.count())
+            return format_html(rows, now_s, view.logs_url or fleet.chroot_dir.as_uri(), problems, why, line)
+        return show_table(rows, now_s, line, alone=bool(wanted), decorated=terminal and "NO_COLOR" not in os.environ)
+
+    for form, path in view.files:
+        try:
+            client.write_atomic(Path(path), show(form).encode(), 0o644)
+        except OSError as error:  # a disk that is full, and the others may lie on another
+            errors.append(words_of(error))
+    if not view.files:
+        sys.stdout.write(for_stdout(show(view.form)))
         sys.stdout.flush()
-    else:
-        client.write_atomic(Path(view.output), text.encode(), 0o644)
     if view.changes is not None:
         tell_changes(Path(view.changes), rows, troubles, now_s, line)
-    elif view.output is None:  # cron mails what is on stderr
+    elif not view.quiet:  # cron mails what is on stderr
         wanting = [row for row in rows if not terminal and not (SILENCE in troubles and row.silent)]
-        errors = [*troubles.values(), *errors, *(f"{who(g)}: {words}" for g, words in complaints(wanting, now_s))]
+        errors = [*problems, *errors, *(f"{who(g)}: {words}" for g, words in complaints(wanting, now_s))]
     warn(unknown_keys(fleet, [row.host for row in rows]))
     return max(complain(errors), int(bool(troubles) or any(row.needs_a_person for row in rows)))
+
+
+def show_table(rows: Sequence[Row], now_s: float, line: str, *, alone: bool, decorated: bool) -> str:
+    """The table for this terminal; of one host that was asked for, all that is known. `alone`: hosts were asked for."""
+    width = shutil.get_terminal_size(fallback=(200, 24)).columns
+    text = format_table(rows, now_s, width, decorated=decorated) + "\n"
+    if not alone:
+        return "".join(f"{each}\n" for each in textwrap.wrap(line, width)) + text
+    if len(rows) != 1:
+        return text
+    top, _, summary = text[:-1].rpartition("\n")
+    return f"{top}\n\n{format_host(rows[0], now_s)}\n\n{summary}\n"
 
 
 def find_reason(tops: Sequence[str], asked: Iterator[int], host: str, log: str) -> str:
@@ -5143,6 +5156,8 @@ def add_status(command: Command) -> None:
     forms.add_argument("--prometheus", dest="form", action="store_const", const="prometheus", help="for node_exporter")
     forms.add_argument("--html", dest="form", action="store_const", const="html", help="one page, without scripts")
     status.add_argument("--output", type=not_empty, metavar="FILE", help="replace FILE instead of printing")
+    status.add_argument("--page", type=not_empty, metavar="FILE", help="the same page into FILE, instead of printing")
+    status.add_argument("--metrics", type=not_empty, metavar="FILE", help="for node_exporter, into FILE likewise")
     status.add_argument(
         "--changes",
         type=not_empty,
@@ -5251,17 +5266,25 @@ def plan_of(options: argparse.Namespace) -> Plan:
 
 def view_of(options: argparse.Namespace) -> View:
     """What `status` was asked for."""
-    after_s = options.offline_after * 3600
-    for option, file in (("--output", options.output), ("--changes", options.changes)):
+    form = options.form or "table"
+    named = {"--output": (form, options.output), "--page": ("html", options.page), "--metrics": ("prometheus", options.metrics)}
+    for option, file in (*((option, file) for option, (_, file) in named.items()), ("--changes", options.changes)):
         if file is not None and Path(file).is_dir():
             raise UsageError(f"{option} {file}: this is a directory: name a file")
     for top in options.logs:
         if not Path(top).is_dir():
             raise UsageError(f"--logs {top}: no such directory")
-    form, late_s = options.form or "table", options.late_reboot * 86400
-    within_s = None if options.published_within is None else options.published_within * 3600
-    files = (options.output, options.logs_url, options.changes)
-    return View(form, after_s, *files, late_s, tuple(options.logs), within_s)
+    return View(
+        form,
+        options.offline_after * 3600,
+        tuple((form, file) for form, file in named.values() if file is not None),
+        options.output is not None,
+        options.logs_url,
+        options.changes,
+        options.late_reboot * 86400,
+        tuple(options.logs),
+        None if options.published_within is None else options.published_within * 3600,
+    )
 
 
 def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:

@@ -271,6 +271,7 @@ let
     mapAttrs' = f: set: listToAttrs (attrValues (mapAttrs f set));
     optional = condition: value: if condition then [ value ] else [ ];
     optionalAttrs = condition: set: if condition then set else { };
+    optionals = condition: list: if condition then list else [ ];
     toList = value: if isList value then value else [ value ];
     versionAtLeast = a: b: builtins.compareVersions a b >= 0;
   };

@@ -168,19 +168,22 @@ def test_a_person_is_told_once(fleet: Path, tmp_path: Path) -> None:
     services = server_units(fleet, module)["services"]
     assert services["bento-status"]["onFailure"] == services["bento-status"]["onSuccess"] == ["bento-notify.service"]
     command = make_command(fleet, tmp_path / "chroots", tmp_path)
-    script = re.sub(r"/nix/store/\S+/bin/bento\b", str(command), services["bento-notify"]["script"])
+    looks, tells = (re.sub(r"/nix/store/\S+/bin/bento\b", str(command), services[f"bento-{name}"]["script"]) for name in ("status", "notify"))
+    assert services["bento-status"]["after"] == ["bento-notify.service"]
     hosts = fleet.parent / "hosts"
 
     def look(code: int = 0) -> str:
         (tmp_path / "told").write_text("")
         env = {"PATH": os.environ["PATH"], "STATE_DIRECTORY": str(tmp_path / "state")}
         (tmp_path / "state").mkdir(exist_ok=True)
-        done = subprocess.run(["bash", "-ec", script], env=env, capture_output=True, text=True, timeout=60)
+        looked = subprocess.run(["bash", "-ec", looks], env=env, capture_output=True, text=True, timeout=60)
+        assert looked.returncode == int("is not in hosts/" in looked.stderr or "looked at: " in looked.stderr or report.exists()), looked.stderr
+        done = subprocess.run(["bash", "-ec", tells], env=env, capture_output=True, text=True, timeout=60)
         assert done.returncode == code, done.stderr
         return (tmp_path / "told").read_text()
 
-    assert look() == ""
     report = tmp_path / "chroots/ghost/logs/status.json"
+    assert look() == ""
     report.parent.mkdir(parents=True)
     report.write_text(json.dumps(report_data(host="ghost")))
     (tmp_path / "broken").touch()

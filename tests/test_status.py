@@ -9,6 +9,7 @@ import select
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -333,3 +334,33 @@ def test_the_newest_report_of_several_trees_counts(site: Site, tmp_path: Path) -
     assert shown(tmp_path / "b")[0] == "idle"
     wrong = site.run("status", "--logs", "a")
     assert (wrong.code, wrong.errors) == (2, ["bento: error: --logs a: no such directory"])
+
+
+def test_one_look_writes_all(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Page, metrics and news, from one reading of each report; one that cannot be written keeps no other."""
+    for name in "abc":
+        site.host(name)
+    site.publish()
+    for name in "abc":
+        site.write_report(name, failed_units=["x.service"])
+    page, metrics, told = (site.top / name for name in ("page", "metrics", "told"))
+    reads, read = Counter[str](), bento.read_report
+    monkeypatch.setattr(bento, "read_report", lambda chroot, name: (reads.update([name]), read(chroot, name))[1])
+    ran = site.run("status", "--page", str(page), "--metrics", str(metrics), "--changes", str(told))
+    assert (ran.code, ran.out) == (1, "") and reads == {"a": 1, "b": 1, "c": 1}
+    assert ran.errors == ["bento: begins: 3 hosts (a, b, c): failed units: x.service"]
+    assert page.read_text().startswith("<!doctype html>")
+    assert metrics.read_text() == site.run("status", "--prometheus").out
+    assert page.read_text().partition("As of")[0] == site.run("status", "--html").out.partition("As of")[0]
+    metrics.unlink()
+    ran = site.run("status", "--page", "/nope/page", "--metrics", str(metrics))
+    missing, failed = ran.errors
+    assert missing == "bento: error: /nope/page: No such file or directory"
+    assert failed.startswith("bento: error: 3 hosts (a, b, c): failed units: x.service")
+    assert metrics.exists() and (ran.code, ran.out) == (1, "")
+
+
+@pytest.mark.parametrize("option", ["--page", "--metrics"])
+def test_a_page_that_is_a_directory(option: str, site: Site) -> None:
+    ran = site.run("status", option, "/")
+    assert (ran.code, ran.err) == (2, f"bento: error: {option} /: this is a directory: name a file\n")
