@@ -4726,7 +4726,9 @@ def read_beside(fleet: Fleet, now_s: float, late_reboot_s: float = LATE_PERSON_S
         absent[path.stem] = one_line(words) or "nobody said why"
     rollout = read_rollout(fleet.chroot_dir, now_s)
     machines = read_machines(fleet.chroot_dir, now_s)
-    return Beside(absent, dict(rollout.refused), rollout.words(now_s), late_reboot_s, rollout=rollout, machines=machines)
+    return Beside(
+        absent, dict(rollout.refused), rollout.words(now_s), late_reboot_s, rollout=rollout, machines=machines
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -4746,9 +4748,7 @@ def read_machines(chroot_dir: Path, now_s: float) -> dict[str, Machines]:
     return known
 
 
-def remember_machines(
-    chroot_dir: Path, before: Mapping[str, Machines], rows: Sequence[Row], *, everyone: bool
-) -> None:
+def remember_machines(chroot_dir: Path, before: Mapping[str, Machines], rows: Sequence[Row], *, everyone: bool) -> None:
     """Who may not write there, or finds no room, only looks."""
     now = ({} if everyone else dict(before)) | {row.host: row.machines for row in rows if row.machines}
     if now != before:
@@ -5267,7 +5267,11 @@ def plan_of(options: argparse.Namespace) -> Plan:
 def view_of(options: argparse.Namespace) -> View:
     """What `status` was asked for."""
     form = options.form or "table"
-    named = {"--output": (form, options.output), "--page": ("html", options.page), "--metrics": ("prometheus", options.metrics)}
+    named = {
+        "--output": (form, options.output),
+        "--page": ("html", options.page),
+        "--metrics": ("prometheus", options.metrics),
+    }
     for option, file in (*((option, file) for option, (_, file) in named.items()), ("--changes", options.changes)):
         if file is not None and Path(file).is_dir():
             raise UsageError(f"{option} {file}: this is a directory: name a file")
