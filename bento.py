@@ -126,6 +126,8 @@ LOCKED = {
 DROPPINGS = (".jj", ".hg", ".svn", ".direnv", ".#*", "*.swp", "*~")
 # What a fleet says of its hosts, in hosts/.
 OURS = re.compile(r".*\.(pub|sig|absent)|waves|signed", re.DOTALL)
+# Of so many files and directories that a release is from, Git is asked which commit changed them.
+MAX_PLACES = 200
 # So many different directories that hosts share are remembered; usually there is one.
 MAX_SHARED = 16
 MAX_WAVES_BYTES, MAX_ABSENT_BYTES, MAX_FLEET_BYTES = 1 << 20, 4 << 10, 64 << 20
@@ -164,6 +166,15 @@ class Node(NamedTuple):
 
 
 DIRECTORY, LINK, SUBMODULE = "040000", "120000", "160000"
+
+
+class Commit(NamedTuple):
+    """A commit and its tree, when it was made, and a line for people, the same in each clone."""
+
+    id: str
+    tree: str
+    time_s: float
+    revision: str
 
 
 class Member(NamedTuple):
@@ -542,7 +553,7 @@ class Failure(NamedTuple):
 
 class Plan(NamedTuple):
     """What is to be done with each host. `action`: nixos-rebuild's, that it has to pass; `limit_s`: in so long. `after`: a
-    command that gets each system that was built."""
+    command that gets each system that was built. `asked`: a person did."""
 
     action: str | None
     publish: bool = True
@@ -555,6 +566,7 @@ class Plan(NamedTuple):
     after: tuple[str, ...] = ()
     now: bool = False
     again: bool = False
+    asked: bool = False
 
 
 class Job(NamedTuple):
@@ -569,6 +581,7 @@ class Job(NamedTuple):
     revision: str | None
     signature: Signature | None = None
     kept: Current | None = None
+    commit: str | None = None
 
 
 # --- hosts and keys ---
@@ -975,17 +988,34 @@ class Repository:
         if plain:
             self.tree = self.adopt()
             return
-        words = "--format=%H%x00%T%x00%ct%x00%h%x00%s"
         try:
-            said = self.git.run("rev-list", "--max-count=1", words, commit or "HEAD", "--").decode(errors="replace")
+            head = self.newest(commit or "HEAD")
         except BentoError as error:
             if shutil.which("git") is None:
                 raise
             raise BentoError(
                 f"{error}: Git cannot say what is committed there, so nothing of it is published"
             ) from None
-        self.commit, self.tree, when, short, subject = said.partition("\n")[2].rstrip("\n").split("\0", 4)
-        self.time, self.revision = int(when), one_line(f"{short} {subject}", 200)
+        assert head is not None
+        self.head, self.tree = head, head.tree
+
+    def newest(self, commit: str, *paths: str) -> Commit | None:
+        """The newest commit, up to this one, that has changed one of the paths."""
+        words = ("rev-list", "--max-count=1", "--format=%H%x00%T%x00%ct%x00%s", commit)
+        said = self.git.run(*words, "--", *paths).decode(errors="replace")
+        if not said:
+            return None
+        name, tree, when, subject = said.partition("\n")[2].rstrip("\n").split("\0", 3)
+        return Commit(name, tree, int(when), one_line(f"{name[:7]} {subject}", 200))
+
+    def is_behind(self, commit: str, published_s: float) -> bool:
+        """Whether a commit that was published then has all of ours, and more. One that is not here came from another clone:
+        it is newer than what was made before it was published."""
+        try:
+            ours = self.git.run("rev-list", "--max-count=1", f"{commit}..{self.head.id}", "--")
+        except BentoError:
+            return self.head.time_s < published_s
+        return not ours and commit != self.head.id
 
     def adopt(self) -> str:
         """Makes what lies there a tree of Git's, in a repository of ours that is its ruler's."""
@@ -1217,7 +1247,7 @@ class Source:
     """What commits have of hosts' directories, each repository at one commit for the whole run. `left_out`: what a person
     should hear of, by kind. `tops`: where each host's configuration lies. `no_git`: a .gitignore without Git is no reason
     to stop. `plain`: what has no Git, and how many files that is. `used`: the repositories that the release being read is
-    made of."""
+    made of, and `places`, by where its configuration lies: the files and directories."""
 
     def __init__(self, directory: str, memory: Path) -> None:
         self.directory, self.memory_file, self.no_git = directory, memory, False
@@ -1226,9 +1256,12 @@ class Source:
         self.broken: dict[str, BentoError] = {}
         self.releases: dict[str, Release] = {}
         self.listed: dict[str, tuple[list[Member], dict[str, str]]] = {}
+        self.places: dict[str, set[str]] = {}
+        self.commits: dict[str, Commit] = {}
         self.left_out: dict[tuple[str, str], dict[str, None]] = {}
         self.plain: dict[str, int] = {}
         self.used: set[str] = set()
+        self.seen: set[str] = set()
         self.fixed = True
         self.tops: dict[str, str] = {}
         self.aside: Any = None
@@ -1348,6 +1381,7 @@ class Source:
                 repository, _ = self.repository(here) or (None, "")
                 assert repository is not None
                 target = os.fsdecode(repository.read(node))
+                self.seen.add(here)
             elif outside and name != ".." and os.path.islink(here):
                 target = os.readlink(here)
             elif node is None:
@@ -1424,6 +1458,7 @@ class Source:
                 path, node = self.follow(place, repository.read(node), above[0])
                 if node is None or (directory == self.real_hosts and node.mode == DIRECTORY):
                     continue
+                self.seen.add(path)
             if directory == self.real_hosts and OURS.fullmatch(name) and node.mode != DIRECTORY:
                 continue  # what a fleet says of its hosts is not part of what they are
             self.check_name(name, place)
@@ -1514,9 +1549,39 @@ class Source:
         with suppress(OSError):  # nothing is published, or the disk is full: then it is read the next time
             client.write_atomic(self.memory_file, json.dumps(self.memory).encode(), 0o600)
 
-    def revision(self, name: str) -> str | None:
-        repository = self.enter(self.top(name))
-        return None if repository.plain else repository.revision
+    def commit(self, name: str) -> Commit | None:
+        """The newest commit that has changed what a host's release is made of, in the repository that its configuration
+        lies in: the same for everybody who has it. None where no Git is."""
+        top = self.top(name)
+        repository = self.enter(top)
+        if repository.plain:
+            return None
+        if top not in self.commits:
+            places = self.places_in(repository, self.places[top])
+            whole = len(places) > MAX_PLACES or repository.root in places
+            paths = (
+                ["."] if whole else [f":(literal){os.path.relpath(path, repository.root)}" for path in sorted(places)]
+            )
+            own = os.path.relpath(self.real_hosts, repository.root)
+            if not own.startswith(".."):  # what is said of hosts is not part of what they are
+                inner = "" if own == "." else re.sub(r"([\\*?[])", r"\\\1", own) + "/"
+                paths += [f":(exclude,glob){inner}{name}" for name in ("*.pub", "*.sig", "*.absent", "waves", "signed")]
+            self.commits[top] = repository.newest(repository.head.id, *paths) or repository.head
+        return self.commits[top]
+
+    def places_in(self, repository: Repository, places: Iterable[str]) -> set[str]:
+        """As this repository's commits know them: without those in others, and of a submodule its own place."""
+        inner = [root for root in self.repositories if root.startswith(f"{repository.root.rstrip('/')}/")]
+        found = set[str]()
+        for place in places:
+            around = [root for root in inner if f"{place}/".startswith(f"{root}/")]
+            found.add(min(around, key=len, default=place))
+        return {
+            path
+            for path in found
+            if f"{path}/".startswith(f"{repository.root.rstrip('/')}/")
+            and not any(str(above) in found for above in Path(path).parents)
+        }
 
     def make_known(self, *paths: Path) -> None:
         """Tells Git of new files. Their content is for their owner to commit."""
@@ -1579,14 +1644,14 @@ def list_members(fleet: Fleet, name: str) -> tuple[list[Member], dict[str, str]]
     top = source.check_top(name)
     if top not in source.listed:
         members: list[Member] = []
-        source.used, source.fixed = {source.enter(top).root}, True
+        source.used, source.seen, source.fixed = {source.enter(top).root}, {top}, True
         source.collect(top, "", (top,), members)
         members.sort(key=lambda member: member.name)  # strings compare as their UTF-8 does
         if sum(MEMBER_BYTES + member.size for member in members) > client.MAX_RELEASE_BYTES:
             raise BentoError(too_large(members))
         if len(source.listed) >= MAX_SHARED:
             source.listed.clear()
-        source.listed[top] = members, source.trees()
+        source.listed[top], source.places[top] = (members, source.trees()), source.seen
     return source.listed[top]
 
 
@@ -3220,7 +3285,7 @@ def place(chroot: Path, store: Store, job: Job, system: str | None, now_s: float
         link(f"{found}{name}", f"{chroot}/releases/.new")
         os.rename(f"{chroot}/releases/.new", f"{target}{name}")
     published = format_time(now_s) if before is None else later_than(before.published, now_s)
-    current = Current(job.name, release.id, release.size, published, system, parts, job.revision)
+    current = Current(job.name, release.id, release.size, published, system, parts, job.revision, None, job.commit)
     if job.kept is None:
         current = with_signature(current, job.signature)
     else:
@@ -3628,7 +3693,8 @@ class Work:
 
     `lock`: for what is read, and for the store, when several builds go on. `users`: how many hosts still need a
     directory, where each release is only needed for their builds. `decided`: what each host's commit gave, when the waves
-    were asked. `instead`: what a host gets of an older candidate.
+    were asked. `instead`: what a host gets of an older candidate. `latest`: what was published for it last, or is held. `backwards`:
+    hosts that a person takes back, by from where to where.
     """
 
     def __init__(self, fleet: Fleet, plan: Plan, store: Store) -> None:
@@ -3640,6 +3706,8 @@ class Work:
         self.users: Counter[str] = Counter()
         self.decided: dict[str, Current | None] = {}
         self.instead: dict[str, Current] = {}
+        self.latest: Mapping[str, Current | None] = {}
+        self.backwards: dict[str, dict[str, None]] = {}
         self.warnings: list[str] = []
 
     def add(self, job: Job) -> Job:
@@ -3711,7 +3779,26 @@ def examine(work: Work, name: str) -> Job:
         fleet.source.leave_out("local", "", f"hosts/{name}: {found}")
     if plan.publish and recipe != Recipe(name):
         check_client(chroot, name)
-    return Job(name, release, owner, before, False, plan.revision or fleet.source.revision(name), signature)
+    made = fleet.source.commit(name)
+    if plan.publish:
+        check_direction(work, name, release, before)
+    revision, commit = (made.revision, made.id) if made is not None else (None, None)
+    return Job(name, release, owner, before, False, plan.revision or revision, signature, commit=commit)
+
+
+def check_direction(work: Work, name: str, release: Release, before: Current | None) -> None:
+    """Nobody goes back in time by a timer: from a clone that nobody has pulled, or that was restored. What a person does is
+    said."""
+    repository, last = work.fleet.source.enter(work.fleet.source.top(name)), work.latest.get(name) or before
+    if repository.plain or last is None or last.commit is None or last.release == release.id:
+        return
+    if repository.is_behind(last.commit, client.parse_time(last.published)):
+        way = f"from {one_line(last.revision or last.commit[:7], 100)} to {one_line(repository.head.revision, 100)}"
+        if not work.plan.asked and not work.plan.again:
+            raise BentoError(
+                f"it would go back {way}: 'git pull' in {repository.root}, or 'populate --again' if it is meant"
+            )
+        work.backwards.setdefault(way, {})[name] = None
 
 
 def examine_signature(work: Work, name: str, release: Release, before: Current | None) -> Signature | None:
@@ -4121,7 +4208,8 @@ def make_leaf(fleet: Fleet, name: str, last: client.Leaf | None, oath: Oath) -> 
         )
     again = (last.again if last is not None else 0) + oath.again
     if last is None or (last.release, last.size) != (release.id, release.size):
-        last = client.Leaf(name, release.id, release.size, None, commit_of(fleet, name))
+        commit = fleet.source.commit(name)
+        last = client.Leaf(name, release.id, release.size, None, commit.id if commit is not None else None)
     system, unsign = last.system, oath.unsign or (last.unsign and not oath.named)
     if oath.build:
         with tempfile.TemporaryDirectory(prefix="bento-") as made:
@@ -4130,11 +4218,6 @@ def make_leaf(fleet: Fleet, name: str, last: client.Leaf | None, oath: Oath) -> 
             system = rebuild("build", tree, name, BUILD_LIMIT_S)
         vouch_for_closure(str(system), oath)
     return client.format_leaf(last._replace(system=system, again=again, unsign=unsign))
-
-
-def commit_of(fleet: Fleet, name: str) -> str | None:
-    repository = fleet.source.enter(fleet.source.top(name))
-    return None if repository.plain else repository.commit
 
 
 def oath_text(before: Signatures | None, ours: bool, root: str, oath: Oath) -> str:
@@ -4504,7 +4587,13 @@ def survey(work: Work, waves: Sequence[Wave], good: set[str], memory: Rollout, n
             if name in good:
                 job = examine(work, name)
                 job = job if job.unchanged or work.plan.dry_run else work.add(job)
-                current = Current(name, job.release.id, job.release.size, format_time(now_s), None, (), job.revision)
+                release, commit = (
+                    job.release,
+                    job.commit or (job.before.commit if job.unchanged and job.before else None),
+                )
+                current = Current(
+                    name, release.id, release.size, format_time(now_s), None, (), job.revision, None, commit
+                )
                 work.decided[name] = with_signature(current, job.signature)
         except Exception as error:
             work.fail(name, error)
@@ -4641,7 +4730,7 @@ def publish(work: Work, hosts: Sequence[str], bad_keys: Mapping[str, str], *, ev
     good = [name for name in hosts if name not in bad_keys]
     stops = list[Failure]()
     memory = read_rollout(chroots, time.time())
-    rollout = memory
+    rollout, work.latest = memory, memory.candidates[-1].wanted if memory.candidates else {}
     if everyone:
         rollout, stops = roll_out(work, hosts, good, memory)
     else:
@@ -4690,6 +4779,8 @@ def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: boo
             f"{counted(len(hosts))}: {work.counts['published']} {would}published, {work.counts['unchanged']}"
             f" unchanged, {f'{held} held, ' if held else ''}{len(hosts) - sum(work.counts.values())} failed"
         )
+        for way, names in work.backwards.items():
+            print(f"{counted(len(names))} ({show_names(list(names))}): goes back {way}")
     for root, files in fleet.source.plain.items():
         print(f"{root}: no Git here: what lies there is published, {counted(files, 'file')}", file=sys.stderr)
     warn([*work.warnings, *fleet.source.warnings(), *unknown_keys(fleet, hosts)])
@@ -5261,6 +5352,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
         after=options.after_build,
         now=options.now,
         again=options.again,
+        asked=bool(options.hosts) or sys.stdout.isatty() or sys.stderr.isatty(),
     )
 
 

@@ -233,7 +233,7 @@ class Site:
         """To what all sections begin with."""
         self.sh("git reset -q --hard base && git clean -fdqx hosts")
         if self.published() != self.base:
-            self.sh("bento fleet && nixos-rebuild switch && bento populate --prune")
+            self.sh("bento fleet && nixos-rebuild switch && bento populate --again --prune")
 
 
 def play_first_host(site: Site) -> None:

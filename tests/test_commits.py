@@ -1,0 +1,176 @@
+"""Which commit made a release, and that nobody goes back to an older one by himself."""
+
+import json
+from pathlib import Path
+
+import pytest
+from fleet import CONFIGURATION, Site, commit, git, share
+
+import bento
+
+
+def head(where: Path, name: str = "HEAD") -> str:
+    return git(where, "rev-parse", name).strip()
+
+
+def test_the_commit_that_changed_a_host(site: Site) -> None:
+    """Links and what they lead to are a host's files, too; what is said of hosts is not."""
+    utils = share(site, "a", "b")
+    commit(site.fleet, "first")
+    first = head(site.fleet)
+    site.publish()
+    (utils / "sub/script").write_text("#!/bin/sh\nexit\n")
+    commit(site.fleet, "utils")
+    second = head(site.fleet)
+    site.host("b", {"x": "x"})
+    (site.fleet / "README.md").write_text("a typo\n")
+    (site.fleet / "hosts/waves").write_text("a\n")
+    commit(site.fleet, "b, and a typo")
+    third = head(site.fleet)
+    site.publish("a", "b")
+    found = {name: (site.current(name).commit, site.current(name).revision) for name in ("a", "b", "like-1")}
+    assert found == {"a": (second, f"{second[:7]} utils"), "b": (third, f"{third[:7]} b, and a typo"), "like-1": (first, f"{first[:7]} first")}
+    before = (site.chroots / "a/current.json").read_bytes()
+    (site.fleet / "README.md").write_text("no typo\n")
+    commit(site.fleet, "no typo")
+    assert site.publish("a").out.startswith("1 host: 0 published, 1 unchanged")
+    assert (site.chroots / "a/current.json").read_bytes() == before
+    site.publish("--now")  # the same for whoever comes later
+    assert site.current("like-1").commit == second
+    site.host("c")
+    (site.fleet / "hosts/c/link").symlink_to("../../utils/sub")
+    (utils / "sub").rename(utils / "moved")
+    (utils / "sub").symlink_to("moved")
+    commit(site.fleet, "moved")
+    (utils / "sub").unlink()
+    (utils / "other").mkdir()
+    (utils / "other/x").write_text("x")
+    (utils / "sub").symlink_to("other")
+    commit(site.fleet, "the link between")
+    site.publish()
+    assert site.current("c").commit == head(site.fleet)
+
+
+def test_the_whole_repository_is_a_host(site: Site) -> None:
+    """But for what lies in its hosts/, and is about hosts."""
+    (site.fleet / "flake.nix").write_text("{ }\n")
+    (site.fleet / "hosts/a").symlink_to("..")
+    commit(site.fleet)
+    first = head(site.fleet)
+    (site.fleet / "hosts/a.absent").write_text("lent\n")
+    (site.fleet / "hosts/waves").write_text("a\n")
+    commit(site.fleet, "about hosts")
+    site.publish("a")
+    assert site.current().commit == first
+
+
+def test_a_submodule_is_changed_by_the_commit_that_moves_it(site: Site, tmp_path: Path) -> None:
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    (inner / "sub").mkdir()
+    (inner / "sub/x").write_text("x\n")
+    commit(inner)
+    site.host("a")
+    commit(site.fleet)
+    git(site.fleet, "submodule", "--quiet", "add", str(inner), "inner")
+    (site.fleet / "hosts/a/link").symlink_to("../../inner/sub")
+    commit(site.fleet, "inner")
+    wanted = head(site.fleet)
+    (site.fleet / "x").write_text("x")
+    commit(site.fleet, "x")
+    site.publish()
+    assert site.current().commit == wanted
+
+
+def test_many_places(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bento, "MAX_PLACES", 3)
+    for number in range(5):
+        (site.fleet / f"x{number}").write_text("x")
+        site.host("a")
+        (site.fleet / f"hosts/a/x{number}").symlink_to(f"../../x{number}")
+    commit(site.fleet)
+    site.publish()
+    assert site.current().commit == head(site.fleet)
+
+
+def three(site: Site) -> list[str]:
+    """A fleet, published at its third commit; and the three."""
+    made = []
+    for number in range(3):
+        site.host("a", CONFIGURATION | {"x": f"{number}\n"})
+        site.host("b", CONFIGURATION | {"x": f"{number}\n"})
+        commit(site.fleet, f"number {number}")
+        made.append(head(site.fleet))
+    site.publish()
+    return made
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_timer_never_goes_back(site: Site, lost: bool) -> None:
+    """Neither in a checkout, nor in a restored clone that does not know the newer commit."""
+    made = three(site)
+    git(site.fleet, "reset", "-q", "--hard", made[1])
+    if lost:
+        git(site.fleet, "reflog", "expire", "--expire=now", "--all")
+        git(site.fleet, "gc", "-q", "--prune=now")
+        path = site.chroots / "a/current.json"  # the commit was made a while before that
+        for name in ("a", "b"):
+            path = site.chroots / name / "current.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"published": "2099-01-01T00:00:00Z"}))
+    before = site.current()
+    ran = site.run("populate")
+    way = f"from {made[2][:7]} number 2 to {made[1][:7]} number 1"
+    words = f"it would go back {way}: 'git pull' in {site.fleet}, or 'populate --again' if it is meant"
+    assert (ran.code, ran.errors) == (1, [f"bento: error: 2 hosts (a, b): {words}"])
+    assert site.current() == before
+    assert "not published" in site.run("status", "--json").out
+    ran = site.publish("a")
+    assert ran.out.endswith(f"1 host: 1 published, 0 unchanged, 0 failed\n1 host (a): goes back {way}\n")
+    assert site.current().commit == made[1]
+    ran = site.run("populate")
+    assert ran.errors == [f"bento: error: b: {words}"] and "1 unchanged" in ran.out
+    assert f"1 host (b): goes back {way}" in site.publish("--again").out
+    site.publish()
+    assert site.current("b").commit == made[1]
+
+
+def test_a_person_at_a_terminal_goes_back(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = three(site)
+    git(site.fleet, "checkout", "-q", made[0])
+    with monkeypatch.context() as patched:
+        patched.setattr("sys.stderr.isatty", lambda: True)
+        assert "goes back from" in site.run("populate").out
+    assert "2 unchanged" in site.publish().out
+    git(site.fleet, "revert", "--no-edit", made[0])
+    git(site.fleet, "reset", "-q", "--hard", made[2])
+    assert "goes back" not in site.publish().out
+
+
+def test_a_rewritten_history_is_no_way_back(site: Site) -> None:
+    three(site)
+    site.host("a", {"x": "amended\n"})
+    git(site.fleet, "commit", "-q", "--amend", "-a", "-m", "amended")
+    assert "goes back" not in site.publish().out
+    assert site.current().commit == head(site.fleet)
+
+
+def test_a_stale_clone_makes_no_candidate(site: Site) -> None:
+    """Where the newest commit is held, a commit between that and what is published is older than it."""
+    (site.fleet / "hosts/waves").write_text("a @1d\nb\n")
+    site.host("a", CONFIGURATION | {"x": "0\n"})
+    site.host("b", CONFIGURATION | {"x": "0\n"})
+    commit(site.fleet, "number 0")
+    site.publish()
+    site.write_report()
+    made = []
+    for number in (1, 2):
+        site.host("b", {"x": f"{number}\n"})
+        site.host("a", {"x": f"{number}\n"})
+        commit(site.fleet, f"number {number}")
+        made.append(head(site.fleet))
+    site.publish()
+    git(site.fleet, "reset", "-q", "--hard", made[0])
+    ran = site.run("populate")
+    assert ran.code == 1 and f"2 hosts (a, b): it would go back from {made[1][:7]} number 2" in ran.err
+    git(site.fleet, "reset", "-q", "--hard", made[1])
+    assert site.run("populate").code == 0
