@@ -2004,13 +2004,12 @@ def find_flags(row: Row, found: Found, now_s: float, beside: Beside, *, offline:
         flags["absent"] = Flag(f"absent: {row.absence}" if offline else f"back again: remove hosts/{row.host}.absent")
     if report is not None:
         units = f"failed units: {one_line(', '.join(report.failed_units), 1000)}"
-        paused = pause_left_s(report) > now_s - seen_s
         flags |= {
             "failed_units": Flag(units, since_s) if report.failed_units else None,
             "two_machines": Flag(f"two machines report as {row.host}") if has_twin(row.machines, now_s) else None,
             "needs_reboot": Flag("needs reboot") if report.needs_reboot else None,
             "other_client": Flag(f"client {report.client}") if report.client != client.VERSION else None,
-            "paused": Flag(f"paused until {report.paused_until}") if paused else None,
+            "paused": Flag(f"paused until {report.paused_until}") if is_paused(report, seen_s, now_s) else None,
         }
     if refusal is not None:
         began_s = client.parse_time(refusal.since)
@@ -2085,6 +2084,10 @@ def pause_left_s(report: Report | None) -> float:
     if report is None or report.paused_until is None:
         return 0.0
     return client.parse_time(report.paused_until) - client.parse_time(report.polled)
+
+
+def is_paused(report: Report, seen_s: float, now_s: float) -> bool:
+    return report.paused_until is not None and pause_left_s(report) > now_s - seen_s
 
 
 def find_expiry(current: Current | None, now_s: float) -> dict[str, Flag | None]:
@@ -2798,7 +2801,7 @@ def why_waited_for(standing: Standing, wanted: set[str], soak_s: float, now_s: f
         began_s = min((each.since_s for each in standing.runs if each.release in wanted), default=run.since_s)
         ran_s = max(0.0, seen_s - began_s)
         return f"{RUNS} {age(ran_s)} of {age(soak_s)}" if ran_s < soak_s else ""
-    if pause_left_s(report) > now_s - seen_s:
+    if is_paused(report, seen_s, now_s):
         return "paused"
     if standing.published in wanted and state == "failing" and report.last is not None:
         return report.last.result

@@ -1741,6 +1741,13 @@ def sftp_argv(settings: Settings, server: str) -> list[str]:
     return [*argv, f"{settings.user}@{address}"]
 
 
+# Why a server takes no report, by sftp's words. Of a full disk it says nothing else than "Failure".
+NO_REPORT = {
+    "No such file": "there is no logs/: 'bento.py populate' on the server makes it",
+    "Permission denied": "logs/ is not this host's: 'bento.py populate' on the server, as root, gives it back",
+}
+
+
 class Sftp:
     """One `sftp` process in batch mode, which is one SSH connection: one command, one answer.
 
@@ -1843,7 +1850,8 @@ class Sftp:
                 self.do(f"-rm logs/{name}")
                 self.do(f"{sign}rename logs/.{name} logs/{name}")
         except Refused as error:
-            raise Unreachable(f"{error}: it cannot take the report: is its disk full?", passing=False) from None
+            why = next((why for words, why in NO_REPORT.items() if words in str(error)), "is its disk full?")
+            raise Unreachable(f"{error}: it cannot take the report: {why}", passing=False) from None
 
     def close(self) -> None:
         """Ends the connection, at once: nothing is left unanswered, and a farewell would take a round trip."""
@@ -4808,24 +4816,54 @@ def format_status(
 
 # --- command line ---
 
+# What follows the command, what it is for, and what else there is to say of it.
 COMMANDS = {
-    "run": "poll, and update if there is something new (what the timer starts)",
-    "key": "print this machine's public SSH key; make it if there is none",
-    "probe": "can this machine reach its server? exit 0, or 75 if not",
-    "status": "what this machine runs and last did",
-    "rollback": "back from an activation under way, else from the last update",
-    "pause": f"[HOURS] deploy nothing for so long ({PAUSE_H:.0f} by default), but poll",
-    "resume": "end a pause",
-    "unpin": "trust the signers that the running system names, whomever this machine has trusted",
+    "run": (
+        "[--force]",
+        "poll, and update if there is something new (as the timer does)",
+        "--force: try again what was given up, and do what was refused, an older release for one",
+    ),
+    "key": ("", "print this machine's public SSH key; make it if there is none", "the private half never leaves"),
+    "probe": ("", "can this machine reach its server? exit 0, or 75 if not", "it says why, and changes nothing"),
+    "status": ("", "what this machine runs and last did", "what the server is told, and when it was reached last"),
+    "rollback": (
+        "",
+        "back from an activation under way, else from the last update",
+        "the machine stays there until there is another release, or 'run --force'",
+    ),
+    "pause": ("[HOURS]", f"deploy nothing for so long ({PAUSE_H:.0f} by default), but poll", "it ends by itself"),
+    "resume": ("", "end a pause", "the next run deploys again"),
+    "unpin": (
+        "",
+        "trust the signers that the running system names, and no others",
+        "for a key that was lost, or another fleet: nothing that a server says does it",
+    ),
 }
+
+
+def format_help(command: str | None) -> str:
+    """What there is to say of a command, or of all."""
+    options = [
+        ("--config FILE", f"settings as JSON (default {DEFAULT_CONFIG})"),
+        ("--NAME VALUE", "a setting of that file is a flag, too: --connect-timeout 5"),
+        ("-v, --verbose", "show the programs that are run"),
+        ("--version", "print the version"),
+    ]
+    shown = [(f"{name} {words}".strip(), text) for name, (words, text, _) in COMMANDS.items()]
+    if command in COMMANDS:
+        words, text, more = COMMANDS[command]
+        return f"usage: bento-client [options] {f'{command} {words}'.strip()}\n\n{text};\n{more}\n"
+    lines = [f"  {name:<14} {text}" for name, text in (*shown, ("", ""), *options)]
+    return (
+        "usage: bento-client [options] COMMAND\n\nKeep this NixOS machine at its published release.\n\n"
+        + "\n".join(line.rstrip() for line in lines)
+        + "\n\n'bento-client COMMAND --help' says more of one.\n"
+    )
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """A flag for each setting, of the same name."""
-    parser.add_argument("--config", help=f"settings as JSON (default {DEFAULT_CONFIG})")
-    group = parser.add_argument_group("settings, over those of the file")
-    defaults = Settings()
-    for name, value in defaults._asdict().items():
+    for name, value in Settings()._asdict().items():
         kind = type(value)
         flags = list(dict.fromkeys(f"--{name.replace('_', sign)}" for sign in "-_"))
         options: dict[str, Any] = {"dest": f"setting_{name}", "default": argparse.SUPPRESS}
@@ -4833,29 +4871,29 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
             options["action"] = argparse.BooleanOptionalAction
             flags = flags[:1]
         elif kind is tuple:
-            options |= {"action": "append", "metavar": "TEXT"}
+            options["action"] = "append"
         else:
-            options |= {"type": kind, "metavar": "N" if kind is int else "TEXT"}
-        group.add_argument(*flags, **options)
+            options["type"] = kind
+        parser.add_argument(*flags, **options)
 
 
 def make_parser() -> argparse.ArgumentParser:
+    # With a width, argparse does not load shutil to ask the terminal for one.
     parser = argparse.ArgumentParser(
-        prog="bento_client.py",
+        prog="bento-client",
         usage="%(prog)s [options] COMMAND",
-        description="Keep this NixOS machine at its published release.",
-        epilog="commands:\n" + "\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items()),
-        # With a width, argparse does not load shutil to ask the terminal for one.
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=80),
+        add_help=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=80),
     )
+    parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--version", action="version", version=VERSION)
-    parser.add_argument("-v", "--verbose", action="store_true", help="show the programs that are run")
-    parser.add_argument("--force", action="store_true", help="run: try again what was given up or refused")
-    parser.add_argument("--token", help=argparse.SUPPRESS)
-    parser.add_argument(
-        "command", metavar="COMMAND", choices=[*COMMANDS, "align", "emergency", "hibernate"], help="one of those below"
-    )
-    parser.add_argument("hours", nargs="?", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("-v", "--verbose", action="store_true")
+    parser.add_argument("--config")
+    parser.add_argument("--force", action="store_true")
+    parser.add_argument("--token")  # the watchdog's
+    commands = [*COMMANDS, "align", "emergency", "hibernate"]
+    parser.add_argument("command", metavar="COMMAND", nargs="?", choices=commands)
+    parser.add_argument("hours", nargs="?", type=float)
     add_settings(parser)
     return parser
 
@@ -4890,6 +4928,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # whatever the locale, a message is no reason to fail
     command: str = options["command"]
+    if options["help"]:
+        print(format_help(command), end="")
+        return 0
+    if command is None:
+        parser.error("a COMMAND is missing: --help lists them")
     for flag, goes_with in (("force", "run"), ("token", "rollback"), ("hours", "pause")):
         if options[flag] not in (None, False) and command != goes_with:
             parser.error(f"{flag if flag == 'hours' else '--' + flag} goes with {goes_with}, not with {command}")
@@ -4914,7 +4957,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bento: error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"bento: error: {words_of(error)}", file=sys.stderr)
+        root = ": run this as root" if isinstance(error, PermissionError) and os.geteuid() != 0 else ""
+        print(f"bento: error: {words_of(error)}{root}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("bento: error: interrupted; the next run goes on from here", file=sys.stderr)

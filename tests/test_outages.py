@@ -26,6 +26,13 @@ def test_server_down(lab: Lab) -> None:
     assert lab.labels() == ("v1", "v1", "v1")
 
 
+def test_a_server_without_logs_is_no_full_disk(lab: Lab) -> None:
+    lab.publish("v1")
+    shutil.rmtree(lab.chroot / "logs")
+    said = lab.client("run")
+    assert "there is no logs/: 'bento.py populate' on the server makes it" in said and "disk full" not in said
+
+
 def test_server_comes_back_while_the_client_waits(lab: Lab) -> None:
     lab.publish("v1")
     lab.down.touch()

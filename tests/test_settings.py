@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 
 import bento_client
-from bento_client import Settings, UsageError, make_parser, make_settings, read_settings, read_signers, settings_argv
+from bento_client import (
+    COMMANDS,
+    Settings,
+    UsageError,
+    make_parser,
+    make_settings,
+    read_settings,
+    read_signers,
+    settings_argv,
+)
 
 
 def test_settings_defaults() -> None:
@@ -145,3 +154,28 @@ def test_a_bad_file_of_signers(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(UsageError) as said:
         read_signers(tmp_path / "signers")
     assert str(said.value) == f"{tmp_path}/signers{words}"
+
+
+def test_help_is_short_and_of_one_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bento_client.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) <= 24 and "--connect-timeout 5" in said and max(map(len, said.splitlines())) <= 80
+    for command in COMMANDS:
+        assert f"\n  {command}" in said
+        assert bento_client.main([command, "--help"]) == bento_client.main(["-h", command]) == 0
+        first, second = capsys.readouterr().out.partition("usage: bento-client [options] ")[2].split("usage: bento-client [options] ")
+        assert first.startswith(command) and second == first and len(first.splitlines()) <= 5, first
+    with pytest.raises(SystemExit) as ended:
+        bento_client.main([])
+    assert ended.value.code == 2 and "a COMMAND is missing: --help lists them" in capsys.readouterr().err
+
+
+def test_who_may_not_is_told_who_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", f"{tmp_path}/pause.json")
+
+    monkeypatch.setattr(bento_client, "write_atomic", refuse)
+    for uid, words in ((1000, ": run this as root"), (0, "")):
+        monkeypatch.setattr(os, "geteuid", lambda uid=uid: uid)
+        assert bento_client.main(["--host", "h", "--state-dir", str(tmp_path / "state"), "pause"]) == 1
+        assert capsys.readouterr().err == f"bento: error: {tmp_path}/pause.json: Permission denied{words}\n"

@@ -62,6 +62,7 @@ FAILED = LAST._replace(result="build-failed", reason="no", attempt=3, finished=a
         (row_of(phase="building", since=at(11.9)), "building", [], ""),
         (row_of(paused_until=at(-3)), "up-to-date", [], "paused until 2026-11-25T15:00:00Z"),
         (row_of(1, paused_until=at(0.5)), "up-to-date", [], ""),  # which is over
+        (row_of(-1), "up-to-date", [], ""),  # no pause, whatever a clock says
         (row_of(release=OTHER, waiting_for_boot=RELEASE), "waiting", [], ""),
         (row_of(0.1, bento.Beside({}, {"a": bento.Refusal(at(26), 7, "it does not evaluate")}, {})), "up-to-date",
          ["not_published"], "not published for 26h, tried 7 times: it does not evaluate; up-to-date since"),
