@@ -3184,16 +3184,22 @@ class Store:
 
 
 def link(source: str, target: str) -> None:
-    """A link, or a copy: a file has as many links as it can have, and a chroot may be a file system of its own."""
+    """A link, or a copy: a file has as many links as it can have, and a chroot may be a file system of its own. A copy in
+    the place of one that can have no more takes as many again."""
     try:
         os.link(source, target)
         return
     except OSError as error:
         if error.errno not in (errno.EMLINK, errno.EXDEV, errno.EPERM):
             raise
+        full = error.errno == errno.EMLINK
     shutil.copyfile(source, target)
     shutil.copymode(source, target)
     os.utime(target, (1, 1))
+    if full:
+        aside = f"{os.path.dirname(source)}/.{os.urandom(6).hex()}"
+        os.link(target, aside)
+        os.rename(aside, source)
 
 
 def cut_release(staged: Path, members: Sequence[Member], large: Mapping[str, Part]) -> tuple[Part, ...]:
@@ -3293,11 +3299,15 @@ def place(chroot: Path, store: Store, job: Job, system: str | None, now_s: float
         current = with_signature(current, job.signature)
     else:
         current = job.kept._replace(published=published, system=system or job.kept.system, parts=parts)
+    write_aside(chroot, current)
+    write_history(chroot, current)
+    return current
+
+
+def write_aside(chroot: Path, current: Current) -> None:
     new = chroot / ".current.json.new"
     new.write_bytes(client.encode(current))
     new.chmod(0o644)
-    write_history(chroot, current)
-    return current
 
 
 def later_than(published: str, now_s: float) -> str:
@@ -3315,7 +3325,8 @@ def next_time(text: str) -> str:
 def reveal(chroot: Path, current: Current) -> None:
     """The moment of publication. Everything that current.json names is on disk by now."""
     os.rename(chroot / ".current.json.new", chroot / "current.json")
-    os.rename(chroot / ".history.new", chroot / "history")
+    with suppress(FileNotFoundError):  # of what was published before
+        os.rename(chroot / ".history.new", chroot / "history")
     tidy(chroot, current)
 
 
@@ -3598,14 +3609,13 @@ def check_system(found: Signature | None, system: str | None) -> str | None:
     return found.leaf.system
 
 
-def renew_vow(fleet: Fleet, name: str, before: Current | None) -> None:
-    """Publishes a later signature of just what is published, whatever lies in hosts/ by now: so that it does not expire."""
+def later_vow(fleet: Fleet, name: str, before: Current | None) -> Current | None:
+    """What is published with a later signature of just that, whatever lies in hosts/ by now: so that it does not expire."""
     found = find_signature(fleet, name)
     if before is None or before.vow is None or found is None or found.vow.leaf != before.vow.leaf:
-        return
-    if found.signed.serial > client.parse_signed(before.vow.text, name).serial:
-        text = client.encode(before._replace(vow=found.vow))
-        client.write_atomic(fleet.chroot(name) / "current.json", text, 0o644)
+        return None
+    later = found.signed.serial > client.parse_signed(before.vow.text, name).serial
+    return before._replace(vow=found.vow) if later else None
 
 
 # --- builds ---
@@ -3655,7 +3665,7 @@ class Progress:
     def __init__(self, quiet: bool) -> None:
         self.live, self.quiet = sys.stderr.isatty(), quiet
         self.running: dict[str, tuple[str, float]] = {}
-        self.drawn = 0
+        self.drawn = self.ended = self.total = 0
         self.due_s = time.monotonic() + 1
 
     def set(self, name: str, phase: str) -> None:
@@ -3663,8 +3673,15 @@ class Progress:
         if not self.live and not self.quiet:
             print(f"{name}: {phase}", file=sys.stderr)
 
+    def each(self, names: Sequence[str], phase: str) -> Iterator[str]:
+        """The names, one after the other. On a terminal it is told who is at work, if the whole takes more than a moment."""
+        self.ended, self.total = 0, len(names)
+        for name in names:
+            self.tell(name, phase)
+            yield name
+            self.ended += 1
+
     def tell(self, name: str, phase: str) -> None:
-        """On a terminal only: the one host that is at work, if the whole takes more than a moment."""
         now_s = time.monotonic()
         if self.live and now_s > self.due_s:
             self.due_s = now_s + 0.1
@@ -3673,6 +3690,7 @@ class Progress:
 
     def end(self, name: str) -> None:
         self.running.pop(name, None)
+        self.ended += 1
 
     def draw(self) -> None:
         """Also clears what was drawn before, so that a result can be printed in between."""
@@ -3682,6 +3700,8 @@ class Progress:
         lines = [
             f"{n}: {phase}, {client.duration(time.monotonic() - t)}" for n, (phase, t) in list(self.running.items())
         ]
+        if lines and self.total > 1:
+            lines.insert(0, f"{self.ended} of {counted(self.total)}")
         sys.stderr.write("\x1b[F" * self.drawn + "\x1b[J" + "".join(f"{line[: width - 1]}\n" for line in lines))
         sys.stderr.flush()
         self.drawn = len(lines)
@@ -3697,7 +3717,7 @@ class Work:
     `lock`: for what is read, and for the store, when several builds go on. `users`: how many hosts still need a
     directory, where each release is only needed for their builds. `decided`: what each host's commit gave, when the waves
     were asked. `instead`: what a host gets of an older candidate. `latest`: what was published for it last, or is held. `backwards`:
-    hosts that a person takes back, by from where to where.
+    hosts that a person takes back, by from where to where. `renewed`: what is published, with a later signature or time.
     """
 
     def __init__(self, fleet: Fleet, plan: Plan, store: Store) -> None:
@@ -3711,6 +3731,7 @@ class Work:
         self.instead: dict[str, Current] = {}
         self.latest: Mapping[str, Current | None] = {}
         self.backwards: dict[str, dict[str, None]] = {}
+        self.renewed: dict[str, Current] = {}
         self.warnings: list[str] = []
 
     def add(self, job: Job) -> Job:
@@ -3816,8 +3837,8 @@ def examine_signature(work: Work, name: str, release: Release, before: Current |
     try:
         return check_signature(work.fleet, name, release, before)
     except BentoError:
-        if not work.plan.dry_run:
-            renew_vow(work.fleet, name, before)
+        if not work.plan.dry_run and (later := later_vow(work.fleet, name, before)) is not None:
+            work.renewed[name] = later
         raise
 
 
@@ -3882,6 +3903,7 @@ def build_one(work: Work, name: str) -> Built | Exception:
 
 def build_all(work: Work, names: Sequence[str]) -> Generator[Built, None, None]:
     """Checks or builds hosts, several at once; each that has passed."""
+    work.progress.ended, work.progress.total = 0, len(names)
     one_by_one = ((name, build_one(work, name)) for name in names)
     for name, result in at_once(work, names) if work.plan.jobs > 1 else one_by_one:
         if isinstance(result, Exception):
@@ -4504,15 +4526,17 @@ def populate_hosts(work: Work, names: Sequence[str]) -> None:
         with closing(build_all(work, names)) as built:
             for job, system, _ in built:
                 with work.lock:
-                    placed = attempt(work, job.name, job, system)
-                    announce(work, [placed] if placed else [])
+                    if placed := attempt(work, job.name, job, system):
+                        announce(work, [placed])
         return
-    for first in range(0, len(names), BATCH):
-        jobs = []
-        for name in names[first : first + BATCH]:
-            work.progress.tell(name, "publishing")
-            jobs.append(attempt(work, name))
-        announce(work, [job for job in jobs if job])
+    jobs = []
+    for name in work.progress.each(names, "publishing"):
+        if placed := attempt(work, name):
+            jobs.append(placed)
+        if len(jobs) == BATCH:
+            announce(work, jobs)
+            jobs = []
+    announce(work, jobs)
 
 
 def attempt(work: Work, name: str, job: Job | None = None, system: str | None = None) -> tuple[Job, Current] | None:
@@ -4529,8 +4553,9 @@ def attempt(work: Work, name: str, job: Job | None = None, system: str | None = 
                 if work.plan.again:
                     current = current._replace(published=later_than(current.published, time.time()))
                 if current != job.before:
-                    client.write_atomic(chroot / "current.json", client.encode(current), 0o644)
-                tidy(chroot, current)
+                    work.renewed[name] = current
+                else:
+                    tidy(chroot, current)
                 prune_logs(chroot)
             work.counts["published" if work.plan.again else "unchanged"] += 1
             words = f"unchanged, {release.id[:12]}{', published again' if work.plan.again else ''}"
@@ -4555,20 +4580,29 @@ def attempt(work: Work, name: str, job: Job | None = None, system: str | None = 
 
 
 def announce(work: Work, placed: Sequence[tuple[Job, Current]]) -> None:
-    """Tells hosts of what is in place, with two syncs of the disk for them all."""
-    if not placed:
+    """Tells hosts of what is in place, and of what is published anew, with two syncs of their disk for them all."""
+    renewed, work.renewed = work.renewed, {}
+    if not placed and not renewed:
         return
-    os.sync()
+    chroots = {name: work.fleet.chroot(name) for name in (*renewed, *(job.name for job, _ in placed))}
+    for name, current in list(renewed.items()):
+        try:
+            write_aside(chroots[name], current)
+        except OSError as error:
+            work.fail(name, error)
+            del renewed[name]
+    disks = {os.stat(path).st_dev: path for path in (*chroots.values(), work.fleet.chroot_dir)}
+    client.sync_disk(*disks.values())
     work.store.settle()
     work.progress.clear()
     revealed = []
-    for job, current in placed:
+    for job, current in (*((None, current) for current in renewed.values()), *placed):
         try:
-            reveal(work.fleet.chroot(job.name), current)
-            revealed.append((job, current))
+            reveal(chroots[current.host], current)
+            revealed += [(job, current)] if job is not None else []
         except Exception as error:
-            work.fail(job.name, error)
-    os.sync()
+            work.fail(current.host, error)
+    client.sync_disk(*disks.values())
     work.counts["published"] += len(revealed)
     for job, current in revealed:  # not before: a reader that goes away stops us here
         words = f"published {current.release[:12]} ({current.size} bytes)"
@@ -4578,9 +4612,8 @@ def announce(work: Work, placed: Sequence[tuple[Job, Current]]) -> None:
 def survey(work: Work, waves: Sequence[Wave], good: set[str], memory: Rollout, now_s: float) -> dict[str, Standing]:
     """Where each host stands; `work` gets what its commit gives. What cannot be published is a failure, told once."""
     standings = dict[str, Standing]()
-    for name in (name for wave in waves for name in wave.hosts):
+    for name in work.progress.each([name for wave in waves for name in wave.hosts], "comparing"):
         chroot, absent = work.fleet.chroot(name), work.fleet.host(f"{name}.absent").exists()
-        work.progress.tell(name, "comparing")
         standings[name] = Standing(Found(None, None, None, "unreadable"), (), absent)
         work.decided[name] = None
         try:
@@ -4669,7 +4702,7 @@ def roll_out(work: Work, hosts: Sequence[str], good: Sequence[str], memory: Roll
     if not work.plan.dry_run:  # now, for what follows may take hours
         work.store.kept = rollout.releases
         if work.store.kept - memory.releases:  # what is remembered is on disk
-            os.sync()
+            client.sync_disk(work.fleet.chroot_dir)
             work.store.settle()
         try:
             write_rollout(work.fleet.chroot_dir, rollout)
@@ -4739,6 +4772,7 @@ def publish(work: Work, hosts: Sequence[str], bad_keys: Mapping[str, str], *, ev
     else:
         populate_hosts(work, good)
     if not plan.dry_run:
+        announce(work, [])
         work.store.prune()
         refused = remember_failures(memory.refused, hosts, [*work.failures, *unfit])
         refused = {name: each for name, each in refused.items() if os.path.lexists(work.fleet.host(name))}

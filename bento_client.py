@@ -1261,6 +1261,13 @@ def run(
     return Done(code, text)
 
 
+def sync_disk(*paths: Path) -> None:
+    """To disk, all that was written on these file systems. On no other, where that can be: one that hangs, of a network or a
+    USB disk, would keep us for ever."""
+    if run(["sync", "--file-system", *map(str, paths)], check=False).code != 0:
+        os.sync()
+
+
 def until(limit_s: float, check: Callable[[], T | None]) -> T | None:
     """Repeats a check that says why it fails until it does not, or time is up."""
     give_up = time.monotonic() + limit_s
@@ -2449,8 +2456,7 @@ def write_grubenv(path: Path, values: Mapping[str, str]) -> None:
     finally:
         os.close(descriptor)
     if not data:
-        sync_directory(path.parent)
-        os.sync()  # not into the journal only
+        sync_disk(path.parent)  # not into the journal only
 
 
 def find_loader(settings: Settings) -> Loader:
@@ -3537,7 +3543,7 @@ def is_untouched(tree: Path) -> bool:
 
 def adopt(machine: Machine, release: str) -> None:
     """Makes config.new the new config/. In between there is none that counts: state.json names what config/ holds."""
-    os.sync()
+    sync_disk(machine.settings.state)
     machine.remember(unpacked=None)
     remove(machine.settings.state / "config")
     os.rename(machine.settings.state / "config.new", machine.settings.state / "config")

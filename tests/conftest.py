@@ -59,6 +59,8 @@ from toybuild import FAKE_CLIENT
 from toylab import Lab
 from toynixos import TOY, Templates, ToyMachine, need, need_nix, need_root, told
 
+import bento_client
+
 pytest_plugins = ("tiers",)
 
 # Tables and usage messages are as wide as they are; a test for a narrow terminal sets these itself.
@@ -111,7 +113,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Site]:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    monkeypatch.setattr(os, "sync", lambda: None)  # of all the disks of this machine, hundreds of times
+    monkeypatch.setattr(bento_client, "sync_disk", lambda *paths: None)  # hundreds of times
     umask = os.umask(0o022)
     yield Site(tmp_path, capsys)
     os.umask(umask)

@@ -2,9 +2,12 @@
 
 import grp
 import hashlib
+import io
+import itertools
 import json
 import os
 import pwd
+import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +33,7 @@ from fleet import (
     sha256sum,
     snapshot,
 )
-from toynixos import TOY, _missing, need_sftp
+from toynixos import TOY, _missing, need_sftp, write_config
 
 import bento
 import bento_client as client
@@ -370,3 +373,22 @@ def test_a_clock_at_the_end_of_time(site: Site) -> None:
     site.publish()
     assert site.current().published == "9999-12-31T23:59:59Z" and site.current().release != data["release"]
     assert site.run("status").code == 0
+
+
+@pytest.mark.parametrize("words", [(), ("--check",), ("--check", "-j", "2")])
+def test_how_many_are_done_is_told_on_a_terminal(
+    words: tuple[str, ...], site: Site, toys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nowhere else: cron mails what is on stderr."""
+    for number in range(6):
+        write_config(site.fleet / f"hosts/h{number}", flake=True, host=f"h{number}", client=None)
+    clock = itertools.count(100.0, 0.6)
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", terminal)
+        patched.setattr(time, "monotonic", lambda: next(clock))
+        assert site.run("populate", *words).code == 0
+    told = re.findall(r"(\d) of 6 hosts\nh\d: (?:publishing|checking|reading)", terminal.getvalue())
+    assert len(told) >= 3 and sorted(told) == told and told[-1] in "45", terminal.getvalue()
+    assert "of 6 hosts" not in site.publish("--again").err

@@ -16,6 +16,7 @@ from fleet import CONFIGURATION, Site, check_chroot, check_tidy
 from toynixos import _missing
 
 import bento
+import bento_client as client
 from bento_client import Current
 
 
@@ -186,7 +187,7 @@ def test_all_is_on_disk_before_it_is_announced(site: Site, monkeypatch: pytest.M
         order.append(Path(target).name)
         rename(source, target)
 
-    monkeypatch.setattr(os, "sync", lambda: order.append("sync"))
+    monkeypatch.setattr(client, "sync_disk", lambda *paths: order.append("sync"))
     monkeypatch.setattr(os, "rename", watch)
     site.publish()
     release = site.current().release
