@@ -104,6 +104,8 @@ BUILD_LIMIT_S = 12 * 3600.0
 # A host that keeps more than this in logs/ is named in `status`. A client keeps 20 logs there, each at most 1 MB.
 MAX_LOG_FILES = 1000
 MAX_LOGS_BYTES = 100 << 20
+# A directory of ext4 keeps the size that it had with all the names that were once in it, and is read whole.
+MAX_DIRECTORY_BYTES = 1 << 20
 # `log` looks at so many files of a host, and shows so much of one.
 MAX_LOG_ENTRIES = 100_000
 MAX_LOG_BYTES = 4 << 20
@@ -771,6 +773,11 @@ def unknown_keys(fleet: Fleet, hosts: Sequence[str]) -> list[str]:
 
 def show_names(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+
+
+def who_of(names: Sequence[str]) -> str:
+    """The hosts that something is about: their names, as many as anybody reads."""
+    return names[0] if len(names) == 1 else f"{counted(len(names))} ({show_names(names)})"
 
 
 def nix_string(text: str) -> str:
@@ -1857,6 +1864,8 @@ def read_report(chroot: Path | str, name: str) -> Found:
 def weigh_logs(logs: int) -> tuple[str, tuple[str, ...]]:
     """What to say of a host that fills its logs/, and the newest logs in it. Looks at no more files than it takes."""
     size, names, problem = 0, [], ""
+    if (of_names := os.fstat(logs).st_size) > MAX_DIRECTORY_BYTES:
+        problem = f"logs/ is slow to read, with {of_names >> 20} MB of names that are gone: remove it: 'bento.py populate' makes it anew"
     with os.scandir(logs) as entries:
         for count, entry in enumerate(entries, 1):
             if count > MAX_LOG_FILES:
@@ -2349,8 +2358,7 @@ def complaints(rows: Iterable[Row], now_s: float) -> list[tuple[list[Row], str]]
 
 
 def who(group: Sequence[Row]) -> str:
-    """The hosts that something is about: their names, as many as anybody reads."""
-    return group[0].host if len(group) == 1 else f"{counted(len(group))} ({show_names([row.host for row in group])})"
+    return who_of([row.host for row in group])
 
 
 class Shade(NamedTuple):
@@ -3000,9 +3008,12 @@ def write_rollout(chroot_dir: Path, rollout: Rollout) -> None:
 
 def log_came_s(chroot: Path, found: Found) -> float | None:
     """When the log of the last attempt came, on this server's clock: the host's own has no say."""
+    last = found.report.last if found.report is not None else None
+    log = parse_log_name(last.log) if last is not None else None
+    if last is None or log is None or (log.release, log.result) != ((last.release or "")[:12], last.result):
+        return None  # an older one would end a soak that has just begun
     with suppress(OSError), open_logs(chroot) as logs:
-        if found.report is not None and found.report.last is not None:
-            return arrival_s(os.stat(found.report.last.log, dir_fd=logs, follow_symlinks=False))
+        return arrival_s(os.stat(log.name, dir_fd=logs, follow_symlinks=False))
     return None
 
 
@@ -3956,9 +3967,7 @@ def group_failures(failures: Iterable[Failure]) -> list[str]:
         groups.setdefault(re.sub(own, "NAME", failure.text), []).append(failure)
     lines = []
     for group in groups.values():
-        names = show_names([failure.host for failure in group])
-        who = group[0].host if len(group) == 1 else f"{counted(len(group))} ({names})"
-        lines.append(f"{who}: {group[0].text}")
+        lines.append(f"{who_of([failure.host for failure in group])}: {group[0].text}")
     return lines
 
 
@@ -4178,6 +4187,7 @@ def command_sign(fleet: Fleet, wanted: Sequence[str], oath: Oath) -> int:
         raise BentoError("hosts/signed is not of this key, which takes no host over from it: sign all, without NAME")
     failures: list[Failure] = []
     leaves: dict[str, str] = {}
+    behind: list[str] = []
     for name in hosts:
         old = before.leaves.get(name) if before is not None else None
         try:
@@ -4186,8 +4196,11 @@ def command_sign(fleet: Fleet, wanted: Sequence[str], oath: Oath) -> int:
                 old = make_leaf(
                     fleet, name, last if ours or last is None else last._replace(system=None, unsign=False), oath
                 )
+            elif old is not None and read_release(fleet, name)[0].id != client.parse_leaf(old, "hosts/signed").release:
+                behind.append(name)
         except (BentoError, OSError) as error:
-            failures.append(Failure(name, words_of(error)))
+            if name in anew:
+                failures.append(Failure(name, words_of(error)))
             old = old if ours else None
         if old is not None:
             leaves[name] = old
@@ -4198,6 +4211,12 @@ def command_sign(fleet: Fleet, wanted: Sequence[str], oath: Oath) -> int:
             client.write_atomic(fleet.directory / "hosts/signed", content.encode(), 0o644)
         changed = [name for name, leaf in leaves.items() if before is None or before.leaves.get(name) != leaf]
         print(format_signed(client.parse_signed(text, ""), leaves, changed))
+    if behind:
+        warn(
+            [
+                f"{who_of(behind)}: signed as before, which is another release than HEAD gives: 'bento.py sign' for these, too"
+            ]
+        )
     return complain([*errors, *group_failures(failures)])
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from fleet import CONFIGURATION, Site, commit, git, share
+from test_signed import make_keys
 
 import bento
 
@@ -174,3 +175,21 @@ def test_a_stale_clone_makes_no_candidate(site: Site) -> None:
     assert ran.code == 1 and f"2 hosts (a, b): it would go back from {made[1][:7]} number 2" in ran.err
     git(site.fleet, "reset", "-q", "--hard", made[1])
     assert site.run("populate").code == 0
+
+
+def test_who_is_signed_as_before_and_has_another_release_now_is_named(site: Site) -> None:
+    """`sign NAME` takes the others over, and they keep what they have: nobody would wonder why."""
+    key = str(make_keys(site.top / "keys") / "alice")
+    for name in "abc":
+        site.host(name)
+    commit(site.fleet)
+    assert site.run("sign", "--key", key).errors == []
+    for name in "ab":
+        site.host(name, {"configuration.nix": f"{{ }} # {name}\n"})
+    commit(site.fleet, "second")
+    ran = site.run("sign", "--key", key, "a")
+    words = "signed as before, which is another release than HEAD gives: 'bento.py sign' for these, too"
+    assert (ran.code, ran.errors) == (0, [f"bento: warning: b: {words}"])
+    assert site.run("sign", "--key", key, "b").errors == []
+    ran = site.run("populate")
+    assert (ran.code, ran.out.splitlines()[-1]) == (0, "3 hosts: 3 published, 0 unchanged, 0 failed")

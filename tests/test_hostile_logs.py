@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import subprocess
 import threading
 import time
 import types
@@ -14,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fleet import RELEASE, Ran, Site, attempts, bind_socket, last_data, report_data, run_outside
-from toynixos import _missing
+from fleet import NOW_S, RELEASE, Ran, Site, attempts, bind_socket, last_data, report_data, run_outside
+from toynixos import _missing, need
 
 import bento
 import bento_client as client
@@ -425,3 +426,43 @@ def test_a_hostile_log_does_not_keep_the_list_busy(site: Site) -> None:
         text = "bento: a: " * 136 + " " * 2730 + "\nx"
         (logs / f"20261123T1015{number:02}Z_{'a' * 12}_ok.log").write_text(text)
     assert run_outside(site, "log", "a", "--list").stdout.count("  ok") == 60
+
+
+def test_a_log_that_is_not_of_this_release_ends_no_soak(hostile: Site) -> None:
+    """A host names in its report what log it likes."""
+    release, logs = hostile.current("a").release, hostile.chroots / "a/logs"
+    own = f"20261123T101502Z_{release[:12]}_ok.log"
+    names = {own: True, own.replace("_ok", "_rolled-back"): False, f"20261123T101502Z_{'0' * 12}_ok.log": False, "status.json": False}
+    for name, counts in names.items():
+        (logs / name).touch()
+        os.utime(logs / name, (NOW_S - 1e6,) * 2)
+        hostile.write_report("a", release=release, last=last_data(release, log=name))
+        found = bento.read_host(str(hostile.chroots / "a"), "a")
+        came_s = bento.log_came_s(hostile.chroots / "a", found)
+        assert (came_s is not None) == counts, name
+
+
+def test_logs_that_are_slow_to_read_are_told(hostile: Site, tmp_path: Path) -> None:
+    """A directory of ext4 keeps the size that it once had."""
+    if os.getuid() != 0:
+        _missing("needs root, to mount")
+    logs, image = hostile.chroots / "a/logs", tmp_path / "image"
+    with open(image, "wb") as file:
+        file.truncate(64 << 20)
+    subprocess.run([need("mkfs.ext4"), "-q", "-F", "-N", "40000", image], check=True)
+    if subprocess.run(["mount", "-o", "loop", image, logs], check=False, capture_output=True).returncode != 0:
+        _missing("cannot mount ext4")
+    try:
+        (logs / "lost+found").rmdir()
+        hostile.write_report("a")
+        assert "slow to read" not in hostile.run("status").out
+        names = [logs / f"20261123T101502Z_{number:012}_rolled-back.log" for number in range(30_000)]
+        for path in names:
+            path.touch()
+        for path in names:
+            path.unlink()
+        ran = hostile.run("status")
+        assert ran.code == 1 and re.search(r"a: .*logs/ is slow to read, with \d MB of names that are gone: remove it: 'bento.py", ran.err)
+        assert re.search(r"^b +up-to-date", ran.out, re.MULTILINE)
+    finally:
+        subprocess.run(["umount", "-l", logs], check=True)
