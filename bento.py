@@ -133,6 +133,7 @@ MAX_PLACES = 200
 # So many different directories that hosts share are remembered; usually there is one.
 MAX_SHARED = 16
 MAX_WAVES_BYTES, MAX_ABSENT_BYTES, MAX_FLEET_BYTES = 1 << 20, 4 << 10, 64 << 20
+MAX_PATTERN = 200
 # Of names that belong together, so many are shown.
 SHOWN = 5
 # So much of a revision is shown in the table.
@@ -635,7 +636,7 @@ def find_hosts(fleet: Fleet, wanted: Sequence[str]) -> tuple[list[str], list[str
             errors.append(f"hosts/{one_line(entry.name)}: {NO_HOST_NAME}")
     meant = set[str]()
     for name in wanted:
-        fitting = [name] if name in hosts else fnmatch.filter(hosts, name)
+        fitting = find_fitting(hosts, name)
         if not fitting:
             raise UsageError(
                 f"{one_line(name)}: no such host: there is no {fleet.host(name)}"
@@ -643,6 +644,13 @@ def find_hosts(fleet: Fleet, wanted: Sequence[str]) -> tuple[list[str], list[str
             )
         meant.update(fitting)
     return ([name for name in hosts if name in meant] if wanted else hosts), ([] if wanted else errors)
+
+
+def find_fitting(hosts: Sequence[str], pattern: str) -> list[str]:
+    """The hosts that a name or a shell pattern means. A long one means none: fnmatch takes its time with thousands of [."""
+    if pattern in hosts:
+        return [pattern]
+    return fnmatch.filter(hosts, pattern) if len(pattern) <= MAX_PATTERN else []
 
 
 def did_you_mean(name: str, hosts: Sequence[str]) -> str:
@@ -2691,7 +2699,7 @@ def parse_waves(text: str, hosts: Sequence[str], known: Collection[str] = ()) ->
         for word in line.partition("#")[0].split():
             if word[0] in "@!":
                 read_limit(word, limits, where)
-            elif matching := [word] if word in names else fnmatch.filter(hosts, word):
+            elif matching := [word] if word in names else find_fitting(hosts, word):
                 meant.update(matching)
                 fits.add(word)
             elif word in known:

@@ -949,26 +949,33 @@ def bad_moment(output: str) -> str:
 
 def find_cause(output: str) -> str:
     """Why a program failed, as a person would name it: the first error that does not follow from another."""
-    lines = [line.strip() for line in re.sub("\x1b\\[[0-9;]*m", "", output).splitlines() if line.strip()]
+    lines = [line.strip()[:MAX_LINE] for line in re.sub("\x1b\\[[0-9;]*m", "", output).splitlines() if line.strip()]
     errors = [n for n, line in enumerate(lines) if line.startswith("error:") and line != "error:"]
     errors = [n for n in errors if not re.match(CONSEQUENCES, lines[n])]
     builders = [n for n in errors if re.match(BUILDER, lines[n])]
     if builders:  # what their own logs call errors is not Nix's
         errors = [n for n in errors if n < builders[0] and re.match(OF_NIX, lines[n])] + builders
     for number, line in enumerate(lines):
-        more = lines[number + 1 :]
         if line.endswith("Failed assertions:"):
-            return one_line(" ".join(each for each in more if not re.match(CONSEQUENCES, each)))
+            return one_line(" ".join(each for each in lines[number + 1 :] if not re.match(CONSEQUENCES, each)))
         if snippet := re.match("Activation script snippet '(.*)' failed", line):
             return one_line(f"activation script {snippet[1]}: {lines[number - 1] if number else line}")
         if re.match(PRIVATE, line) and not builders:
             return one_line(line)
         if number in errors[:1]:
-            return one_line(re.sub(STORE_NAME, r"\1", " ".join((line, *details(more), builder_words(lines, number)))))
+            return one_line(
+                re.sub(
+                    STORE_NAME,
+                    r"\1",
+                    " ".join((line, *details(lines[number + 1 : number + 3]), builder_words(lines, number))),
+                )
+            )
     plain = [line for line in lines if not re.match(CONSEQUENCES, line)]
     return one_line((plain or lines or ["no output"])[-1])
 
 
+# So much of a line of what programs say is looked at: whoever writes it may have made it to be slow to read.
+MAX_LINE = 2000
 NOT_FETCHED = (
     r"(?:warning: |error: )*(.*(?:not signed by any|lacks a .*signature|unable to download|ssh: |Permission denied"
     r"|Host key verification).*)"
@@ -977,14 +984,14 @@ NOT_FETCHED = (
 
 def why_not_fetched(output: str) -> str:
     """Why Nix could not fetch a path: what it says of a substituter last. Its errors do not tell, its warnings do."""
-    said = [match[1] for line in output.splitlines() if (match := re.match(NOT_FETCHED, line.strip()))]
+    said = [match[1] for line in output.splitlines() if (match := re.match(NOT_FETCHED, line.strip()[:MAX_LINE]))]
     missing = "no substituter has it, or what it needs" if "don't know how to build" in output else find_cause(output)
     return one_line(said[-1]) if said else missing
 
 
 def details(more: Sequence[str]) -> list[str]:
     """What belongs to an error, and stands in the lines below it."""
-    return [line for line in more[:2] if re.match(r"Reason: |specified: |got: |at /\S+:\d+:\d+|- In `", line)]
+    return [line for line in more if re.match(r"Reason: |specified: |got: |at /\S+:\d+:\d+|- In `", line)]
 
 
 def builder_words(lines: Sequence[str], number: int) -> str:

@@ -1,5 +1,6 @@
 """Why something failed, as a person would name it. tests/causes/ is what Nix 2.8 and 2.26 said when they were run."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,17 @@ def test_other_words(text: str, wanted: str) -> None:
     found = client.find_cause(text)
     assert found == wanted or found == wanted.replace("x-1.drv", "x-1")
     assert not client.bad_moment(text)  # a file that is not there will not come
+
+
+@pytest.mark.parametrize(
+    "said", ["x\n", "warning: ", "lacks a ", "error: builder for 'x' failed\n> x\n", "error:", "Failed to start ", "> x\n", "\x1b[", "at /x:1:"]
+)  # fmt: skip
+def test_what_is_long_takes_no_longer(said: str) -> None:
+    """As much as is read of a log, in the time that its size gives."""
+    for find in (client.find_cause, client.why_not_fetched, client.switch_words, client.bad_moment):
+        began_s = time.process_time()
+        find(said * ((1 << 18) // len(said)))
+        assert time.process_time() - began_s < 5
 
 
 BUILDER = "error: builder for '/nix/store/4fc8m653bapwm496vfdhh5z2jb0sqi1d-foo.tar.gz.drv' failed with exit code {};"

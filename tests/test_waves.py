@@ -101,6 +101,13 @@ def test_a_wave_file_with_a_mistake(text: str, error: str) -> None:
     assert str(raised.value) == error
 
 
+def test_a_pattern_of_thousands_of_brackets_is_none() -> None:
+    began_s = time.process_time()
+    with pytest.raises(BentoError, match="no such host"):
+        bento.parse_waves("[" * 30_000, HOSTS)
+    assert time.process_time() - began_s < 1
+
+
 # --- who is held ---
 
 
