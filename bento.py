@@ -124,6 +124,8 @@ LOCKED = {
     b"\0GITCRYPT\0": "it is locked: 'git-crypt unlock' here",
     b"version https://git-lfs.github.com/spec/v1\n": "a pointer of LFS, without its file: 'git lfs pull' here",
 }
+# What Git leaves in its directory while it waits for somebody.
+UNDER_WAY = ("MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD", "rebase-merge", "rebase-apply")
 # What lies in a directory that is no work tree of Git's, and is nobody's configuration.
 DROPPINGS = (".jj", ".hg", ".svn", ".direnv", ".#*", "*.swp", "*~")
 # What a fleet says of its hosts, in hosts/.
@@ -888,10 +890,11 @@ def groups_of(ruler: tuple[int, int]) -> list[int]:
 
 class Git:
     """The one door to a repository: git, run as whom the tree belongs to. A hook's environment is not meant for us; nothing
-    is fetched, and no monitor asked. What else its settings name (filters) runs as its ruler, who may run that anyway."""
+    is fetched, and no monitor asked. What else its settings name (filters) runs as its ruler, who may run that anyway.
+    `owners`: a commit has what its owner's settings make of a work tree, but does not depend on them itself."""
 
     def __init__(self, root: str, **more: str) -> None:
-        self.root = root
+        self.root, self.owners = root, False
         ruler = find_tree_ruler(root)
         if ruler is None and os.path.lexists(f"{root}/.git"):
             ruler = find_ruler(f"{root}/.git")
@@ -908,10 +911,9 @@ class Git:
             self.environment["HOME"] = pwd.getpwuid(ruler[0] if ruler else os.geteuid()).pw_dir
 
     def start(self, *words: str, program: str = "git") -> subprocess.Popen[bytes]:
-        settings = [
-            "core.fsmonitor=false", "core.hooksPath=/dev/null", "core.autocrlf=false", "core.eol=lf",
-            "core.attributesFile=/dev/null",
-        ]  # fmt: skip
+        settings = ["core.fsmonitor=false", "core.hooksPath=/dev/null"]
+        if not self.owners:
+            settings += ["core.autocrlf=false", "core.eol=lf", "core.attributesFile=/dev/null"]
         if self.ruler is None and os.geteuid() == 0:
             settings.append("safe.directory=")  # with root's own `*`, root would obey anybody's settings
         options = [word for item in settings for word in ("-c", item)]
@@ -991,15 +993,17 @@ class Repository:
     """What a commit has, and nothing of what lies in its work tree: `nodes` by path, and the `names` in each directory.
 
     `inner`: a submodule, at the commit that the outer one records. `plain`: no repository; what lies there is the commit
-    of one that is ours for a moment. `bad`: names that no file can have, and content that is locked, each with why.
+    of one that is ours for a moment. `dirty`: tracked files as they are now. `bad`: names that no file can have, and
+    content that is locked, each with why.
     """
 
-    def __init__(self, root: str, aside: Path, commit: str = "", *, plain: bool = False) -> None:
+    def __init__(self, root: str, aside: Path, commit: str = "", *, plain: bool = False, dirty: bool = False) -> None:
         self.root, self.aside, self.inner, self.plain, self.git = root, aside, bool(commit), plain, Git(root)
         self.bad: dict[str, str] = {}
         self.specials: list[str] = []
         self.blobs: Blobs | None = None
         self.spooled: dict[str, Path] = {}
+        self.store: dict[str, str] = {}
         if plain:
             self.tree = self.adopt()
             return
@@ -1012,7 +1016,28 @@ class Repository:
                 f"{error}: Git cannot say what is committed there, so nothing of it is published"
             ) from None
         assert head is not None
-        self.head, self.tree = head, head.tree
+        self.head, self.tree = head, self.take_edits() if dirty else head.tree
+
+    def take_edits(self) -> str:
+        """The tree that a commit of all that is tracked would have now. It lies in a store of ours, beside the repository's."""
+        where, objects, index = (
+            os.path.join(self.root, os.fsdecode(line))
+            for line in self.git.run(
+                "rev-parse", "--absolute-git-dir", "--git-path", "objects", "--git-path", "index"
+            ).splitlines()
+        )
+        busy = any(os.path.lexists(f"{where}/{name}") for name in UNDER_WAY)
+        if busy or self.git.run("ls-files", "--unmerged"):
+            raise BentoError(f"{self.root}: a merge or a rebase is under way there: end it, or 'git merge --abort' it")
+        own = self.make_aside()
+        objects = f'"{objects}"' if ":" in objects else objects
+        self.store = {"GIT_OBJECT_DIRECTORY": f"{own}", "GIT_ALTERNATE_OBJECT_DIRECTORIES": objects}
+        self.git.run(index, f"{own}/index", program="cp")
+        git = Git(self.root, GIT_INDEX_FILE=f"{own}/index", **self.store)
+        git.owners = True
+        git.run("add", "--update", "--", ".")
+        self.git = Git(self.root, **self.store)
+        return git.run("write-tree").decode().strip()
 
     def newest(self, commit: str, *paths: str) -> Commit | None:
         """The newest commit, up to this one, that has changed one of the paths."""
@@ -1070,6 +1095,17 @@ class Repository:
                 raise BentoError(f"{self.root}/{one_line(path)}: Git cannot use it, so nothing around it is published")
         return tree
 
+    def edits(self) -> dict[str, str]:
+        """What differs from the commit in the work tree: paths, and how. What is ignored is nobody's business."""
+        if self.plain:
+            return {}
+        git = Git(self.root)
+        git.owners = True
+        said = git.run(
+            "status", "--porcelain=v1", "-z", "--no-renames", "--untracked-files=all", "--ignore-submodules=none"
+        )
+        return {os.fsdecode(item[3:]): item[:2].decode() for item in said.split(b"\0")[:-1]}
+
     def make_aside(self) -> Path:
         path = self.aside / os.urandom(8).hex()
         path.mkdir(mode=0o700)
@@ -1110,7 +1146,7 @@ class Repository:
             return
         files = [path for path, node in nodes.items() if node.mode.startswith("100") and path not in self.bad]
         aside = self.make_aside()
-        git = Git(self.root, GIT_INDEX_FILE=f"{aside}/index", GIT_WORK_TREE=f"{aside}")
+        git = Git(self.root, GIT_INDEX_FILE=f"{aside}/index", GIT_WORK_TREE=f"{aside}", **self.store)
         git.environment["GIT_DIR"] = os.fsdecode(self.git.run("rev-parse", "--absolute-git-dir")[:-1])
         git.run("read-tree", self.tree)
         given = b"".join(path.encode("utf-8", "surrogateescape") + b"\0" for path in files)
@@ -1265,7 +1301,7 @@ class Source:
     made of, and `places`, by where its configuration lies: the files and directories."""
 
     def __init__(self, directory: str, memory: Path) -> None:
-        self.directory, self.memory_file, self.no_git = directory, memory, False
+        self.directory, self.memory_file, self.no_git, self.dirty = directory, memory, False, False
         self.real, self.real_hosts = os.path.realpath(directory), os.path.realpath(f"{directory}/hosts")
         self.repositories: dict[str, Repository] = {}
         self.broken: dict[str, BentoError] = {}
@@ -1273,6 +1309,7 @@ class Source:
         self.listed: dict[str, tuple[list[Member], dict[str, str]]] = {}
         self.places: dict[str, set[str]] = {}
         self.commits: dict[str, Commit] = {}
+        self.edited: dict[str, dict[str, str]] = {}
         self.left_out: dict[tuple[str, str], dict[str, None]] = {}
         self.plain: dict[str, int] = {}
         self.used: set[str] = set()
@@ -1322,7 +1359,9 @@ class Source:
                 self.aside = tempfile.TemporaryDirectory(prefix="bento-")
                 os.chmod(self.aside.name, 0o711)
             try:
-                self.repositories[root] = Repository(root, Path(self.aside.name), commit, plain=plain)
+                self.repositories[root] = Repository(
+                    root, Path(self.aside.name), commit, plain=plain, dirty=self.dirty and not plain
+                )
             except BentoError as error:
                 self.broken[root] = error
                 raise
@@ -1566,11 +1605,14 @@ class Source:
 
     def commit(self, name: str) -> Commit | None:
         """The newest commit that has changed what a host's release is made of, in the repository that its configuration
-        lies in: the same for everybody who has it. None where no Git is."""
+        lies in: the same for everybody who has it. None where no Git is; without an ID where it is none yet."""
         top = self.top(name)
         repository = self.enter(top)
         if repository.plain:
             return None
+        if repository.tree != repository.head.tree:
+            name, _, subject = repository.head.revision.partition(" ")
+            return repository.head._replace(id="", revision=f"{name}+ {subject}")
         if top not in self.commits:
             places = self.places_in(repository, self.places[top])
             whole = len(places) > MAX_PLACES or repository.root in places
@@ -1583,6 +1625,30 @@ class Source:
                 paths += [f":(exclude,glob){inner}{name}" for name in ("*.pub", "*.sig", "*.absent", "waves", "signed")]
             self.commits[top] = repository.newest(repository.head.id, *paths) or repository.head
         return self.commits[top]
+
+    def edits(self, name: str) -> dict[str, str]:
+        """What differs from the commit where a host's configuration lies."""
+        repository = self.enter(self.top(name))
+        if repository.root not in self.edited:
+            self.edited[repository.root] = repository.edits()
+        return self.edited[repository.root]
+
+    def tell_edits(self, name: str) -> str:
+        """What a person should hear of a host: that files of it are not as they are committed, so are not published."""
+        top = self.top(name)
+        root = self.enter(top).root.rstrip("/")
+        own = f"{os.path.relpath(self.real_hosts, root)}/".removeprefix("./")
+        found = dict[str, str]()
+        for path, how in self.edits(name).items():
+            at, about = f"{root}/{path}/", path.startswith(own) and OURS.fullmatch(path[len(own) :])
+            places = (f"{place.rstrip('/')}/" for place in self.places[top])
+            if not about and any(at.startswith(place) or place.startswith(at) for place in places):
+                found[one_line(path)] = how
+        if not found:
+            return ""
+        files = f"{counted(len(found), 'file')} differ{'s' if len(found) == 1 else ''} from the commit"
+        how_to = "git add -A && git commit -m '…'" if "??" in found.values() else "git commit -am '…'"
+        return f"not published: {files} ({show_names(sorted(found))}): {how_to}"
 
     def places_in(self, repository: Repository, places: Iterable[str]) -> set[str]:
         """As this repository's commits know them: without those in others, and of a submodule its own place."""
@@ -3825,7 +3891,7 @@ def examine(work: Work, name: str) -> Job:
     made = fleet.source.commit(name)
     if plan.publish:
         check_direction(work, name, release, before)
-    revision, commit = (made.revision, made.id) if made is not None else (None, None)
+    revision, commit = (made.revision, made.id or None) if made is not None else (None, None)
     return Job(name, release, owner, before, False, plan.revision or revision, signature, commit=commit)
 
 
@@ -4848,7 +4914,22 @@ def command_populate(fleet: Fleet, wanted: Sequence[str], plan: Plan, prune: boo
     for root, files in fleet.source.plain.items():
         print(f"{root}: no Git here: what lies there is published, {counted(files, 'file')}", file=sys.stderr)
     warn([*work.warnings, *fleet.source.warnings(), *unknown_keys(fleet, hosts)])
-    return complain([*errors, *group_failures(work.failures)])
+    code = complain([*errors, *group_failures(work.failures)])
+    if plan.asked and not plan.as_json and not fleet.source.dirty:
+        for line in group_failures(tell_edits(work, hosts)):
+            print(line)
+    return code
+
+
+def tell_edits(work: Work, hosts: Sequence[str]) -> Iterator[Failure]:
+    """Of each host's files those that a person has edited and did not commit."""
+    source = work.fleet.source
+    for name in hosts:
+        with suppress(BentoError, OSError):  # what was published, was, and what is wrong was said
+            if source.edits(name):
+                list_members(work.fleet, name)
+                if words := source.tell_edits(name):
+                    yield Failure(name, words)
 
 
 def gather(
@@ -5290,6 +5371,7 @@ def add_populate(command: Command) -> None:
     add_after_build(populate)
     populate.add_argument("--dry-run", action="store_true", help="only say what would be done")
     populate.add_argument("--wait", action="store_true", help="for another populate, instead of giving up")
+    populate.add_argument("--dirty", action="store_true", help="tracked files as they are, for trying: with NAME")
     populate.add_argument("--no-git", action="store_true", help="all that lies there, also where a .gitignore does")
     populate.add_argument(
         "--again", action="store_true", help="also what is unchanged: this state is meant; hosts try it again"
@@ -5468,7 +5550,9 @@ def dispatch(options: argparse.Namespace, fleet: Fleet) -> int:
     if command == "update":
         return command_update(fleet, options.input)
     if command == "populate":
-        fleet.source.no_git = options.no_git
+        fleet.source.no_git, fleet.source.dirty = options.no_git, options.dirty
+        if options.dirty and not options.hosts:
+            raise UsageError("--dirty is for trying: name the hosts that are to get what nobody has committed")
         return command_populate(fleet, options.hosts, plan_of(options), options.prune)
     if command == "status":
         return command_status(fleet, options.hosts, view_of(options))

@@ -1,10 +1,12 @@
 """Which commit made a release, and that nobody goes back to an older one by himself."""
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
-from fleet import CONFIGURATION, Site, commit, git, share
+from fleet import CONFIGURATION, Site, commit, git, names, share
 from test_signed import make_keys
 
 import bento
@@ -193,3 +195,98 @@ def test_who_is_signed_as_before_and_has_another_release_now_is_named(site: Site
     assert site.run("sign", "--key", key, "b").errors == []
     ran = site.run("populate")
     assert (ran.code, ran.out.splitlines()[-1]) == (0, "3 hosts: 3 published, 0 unchanged, 0 failed")
+
+
+def test_what_is_not_committed_is_said(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To who asked; not of what is ignored, is another host's, or says something of hosts."""
+    utils = share(site, "a", "b")
+    for name in ("a", "b"):
+        site.host(name, {f"m{number}.nix": "{ }\n" for number in range(7)} | {"crlf": "x\n"})
+    (site.fleet / ".gitignore").write_text("*.key\n")
+    commit(site.fleet)
+    git(site.fleet, "config", "core.autocrlf", "true")
+    (site.fleet / "hosts/a/crlf").unlink()
+    git(site.fleet, "checkout", "hosts/a/crlf")
+    assert (site.fleet / "hosts/a/crlf").read_bytes() == b"x\r\n"
+    os.utime(site.fleet / "hosts/a/crlf", (5, 5))
+    last = site.publish().out.splitlines()[-1]
+    assert "4 published" in last
+    assert site.publish("a").out.splitlines()[-1] == "1 host: 0 published, 1 unchanged, 0 failed"
+    for name, content in (("hosts/a/m1.nix", "x"), ("hosts/a/x.key", "secret"), ("hosts/waves", "a\n"), ("README.md", "x")):
+        (site.fleet / name).write_text(content)
+    words = "not published: 1 file differs from the commit (hosts/a/m1.nix): git commit -am '…'"
+    assert site.publish("a").out.splitlines()[-1] == f"a: {words}"
+    assert "not published" not in site.publish("b").out + site.publish("b", "--json").out
+    (site.fleet / "hosts/waves").unlink()
+    assert "differ" not in site.publish().out
+    with monkeypatch.context() as patched:
+        patched.setattr("sys.stdout.isatty", lambda: True)
+        out = site.run("populate").out
+        assert out.splitlines()[-1] == f"3 hosts (a, like-1, like-2): {words}"
+    for number in range(7):
+        (site.fleet / f"hosts/a/m{number}.nix").unlink()
+    (utils / "new.nix").write_text("{ }\n")
+    shown = ", ".join(f"hosts/a/m{number}.nix" for number in range(5))
+    assert site.publish("a").out.splitlines()[-1] == (
+        f"a: not published: 8 files differ from the commit ({shown}, …): git add -A && git commit -m '…'"
+    )
+    assert site.publish("b").out.splitlines()[-1] == (
+        "b: not published: 1 file differs from the commit (utils/new.nix): git add -A && git commit -m '…'"
+    )
+
+
+def test_what_is_not_committed_can_be_tried(site: Site) -> None:
+    """Tracked files as they are, submodules' too; what they are in the work tree stays as it is."""
+    inner = site.top / "inner"
+    inner.mkdir()
+    (inner / "x").write_text("x\n")
+    commit(inner)
+    site.host("a", CONFIGURATION | {"gone": "x", "changed": "old\n", "plain": "x"})
+    site.host("b")
+    commit(site.fleet)
+    git(site.fleet, "submodule", "--quiet", "add", str(inner), "hosts/a/inner")
+    commit(site.fleet, "inner")
+    site.publish()
+    before = (site.current(), (site.fleet / ".git/index").read_bytes())
+    (site.fleet / "hosts/a/gone").unlink()
+    site.host("a", {"changed": "new\n", "inner/x": "y\n", ".env": "secret\n"})
+    git(site.fleet, "add", "--intent-to-add", "hosts/a/.env")
+    git(site.fleet, "reset", "-q", "--", "hosts/a/.env")
+    assert site.run("populate", "--dirty").code == 2
+    site.publish("--dirty", "b")
+    assert site.current("b").commit == git(site.fleet, "rev-list", "--max-parents=0", "HEAD").strip()
+    objects = len(list((site.fleet / ".git/objects").rglob("*")))
+    ran = site.publish("--dirty", "a")
+    assert "differ" not in ran.out and len(list((site.fleet / ".git/objects").rglob("*"))) == objects
+    assert names(site) == ["changed", "configuration.nix", "inner", "inner/x", "plain"]
+    assert ((site.tree() / "changed").read_text(), (site.tree() / "inner/x").read_text()) == ("new\n", "y\n")
+    current = site.current()
+    assert (current.commit, current.revision) == (None, f"{head(site.fleet)[:7]}+ inner")
+    site.publish()  # the timer's
+    assert site.current().release == before[0].release and site.current().commit == head(site.fleet)
+    assert git(site.fleet, "status", "--porcelain").splitlines() == [
+        " M hosts/a/changed", " D hosts/a/gone", " M hosts/a/inner", "?? hosts/a/.env"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["merge", "rebase", "stash"])
+def test_a_merge_is_not_tried(site: Site, how: str) -> None:
+    site.host("a", CONFIGURATION | {"x": "0\n"})
+    commit(site.fleet)
+    git(site.fleet, "checkout", "-q", "-b", "other")
+    site.host("a", {"x": "1\n"})
+    commit(site.fleet, "other")
+    git(site.fleet, "checkout", "-q", "main")
+    site.host("a", {"x": "2\n"})
+    if how == "stash":
+        git(site.fleet, "stash")
+        git(site.fleet, "merge", "-q", "other")
+    else:
+        commit(site.fleet, "ours")
+    with pytest.raises(subprocess.CalledProcessError):
+        git(site.fleet, *{"stash": ("stash", "pop")}.get(how, (how, "other")))
+    ran = site.run("populate", "--dirty", "a")
+    words = f"a: {site.fleet}: a merge or a rebase is under way there: end it, or 'git merge --abort' it"
+    assert ran.errors == [f"bento: error: {words}"] and not (site.chroots / "a/current.json").exists()
+    site.publish("a")
+    assert (site.tree() / "x").read_text() in ("1\n", "2\n")
