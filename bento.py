@@ -145,8 +145,8 @@ CHROOT_NAMES = {"current.json", "config", "releases", "history", "logs"}  # `con
 # What a publication that was killed leaves there. Other names with a dot are the server's: a `.ssh`.
 LEFT_NAMES = {".current.json.new", ".config.new", ".history.new"}
 RELEASE_NAME = re.compile(r"[0-9a-f]{64}(\.tar|\.parts)?")
-# The first version of the client that heeds a bento.json.
-RECIPE_SINCE = (1, 1)
+# The first version of the client that heeds a bento.json, and a `file` in it.
+RECIPE_SINCE, FILE_SINCE = (1, 1), (1, 2)
 # Where NixOS keeps the keys of its accounts.
 AUTHORIZED_KEYS = Path("/etc/ssh/authorized_keys.d")
 # Files of this size are parts of a release of their own, the largest ones if there are many.
@@ -1765,14 +1765,16 @@ def find_recipe(fleet: Fleet, members: Sequence[Member], name: str) -> Recipe:
     recipe = Recipe(name) if raw is None else client.parse_recipe(raw, f"hosts/{name}/bento.json", name)
     allowed = shlex.split(os.environ.get("BENTO_ALLOW_OPTIONS", ""))
     client.check_options(recipe, allowed, "services.bento-server.allowOptions (BENTO_ALLOW_OPTIONS)")
-    entries = [f"{recipe.directory}/{file}".lstrip("/") for file in ("flake.nix", "configuration.nix")]
+    files = (recipe.file,) if recipe.file else ("flake.nix", "configuration.nix")
+    entries = [f"{recipe.directory}/{file}".lstrip("/") for file in files]
     if any(member.name in entries and not member.is_directory for member in members):
         return recipe
     for entry in entries:
         if os.path.isfile(f"{fleet.source.top(name)}/{entry}") and not fleet.source.enter(fleet.source.top(name)).plain:
             raise BentoError(f"hosts/{name}/{entry}: not in the commit: 'git add' and 'git commit' it")
     where = f"hosts/{name}/{recipe.directory}".rstrip("/")
-    raise BentoError(f"{where}: neither flake.nix nor configuration.nix in it")
+    missing = f"no {recipe.file}" if recipe.file else "neither flake.nix nor configuration.nix"
+    raise BentoError(f"{where}: {missing} in it")
 
 
 def local_inputs(members: Sequence[Member], recipe: Recipe) -> list[str]:
@@ -1800,7 +1802,7 @@ def unlocked_inputs(members: Sequence[Member], recipe: Recipe) -> list[str]:
         directory, _, name = member.name.rpartition("/")
         if directory == recipe.directory and name in ("flake.nix", "flake.lock") and member.node:
             files[name] = member.bytes()
-    if "flake.nix" not in files:
+    if recipe.file or "flake.nix" not in files:
         return []
     locked: Any = {}
     if "flake.lock" in files:
@@ -3887,7 +3889,7 @@ def examine(work: Work, name: str) -> Job:
     for found in local_inputs(list_members(fleet, name)[0], recipe):
         fleet.source.leave_out("local", "", f"hosts/{name}: {found}")
     if plan.publish and recipe != Recipe(name):
-        check_client(chroot, name)
+        check_client(chroot, name, recipe)
     made = fleet.source.commit(name)
     if plan.publish:
         check_direction(work, name, release, before)
@@ -3914,7 +3916,12 @@ def examine_signature(work: Work, name: str, release: Release, before: Current |
     """What is signed of what there is to publish. What is published may have got a later signature, even where that is
     another release by now."""
     chroot = work.fleet.chroot(name)
-    if before is not None and before.signed and before.vow is None and not knows_vows(read_report(chroot, name).report):
+    if (
+        before is not None
+        and before.signed
+        and before.vow is None
+        and not knows(read_report(chroot, name).report, client.PIN_SINCE)
+    ):
         raise BentoError(
             "what is published is signed for a client before 1.2, which would refuse what this bento.py signs: left alone"
             " until it reports 1.2: give it that client with bento.py 1.1"
@@ -3927,19 +3934,20 @@ def examine_signature(work: Work, name: str, release: Release, before: Current |
         raise
 
 
-def knows_vows(report: Report | None) -> bool:
+def knows(report: Report | None, since: tuple[int, int]) -> bool:
+    """Whether a host's client is at least of that version."""
     found = re.match(r"(\d+)\.(\d+)", report.client) if report else None
-    return found is not None and (int(found[1]), int(found[2])) >= client.PIN_SINCE
+    return found is not None and (int(found[1]), int(found[2])) >= since
 
 
-def check_client(chroot: Path, name: str) -> None:
+def check_client(chroot: Path, name: str, recipe: Recipe) -> None:
     """BentoError for a host that would not heed a bento.json. One that has never reported gets its client with its first
     release."""
     report = read_report(chroot, name).report
-    found = re.match(r"(\d+)\.(\d+)", report.client) if report else None
-    if report is not None and (found is None or (int(found[1]), int(found[2])) < RECIPE_SINCE):
+    if report is not None and not knows(report, FILE_SINCE if recipe.file else RECIPE_SINCE):
+        what = "bento.json's file" if knows(report, RECIPE_SINCE) else "bento.json"
         raise BentoError(
-            f"its client, version {report.client}, does not know bento.json and would build something else:"
+            f"its client, version {report.client}, does not know {what} and would build something else:"
             " publish a release without one first, that brings it this version's utils/"
         )
 

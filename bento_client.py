@@ -68,7 +68,8 @@ STORE_PATH = re.compile(r"/[ -~]{1,400}")
 TEXT = re.compile(r"[^\n]{0,2000}", re.DOTALL)
 # Of bento.json: what neither Nix' URLs nor nixos-rebuild read as something else; no directory that leads out.
 ATTRIBUTE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,199}")
-DIRECTORY = re.compile(r"\.?|(?!\.\.?(/|$))[A-Za-z0-9_.+-]+(/(?!\.\.?(/|$))[A-Za-z0-9_.+-]+)*/?")
+FILE = re.compile(r"(?!\.\.?(/|$))[A-Za-z0-9_.+-]+(/(?!\.\.?(/|$))[A-Za-z0-9_.+-]+)*")
+DIRECTORY = re.compile(rf"\.?|{FILE.pattern}/?")
 
 MAX_RELEASE_BYTES = 4 << 30
 MAX_JSON_BYTES = 64 << 10
@@ -248,12 +249,13 @@ class Leaf(NamedTuple):
 class Recipe(NamedTuple):
     """`bento.json`: how a release is built for a host. Both sides read it, so that they build the same.
 
-    `attribute` of the flake; `directory` below the tree, with the entry file; `options` for nixos-rebuild.
+    `attribute` of the flake, or of `file`; `directory` below the tree, with the entry file; `options` for nixos-rebuild.
     """
 
     attribute: str
     directory: str = ""
     options: tuple[str, ...] = ()
+    file: str = ""
 
 
 class Last(NamedTuple):
@@ -626,7 +628,8 @@ def parse_recipe(raw: bytes, what: str, host: str) -> Recipe:
         raise BentoError(f"{what}: field 'options' is malformed: it is a list of words for nixos-rebuild")
     directory = (take(data, "directory", DIRECTORY, what, null=True) or "").rstrip("/")
     attribute = take(data, "attribute", ATTRIBUTE, what, null=True) or host
-    return Recipe(attribute, "" if directory == "." else directory, tuple(options))
+    file = take(data, "file", FILE, what, null=True) or ""
+    return Recipe(attribute, "" if directory == "." else directory, tuple(options), file)
 
 
 # Of nixos-rebuild's options those that run nothing and read nothing, each with what may follow it.
@@ -3567,7 +3570,7 @@ def read_recipe(tree: Path, host: str) -> Recipe:
 
 
 def is_flake(tree: Path, recipe: Recipe) -> bool:
-    return (tree / recipe.directory / "flake.nix").exists()
+    return not recipe.file and (tree / recipe.directory / "flake.nix").exists()
 
 
 def flake_url(tree: Path, directory: str) -> str:
@@ -3586,13 +3589,19 @@ def rebuild_argv(action: str, tree: Path, recipe: Recipe) -> list[str]:
     if is_flake(tree, recipe):
         where = flake_url(tree, recipe.directory)
         return ["nixos-rebuild", action, "--flake", f"{where}#{recipe.attribute}", *recipe.options]
+    if recipe.file:
+        file = tree / recipe.directory / recipe.file
+        return [
+            "nixos-rebuild", action, "--no-flake", "--file", f"{file}", "--attr", recipe.attribute, *recipe.options,
+        ]  # fmt: skip
     entry = tree / recipe.directory / "configuration.nix"
     return ["nixos-rebuild", action, "--no-flake", "-I", f"nixos-config={entry}", *recipe.options]
 
 
 def build_argv(settings: Settings, config: Path) -> list[str]:
     recipe = read_recipe(config, settings.host)
-    upgrade = (settings.upgrade_channels or settings.rebuild_every) and not is_flake(config, recipe)
+    channels = not recipe.file and not is_flake(config, recipe)
+    upgrade = channels and (settings.upgrade_channels or settings.rebuild_every)
     return [*rebuild_argv("build", config, recipe), *(["--upgrade"] if upgrade else [])]
 
 

@@ -17,6 +17,8 @@ RECIPES: dict[str, tuple[str, client.Recipe]] = {
     "for one": ('{"attribute": "all", "options": ["-L"], "hosts": {"a": {"attribute": "web1.example.org"}, "b": {"directory": "d"}}}',
                 client.Recipe("web1.example.org", "", ("-L",))),
     "for another": ('{"hosts": {"b": {"attribute": 5}}}', client.Recipe("a")),
+    "a file": ('{"attribute": "nodes.a", "directory": "nix", "file": "hive/default.nix"}',
+               client.Recipe("nodes.a", "nix", (), "hive/default.nix")),
     "of next year": ('{"directory": ".", "more": {}}', client.Recipe("a")),
 }  # fmt: skip
 
@@ -30,6 +32,7 @@ def test_bento_json(case: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
+        '{"file": ""}', '{"file": "."}', '{"file": "../x.nix"}', '{"file": "x/"}', '{"file": "/etc/x.nix"}', '{"file": "a b"}',
         '{"attribute": "a#b"}', '{"attribute": ""}', '{"attribute": "a\\"b"}', '{"attribute": ["a"]}', '{"directory": ".."}',
         '{"directory": "a/../../b"}', '{"directory": "/etc"}', '{"directory": "a b"}', '{"directory": "a//b"}',
         '{"directory": "a/."}', '{"directory": "a?dir=b"}', '{"options": "--impure"}', '{"options": [1]}',
@@ -74,6 +77,7 @@ def test_the_host_does_not_take_the_servers_word_for_it(tmp_path: Path) -> None:
         ("flake.nix", "nix (Nix) 2.24.0", "path:DIR/config?dir=nix#{}"), ("flake.nix", "nix (Nix) 3.1", "path:DIR/config?dir=nix#{}"),
         ("flake.nix", "nix (Nix) 2.18.5", "path:DIR/config/nix#{}"), ("flake.nix", "nix (Lix, like Nix) 2.91.0", "path:DIR/config/nix#{}"),
         ("flake.nix", "", "path:DIR/config/nix#{}"), ("configuration.nix", "", "nixos-config=DIR/config/nix/configuration.nix"),
+        ("hive.nix", "", "--file DIR/config/nix/hive.nix --attr {}"),
     ],
 )  # fmt: skip
 def test_bento_json_is_for_both_sides(
@@ -82,7 +86,7 @@ def test_bento_json_is_for_both_sides(
     """What the server runs, the host runs: attribute, directory, options, for a tree that hosts share."""
     recipe = {"format": 1, "directory": "nix", "options": ["-L"], "hosts": {
         "a": {"attribute": "web1.example.org", "options": ["--accept-flake-config", "--option", "cores", "1"]},
-    }}  # fmt: skip
+    }} | ({"file": entry} if "hive" in entry else {})  # fmt: skip
     site.host("x", {"bento.json": json.dumps(recipe), f"nix/{entry}": "{ }\n"})
     (site.fleet / "hosts/x").rename(site.fleet / "all")
     for name in "ab":
@@ -95,17 +99,18 @@ def test_bento_json_is_for_both_sides(
     monkeypatch.setenv("BENTO_ALLOW_OPTIONS", "--accept-flake-config --option cores 1")
     site.publish("--check")
     words = (site.top / "words").read_text()
-    wanted = f"dry-build {'--flake' if 'flake' in entry else '--no-flake -I'} {where}"
+    how = {"flake.nix": "--flake", "hive.nix": "--no-flake", "configuration.nix": "--no-flake -I"}[entry]
+    wanted = f"dry-build {how} {where}"
     options = {"a": "--accept-flake-config --option cores 1", "b": "-L"}
     attributes = {"a": "web1.example.org", "b": "b"}
-    found = re.sub(r"(path:|nixos-config=)/\S+?/config(?=[/?])", r"\1DIR/config", " ".join(words.split()))
+    found = re.sub(r"(path:|nixos-config=|--file )/\S+?/config(?=[/?])", r"\1DIR/config", " ".join(words.split()))
     assert found == " ".join(f"{wanted.format(attributes[name])} {options[name]}" for name in "ab")
     for name in "ab":
         (site.top / name).mkdir()
         client.unpack(site.tar(name), site.top / name / "config")
         settings = client.Settings(server=("s",), host=name, state_dir=str(site.top / name), upgrade_channels=True)
         argv = " ".join(client.build_argv(settings, site.top / name / "config")).replace(f"{site.top}/{name}/", "DIR/")
-        upgrade = "" if "flake" in entry else " --upgrade"
+        upgrade = " --upgrade" if "configuration" in entry else ""
         assert argv == f"nixos-rebuild {wanted.replace('dry-', '').format(attributes[name])} {options[name]}{upgrade}"
 
 
@@ -130,6 +135,33 @@ def test_a_flake_in_a_directory_with_nix(real_nix: None, site: Site, monkeypatch
     assert system is not None and Path(system).read_text() == "made\n"
     assert build_as_the_host(site, "a", site.top / "work") == system
     check_chroot(site.chroots / "a")  # without the lock that Nix made
+
+
+def test_a_file_with_nix(real_nix: None, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fleet without a flake: an attribute of a file, beside a flake.nix that is for something else."""
+    made = 'derivation { name = "nixos-system-x"; system = "x86_64-linux"; builder = "/bin/sh"; args = [ "-c" "echo made > $out" ]; }'
+    site.host("a", {
+        "bento.json": '{"format": 1, "file": "default.nix", "attribute": "nodes.web1"}', "flake.nix": "{ }\n",
+        "default.nix": f"{{ nodes.web1.config.system.build.toplevel = {made}; }}\n",
+    })  # fmt: skip
+    write_program(
+        site.top / "bin/nixos-rebuild",
+        'exec nix-build --option sandbox false --option build-users-group "" --option substitute false "$4"'
+        ' --attr "$6.config.system.build.toplevel"\n',
+    )
+    monkeypatch.setenv("PATH", f"{site.top}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("HOME", str(site.top))
+    site.publish("--build")
+    system = site.current().system
+    assert system is not None and Path(system).read_text() == "made\n"
+    assert build_as_the_host(site, "a", site.top / "work") == system
+    for version, good in (("1.1", False), ("1.2", True)):
+        site.host("a", {"version": version})
+        site.write_report(client=version)
+        ran = site.run("populate")
+        assert (ran.code == 0) == good and ("does not know bento.json's file" in ran.err) != good
+    (site.fleet / "hosts/a/default.nix").unlink()
+    assert site.run("populate").errors == ["bento: error: a: hosts/a: no default.nix in it"]
 
 
 def test_a_host_whose_client_does_not_know_bento_json(site: Site) -> None:
