@@ -6,8 +6,9 @@ public keys), hosts/signed (what the administrator signed for all), hosts/NAME.a
 order of a roll-out), fleet.nix (written from fleet.nix.in). In the chroot directory, for each host: current.json (the
 release to run; replacing it is the moment of publication), releases/ID.tar and ID.parts/, history, and logs/, which
 belongs to the host: nothing there is trusted. Beside the chroots: .store/, which has each release once, for the chroots
-to link to, and in .known what each was read from; .rollout.json, what `populate` remembers; .machines, what `status` does:
-which machines reported as a host; and .lock, in which nothing is: its time is that of the last `populate` of the whole fleet.
+to link to, in .known what each was read from, and in .built what was built last; .rollout.json, what `populate`
+remembers; .machines, what `status` does: which machines reported as a host; and .lock, in which nothing is: its time is
+that of the last `populate` of the whole fleet.
 
 Exit codes: 0 done, 1 something failed (each failure on stderr) or a host needs a person, 2 usage.
 
@@ -1032,7 +1033,7 @@ class Repository:
         own = self.make_aside()
         objects = f'"{objects}"' if ":" in objects else objects
         self.store = {"GIT_OBJECT_DIRECTORY": f"{own}", "GIT_ALTERNATE_OBJECT_DIRECTORIES": objects}
-        self.git.run(index, f"{own}/index", program="cp")
+        self.git.run("-p", index, f"{own}/index", program="cp")  # its time tells which entries may have changed since
         git = Git(self.root, GIT_INDEX_FILE=f"{own}/index", **self.store)
         git.owners = True
         git.run("add", "--update", "--", ".")
@@ -3253,7 +3254,7 @@ class Store:
 
     def prune(self) -> None:
         with suppress(FileNotFoundError):
-            names = [name for name in os.listdir(self.directory) if name != ".known"]
+            names = [name for name in os.listdir(self.directory) if name not in (".known", ".built")]
             for name in names:
                 if "." not in name or name.startswith("."):  # a tree, of version 1.1
                     client.remove(self.directory / name)
@@ -3738,6 +3739,28 @@ def run_logged(what: str, argv: Sequence[str], name: str, limit_s: float, direct
         raise BentoError("\n  ".join([f"{what}: {how}; all of it is in {log.path}, which ends:", *said]))
 
 
+class BuiltSystem(NamedTuple):
+    """What was built here of a host last, published or not."""
+
+    release: str
+    system: str
+    time: str
+
+
+def read_built(chroot_dir: Path) -> dict[str, BuiltSystem]:
+    with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
+        found = json.loads((chroot_dir / ".store/.built").read_bytes())
+        return {name: BuiltSystem(*map(str, each)) for name, each in found.items()}
+    return {}
+
+
+def note_built(chroot_dir: Path, name: str, release: str, system: str) -> None:
+    """For whoever has the lock."""
+    with suppress(OSError):  # nobody's, or the disk is full: then it is built the next time
+        built = read_built(chroot_dir) | {name: BuiltSystem(release, system, format_time(time.time()))}
+        client.write_atomic(chroot_dir / ".store/.built", json.dumps(built).encode(), 0o600)
+
+
 def keep_from_collection(name: str, system: str) -> None:
     """A garbage collection root, so that this server can serve the build. Only root can make one there."""
     if os.geteuid() == 0:
@@ -3819,6 +3842,7 @@ class Work:
         self.latest: Mapping[str, Current | None] = {}
         self.backwards: dict[str, dict[str, None]] = {}
         self.renewed: dict[str, Current] = {}
+        self.built = read_built(fleet.chroot_dir)
         self.warnings: list[str] = []
 
     def add(self, job: Job) -> Job:
@@ -3869,9 +3893,9 @@ def examine(work: Work, name: str) -> Job:
     if known is not None and plan.publish:
         with suppress(BentoError, OSError):
             published = read_published(chroot, name)
-            if published is not None and published.release == known.id and is_whole(chroot, published):
+            if published is not None and is_published(work, known, published):
                 signature = examine_signature(work, name, known, published)
-                return Job(name, known, owner, published, True, published.revision, signature)
+                return unchanged_job(owner, published, signature)
     release, recipe = read_release(fleet, name, None if plan.dry_run else work.store.keep)
     before = None
     try:
@@ -3884,8 +3908,8 @@ def examine(work: Work, name: str) -> Job:
         if not plan.dry_run:  # which is for anybody
             raise
     signature = examine_signature(work, name, release, before) if plan.publish else None
-    if before is not None and before.release == release.id and is_whole(chroot, before):
-        return Job(name, release, owner, before, True, before.revision, signature)
+    if before is not None and is_published(work, release, before):
+        return unchanged_job(owner, before, signature)
     for found in local_inputs(list_members(fleet, name)[0], recipe):
         fleet.source.leave_out("local", "", f"hosts/{name}: {found}")
     if plan.publish and recipe != Recipe(name):
@@ -3895,6 +3919,19 @@ def examine(work: Work, name: str) -> Job:
         check_direction(work, name, release, before)
     revision, commit = (made.revision, made.id or None) if made is not None else (None, None)
     return Job(name, release, owner, before, False, plan.revision or revision, signature, commit=commit)
+
+
+def is_published(work: Work, release: Release, before: Current) -> bool:
+    """Whether that is published, and whole: the release, or, unless what is signed says which, one that was built to the
+    very system that is published."""
+    built = work.built.get(before.host)
+    same = built is not None and (built.release, built.system) == (release.id, before.system) and before.vow is None
+    return (before.release == release.id or same) and is_whole(work.fleet.chroot(before.host), before)
+
+
+def unchanged_job(owner: tuple[int, int] | None, before: Current, signature: Signature | None) -> Job:
+    release = Release(before.release, before.size, "")
+    return Job(before.host, release, owner, before, True, before.revision, signature)
 
 
 def check_direction(work: Work, name: str, release: Release, before: Current | None) -> None:
@@ -4473,7 +4510,7 @@ def command_show(fleet: Fleet, name: str, directory: str | None) -> int:
 
 
 def command_diff(fleet: Fleet, wanted: Sequence[str]) -> int:
-    """What would change on each host between the system it reports and the one built here from its release."""
+    """What would change on each host: from the system that it reports to the one that was built last, published or not."""
     return say_of_each(*find_hosts(fleet, wanted), functools.partial(diff_host, fleet))
 
 
@@ -4513,21 +4550,24 @@ def find_versions(package: str, system: str) -> str:
 
 
 def diff_host(fleet: Fleet, name: str) -> str:
-    current = read_published(fleet.chroot(name), name)
+    current, built = read_published(fleet.chroot(name), name), read_built(fleet.chroot_dir).get(name)
     found = read_report(fleet.chroot(name), name)
-    report = found.report
-    if current is None or current.system is None:
+    report, published = found.report, current.system if current is not None else None
+    # What is published may have been built elsewhere since, by who signs.
+    here = built is not None and (published is None or current is None or built.time >= current.published)
+    new = built.system if built is not None and here else published
+    if new is None:
         raise BentoError("its release was not built here: run 'bento.py build', or 'populate --build'")
     if report is None:
         raise BentoError(found.problem or "it has not reported a system yet")
-    if report.system == current.system:
-        return f"no difference, it runs {current.system}"
-    for system in (report.system, current.system):
+    if report.system == new:
+        return f"no difference, it runs {new}"
+    for system in (report.system, new):
         if not is_here(system):
             raise BentoError(f"{one_line(system)} is not in this server's store: nothing to compare with")
     tool = ["nvd", "diff"] if shutil.which("nvd") else [*NIX, "store", "diff-closures"]
-    changes = client.run([*tool, report.system, current.system], timeout=600).output
-    return f"{report.system} -> {current.system}\n{changes.rstrip()}"
+    changes = client.run([*tool, report.system, new], timeout=600).output
+    return f"{report.system} -> {new}{'' if new == published else ', which is not published'}\n{changes.rstrip()}"
 
 
 NIX = ["nix", "--extra-experimental-features", "nix-command flakes"]
@@ -4606,11 +4646,12 @@ def read_lock(tree: Path, directory: str) -> dict[str, str]:
 
 
 def note_system(fleet: Fleet, name: str, release: str, system: str) -> None:
-    """Adds what was built to `current.json`, if it was built from the release that is published."""
+    """Remembers what was built; adds it to `current.json`, if it was built from the release that is published."""
     with suppress(OSError, BentoError):
-        if read_published(fleet.chroot(name), name) is None:
+        if not (fleet.chroot_dir / ".store").exists():
             return
         with populate_lock(fleet, wait=True):  # or it would undo what populate is about to publish
+            note_built(fleet.chroot_dir, name, release, system)
             current = read_published(fleet.chroot(name), name)
             if current is None or current.release != release:
                 return
@@ -4627,6 +4668,8 @@ def populate_hosts(work: Work, names: Sequence[str]) -> None:
         with closing(build_all(work, names)) as built:
             for job, system, _ in built:
                 with work.lock:
+                    if system is not None:
+                        job = take_build(work, job, system)
                     if placed := attempt(work, job.name, job, system):
                         announce(work, [placed])
         return
@@ -4638,6 +4681,16 @@ def populate_hosts(work: Work, names: Sequence[str]) -> None:
             announce(work, jobs)
             jobs = []
     announce(work, jobs)
+
+
+def take_build(work: Work, job: Job, system: str) -> Job:
+    """What was built is remembered; and if that is the system that is published already, there is nothing to publish."""
+    note_built(work.fleet.chroot_dir, job.name, job.release.id, system)
+    work.built = read_built(work.fleet.chroot_dir)
+    new = not job.unchanged and job.kept is None and job.signature is None
+    if new and job.before is not None and is_published(work, job.release, job.before):
+        return unchanged_job(job.owner, job.before, None)
+    return job
 
 
 def attempt(work: Work, name: str, job: Job | None = None, system: str | None = None) -> tuple[Job, Current] | None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from fleet import (
     AS_ANYBODY,
+    CONFIGURATION,
     LARGE,
     REPO,
     Site,
@@ -19,8 +20,10 @@ from fleet import (
     check_chroot,
     check_parts,
     check_tidy,
+    last_data,
     snapshot,
     toy_host,
+    write_program,
 )
 from toynixos import need, write_config
 
@@ -85,6 +88,55 @@ def test_what_is_published_already_is_built_once(site: Site, toys: Path) -> None
     snap = snapshot(site.chroots / "a")
     site.publish("--build")
     assert snapshot(site.chroots / "a") == snap
+
+
+@pytest.fixture
+def labelled(site: Site, monkeypatch: pytest.MonkeyPatch) -> Site:
+    """Where a system depends on a file, `label`, alone."""
+    write_program(site.top / "bin/nixos-rebuild", f'ln -sfn "{site.top}/system-$(cat config/label)" result\n')
+    monkeypatch.setenv("PATH", f"{site.top}/bin:{os.environ['PATH']}")
+    monkeypatch.setattr(bento, "log_directory", lambda: site.top / "log")
+    return site
+
+
+def test_a_release_that_builds_the_same_system_is_no_new_one(labelled: Site) -> None:
+    """With --build; and then it is known, until something else is built or published."""
+    site = labelled
+    site.host("a", CONFIGURATION | {"label": "1", "README": "a typo\n"})
+    site.publish("--build")
+    before, log = site.current(), site.top / "log/a.log"
+    site.host("a", {"README": "no typo\n"})
+    ran = site.run("-v", "populate", "--build")
+    assert f"a: unchanged, {before.release[:12]}\n" in ran.out and "1 unchanged" in ran.out
+    assert site.current() == before
+    check_tidy(site.chroots / "a", {before.release})
+    log.unlink()
+    for words in (["--build"], [], ["a"]):
+        assert "1 unchanged" in site.publish(*words).out and site.current() == before and not log.exists()
+    site.host("a", {"label": "2"})
+    site.publish("--build")
+    assert site.current().system == f"{site.top}/system-2" and site.current().release != before.release
+    site.host("a", {"README": "more\n"})
+    site.publish()
+    assert site.current().release != before.release and site.current().system is None
+
+
+def test_a_host_of_a_wave_that_builds_the_same_system(labelled: Site) -> None:
+    """It has run it, so others do not wait for it."""
+    site = labelled
+    (site.fleet / "hosts/waves").write_text("a\nb\n")
+    for name in "ab":
+        site.host(name, CONFIGURATION | {"label": "1", "README": "a typo\n"})
+    site.publish("--build")
+    before = {name: site.current(name) for name in "ab"}
+    for name, current in before.items():
+        site.write_report(name, release=current.release, system=current.system, last=last_data(current.release, system=current.system))
+    site.publish("--build")
+    site.host("a", {"README": "no typo\n"})
+    site.host("b", {"label": "2"})
+    assert "1 host: held: wait for a (pending)" in site.publish("--build").out  # it was not built before that
+    assert "held" not in site.publish("--build").out
+    assert (site.current("a"), site.current("b").system) == (before["a"], f"{site.top}/system-2")
 
 
 def test_what_is_only_built_is_not_cut_into_parts(site: Site, toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:

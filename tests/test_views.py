@@ -261,3 +261,11 @@ def test_diff_compares_what_runs_with_what_was_built(tmp_path: Path) -> None:
         refused = diff(running, built)
         assert refused.returncode == 1 and words in refused.stderr, refused.stderr
     assert json.loads((logs / "status.json").read_text())["host"] == "t470"
+    (tmp_path / "chroot/.store").mkdir(exist_ok=True)
+    for published, changes in ((paths[0], True), (None, True), (paths[1], False)):
+        bento.note_built(tmp_path / "chroot", "t470", "b" * 64, paths[1])
+        changed = diff(paths[0], published)
+        assert (f"{paths[0]} -> {paths[1]}, which is not published\n" in changed.stdout) == changes
+    late = CURRENT._replace(published="2099-01-01T00:00:00Z", system=paths[0])
+    (tmp_path / "chroot/t470/current.json").write_bytes(client.encode(late))
+    assert say_bento(tmp_path, "diff").stdout.startswith("t470: no difference")  # it was signed elsewhere since
