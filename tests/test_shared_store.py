@@ -153,7 +153,7 @@ def test_what_is_built_may_change_its_lock(
         assert (site.tree(name) / "flake.lock").read_text() == "{}\n"
     if "populate" in how:
         assert len(inodes(site, ".tar", "a", "b", "c")) == 1
-        assert {name for name in os.listdir(site.chroots / ".store") if name.startswith(".")} <= {".new", ".known"}
+        assert {name for name in os.listdir(site.chroots / ".store") if name.startswith(".")} <= {".new", ".known", ".built"}
 
 
 def test_a_loop_through_what_hosts_share(site: Site) -> None:
