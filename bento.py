@@ -3286,8 +3286,9 @@ def link(source: str, target: str) -> None:
     os.utime(target, (1, 1))
     if full:
         aside = f"{os.path.dirname(source)}/.{os.urandom(6).hex()}"
-        os.link(target, aside)
-        os.rename(aside, source)
+        with suppress(OSError):
+            os.link(target, aside)
+            os.rename(aside, source)
 
 
 def cut_release(staged: Path, members: Sequence[Member], large: Mapping[str, Part]) -> tuple[Part, ...]:
@@ -4468,7 +4469,8 @@ def vouch_for_closure(system: str, oath: Oath) -> None:
     limit_s = BUILD_LIMIT_S
     nix = ["nix", "--extra-experimental-features", "nix-command"]
     client.run([*nix, "store", "sign", "--recursive", "--key-file", str(secret), system], timeout=limit_s)
-    client.run([*nix, "copy", "--to", server, system], timeout=limit_s)
+    # Whom the server trusts is no matter: it is a shelf. The hosts look at the signatures.
+    client.run([*nix, "copy", "--no-check-sigs", "--to", server, system], timeout=limit_s)
     # What the server had already has no signature of ours yet.
     client.run(
         [*nix, "store", "copy-sigs", "--recursive", "--store", server, "--substituter", "auto", system], timeout=limit_s

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sshd import end_sshd, free_port, start_sshd
 from test_modules import HOST_MODULE, MINIMAL, evaluate_host
 from toylab import HOST, Lab
 from toynixos import TOY, need_nix, write_config
@@ -230,6 +231,55 @@ def test_the_host_has_to_trust_the_signers_key(signed: Site, capsys: pytest.Capt
     signed.bento("sign", "--key", signed.lab.file("alice"), "--build", code=1)
     assert 'would not trust this key: services.bento.cacheKey = "bento-' in capsys.readouterr().err
     assert secret.stat().st_mode & 0o777 == 0o600 and secret.read_text().startswith("bento-")
+
+
+SSHD = """\
+Port {port}
+ListenAddress 127.0.0.1
+HostKey {top}/host
+AuthorizedKeysFile {top}/id.pub
+StrictModes no
+PermitRootLogin yes
+UsePAM no
+PidFile none
+ForceCommand env NIX_REMOTE=local?root={top}/store NIX_CONF_DIR={top}/conf {daemon} --stdio
+"""
+
+
+@pytest.fixture
+def server_store(site: Site, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A real sshd on this machine, with another Nix store behind it; how one names that here."""
+    top, port = Path(site.lab.file("server-store")), free_port()
+    (top / "conf").mkdir(parents=True)
+    (top / "conf/nix.conf").write_text("build-users-group =\nsubstitute = false\n")
+    for name in ("host", "id"):
+        site.nix("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(top / name))
+    (top / "config").write_text(SSHD.format(port=port, top=top, daemon=shutil.which("nix-daemon")))
+    ways = f"-p {port} -i {top}/id -o StrictHostKeyChecking=no -o UserKnownHostsFile={top}/known"
+    monkeypatch.setenv("NIX_SSHOPTS", ways)
+    process = start_sshd(top, "127.0.0.1", port)
+    yield f"local?root={top}/store"
+    end_sshd(process)
+    subprocess.run(["chmod", "-R", "u+w", top], check=True)
+
+
+def test_what_is_signed_is_brought_to_a_real_server(site: Site, server_store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Over ssh-ng, by two signers, one after the other: what the server has already gets the second one's signature, too."""
+    lab, names = site.lab, ("alice", "bob")
+    for name in names:
+        site.nix("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", lab.file(name))
+        site.nix("nix-store", "--generate-binary-cache-key", name, f"{lab.file(name)}.nix", f"{lab.file(name)}.nix.pub")
+    lab.settings["cache_key"] = " ".join(Path(f"{lab.file(name)}.nix.pub").read_text() for name in names)
+    lab.settings["server"] = ["127.0.0.1"]
+    site.write("v1")
+    for number, name in enumerate(names, 1):
+        (Path(lab.file("fleet")) / "hosts/signed").unlink(missing_ok=True)
+        site.bento("sign", "--key", lab.file(name), "--build")
+        site.bento("populate")
+        system = site.current["system"]
+        (told,) = json.loads(site.nix("nix", "path-info", "--json", "--store", server_store, system))
+        assert [signature.partition(":")[0] for signature in sorted(told["signatures"])] == list(names[:number])
+    site.delete()
 
 
 # --- the server ---
