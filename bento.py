@@ -1844,6 +1844,12 @@ def flake_inputs(text: str) -> list[str]:
 # --- states of hosts ---
 
 
+def knows(report: Report | None, since: tuple[int, int]) -> bool:
+    """Whether a host's client is at least of that version."""
+    found = re.match(r"(\d+)\.(\d+)", report.client) if report else None
+    return found is not None and (int(found[1]), int(found[2])) >= since
+
+
 def judge(
     current: Current | None, report: Report | None, seen_s: float | None, now_s: float, offline_after_s: float
 ) -> tuple[str, bool, bool, bool]:
@@ -1867,7 +1873,9 @@ def judge(
     elif last.result == Result.OK:
         waits = report.needs_reboot or report.waiting_for_boot == current.release
         state = "up-to-date" if report.release == current.release else "waiting" if waits else "pending"
-        expected = current.system or last.system
+        # A client before 1.2 builds a flake that does not see its commit.
+        same = current.commit is None or knows(report, client.PIN_SINCE)
+        expected = (current.system if same else None) or last.system
         drift = expected is not None and report.system != expected and not report.needs_reboot
     else:
         state = "rolled-back" if last.result == Result.ROLLED_BACK else "failing"
@@ -3717,13 +3725,13 @@ def log_directory() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "bento"
 
 
-def rebuild(action: str, tree: Path, name: str, limit_s: float) -> str | None:
+def rebuild(action: str, tree: Path, name: str, limit_s: float, commit: str | None = None) -> str | None:
     """Builds (or evaluates) a release as the host will, in a tree that nobody else needs. The system after a build."""
     # What a build says may be nobody else's business.
     log_directory().mkdir(mode=0o750, parents=True, exist_ok=True)
     os.chmod(log_directory(), 0o750)
     client.remove(log_directory() / f"{name}.log")
-    argv = client.rebuild_argv(action, tree, client.read_recipe(tree, name))
+    argv = client.rebuild_argv(action, tree, client.read_recipe(tree, name), commit)
     run_logged(f"nixos-rebuild {action}", argv, name, limit_s, tree.parent)
     return os.path.realpath(tree.parent / "result") if action == "build" else None
 
@@ -3889,7 +3897,9 @@ def examine(work: Work, name: str) -> Job:
     if (kept := work.instead.get(name)) is not None:
         before = read_published(fleet.chroot(name), name)
         same = before is not None and before.release == kept.release and is_whole(fleet.chroot(name), before)
-        return Job(name, Release(kept.release, kept.size, ""), owner, before, same, kept.revision, None, kept)
+        return Job(
+            name, Release(kept.release, kept.size, ""), owner, before, same, kept.revision, None, kept, kept.commit
+        )
     chroot, known = fleet.chroot(name), fleet.source.recall(name)
     if known is not None and plan.publish:
         with suppress(BentoError, OSError):
@@ -3932,7 +3942,7 @@ def is_published(work: Work, release: Release, before: Current) -> bool:
 
 def unchanged_job(owner: tuple[int, int] | None, before: Current, signature: Signature | None) -> Job:
     release = Release(before.release, before.size, "")
-    return Job(before.host, release, owner, before, True, before.revision, signature)
+    return Job(before.host, release, owner, before, True, before.revision, signature, commit=before.commit)
 
 
 def check_direction(work: Work, name: str, release: Release, before: Current | None) -> None:
@@ -3972,12 +3982,6 @@ def examine_signature(work: Work, name: str, release: Release, before: Current |
         raise
 
 
-def knows(report: Report | None, since: tuple[int, int]) -> bool:
-    """Whether a host's client is at least of that version."""
-    found = re.match(r"(\d+)\.(\d+)", report.client) if report else None
-    return found is not None and (int(found[1]), int(found[2])) >= since
-
-
 def check_client(chroot: Path, name: str, recipe: Recipe) -> None:
     """BentoError for a host that would not heed a bento.json. One that has never reported gets its client with its first
     release."""
@@ -4014,7 +4018,8 @@ def build_one(work: Work, name: str) -> Built | Exception:
         work.progress.set(name, "building" if work.plan.action == "build" else "checking")
         if work.plan.jobs == 1:
             work.progress.draw()
-        system = rebuild(work.plan.action, directory / "config", name, work.plan.limit_s)
+        commit = job.signature.leaf.commit if job.signature is not None else job.commit
+        system = rebuild(work.plan.action, directory / "config", name, work.plan.limit_s, commit)
         if system is not None:
             keep_from_collection(name, system)
             if work.plan.after:  # its last word is the system: no shell reads either
@@ -4379,7 +4384,7 @@ def make_leaf(fleet: Fleet, name: str, last: client.Leaf | None, oath: Oath) -> 
         with tempfile.TemporaryDirectory(prefix="bento-") as made:
             tree = Path(made, "config")
             unpack_release(fleet.source, members, tree)
-            system = rebuild("build", tree, name, BUILD_LIMIT_S)
+            system = rebuild("build", tree, name, BUILD_LIMIT_S, last.commit)
         vouch_for_closure(str(system), oath)
     return client.format_leaf(last._replace(system=system, again=again, unsign=unsign))
 
@@ -4779,13 +4784,8 @@ def survey(work: Work, waves: Sequence[Wave], good: set[str], memory: Rollout, n
             if name in good:
                 job = examine(work, name)
                 job = job if job.unchanged or work.plan.dry_run else work.add(job)
-                release, commit = (
-                    job.release,
-                    job.commit or (job.before.commit if job.unchanged and job.before else None),
-                )
-                current = Current(
-                    name, release.id, release.size, format_time(now_s), None, (), job.revision, None, commit
-                )
+                release, made = job.release, format_time(now_s)
+                current = Current(name, release.id, release.size, made, None, (), job.revision, None, job.commit)
                 work.decided[name] = with_signature(current, job.signature)
         except Exception as error:
             work.fail(name, error)

@@ -3573,22 +3573,27 @@ def is_flake(tree: Path, recipe: Recipe) -> bool:
     return not recipe.file and (tree / recipe.directory / "flake.nix").exists()
 
 
-def flake_url(tree: Path, directory: str) -> str:
+def flake_url(tree: Path, directory: str, commit: str | None = None) -> str:
     """A flake's address for Nix. With `?dir=` it may read what lies beside its directory, as it may in its owner's
-    repository; Nix before 2.24, and Lix, have no such thing for a path."""
-    if not directory:
-        return f"path:{tree}"
-    said = run(["nix", "--version"], check=False, timeout=60).output
-    found = re.search(r"\(Nix\) (\d+)\.(\d+)", said)
-    whole = found is not None and (int(found[1]), int(found[2])) >= (2, 24)
-    return f"path:{tree}?dir={directory}" if whole else f"path:{tree}/{directory}"
+    repository; Nix before 2.24, and Lix, have no such thing for a path. With `?rev=` it sees its commit; lastModified is that
+    of the files, which is the same everywhere, and which some versions of Nix insist on. A path has no SHA-256 commits."""
+    words = [f"rev={commit}"] if commit is not None and len(commit) == 40 else []
+    if directory:
+        said = run(["nix", "--version"], check=False, timeout=60).output
+        found = re.search(r"\(Nix\) (\d+)\.(\d+)", said)
+        whole = found is not None and (int(found[1]), int(found[2])) >= (2, 24)
+        words = [f"dir={directory}", *words] if whole else words
+        tree = tree if whole else tree / directory
+    return f"path:{tree}?{'&'.join(words)}".rstrip("?")
 
 
-def rebuild_argv(action: str, tree: Path, recipe: Recipe) -> list[str]:
+def rebuild_argv(action: str, tree: Path, recipe: Recipe, commit: str | None = None) -> list[str]:
     """nixos-rebuild's command line, on both sides."""
     if is_flake(tree, recipe):
-        where = flake_url(tree, recipe.directory)
-        return ["nixos-rebuild", action, "--flake", f"{where}#{recipe.attribute}", *recipe.options]
+        where = flake_url(tree, recipe.directory, commit)
+        # Nix's cache of what it has evaluated takes the same files of another commit for the same.
+        fresh = ["--option", "eval-cache", "false"] if "rev=" in where else []
+        return ["nixos-rebuild", action, "--flake", f"{where}#{recipe.attribute}", *fresh, *recipe.options]
     if recipe.file:
         file = tree / recipe.directory / recipe.file
         return [
@@ -3598,11 +3603,11 @@ def rebuild_argv(action: str, tree: Path, recipe: Recipe) -> list[str]:
     return ["nixos-rebuild", action, "--no-flake", "-I", f"nixos-config={entry}", *recipe.options]
 
 
-def build_argv(settings: Settings, config: Path) -> list[str]:
+def build_argv(settings: Settings, config: Path, commit: str | None = None) -> list[str]:
     recipe = read_recipe(config, settings.host)
     channels = not recipe.file and not is_flake(config, recipe)
     upgrade = channels and (settings.upgrade_channels or settings.rebuild_every)
-    return [*rebuild_argv("build", config, recipe), *(["--upgrade"] if upgrade else [])]
+    return [*rebuild_argv("build", config, recipe, commit), *(["--upgrade"] if upgrade else [])]
 
 
 @contextmanager
@@ -3651,15 +3656,15 @@ def make_result(settings: Settings, log: Log, argv: Sequence[str], find: Callabl
     return new
 
 
-def build(settings: Settings, log: Log, *, signed: bool = False) -> str:
-    """Builds config/ and returns the new system's store path. The running system is not touched."""
+def build(settings: Settings, log: Log, commit: str | None, *, signed: bool = False) -> str:
+    """Builds config/, which that commit made, and returns the new system's store path. The running system is not touched."""
     config = settings.state / "config"
     check_options(
         read_recipe(config, settings.host),
         settings.allow_options,
         "services.bento.allowOptions, in a release without it,",
     )
-    argv = build_argv(settings, config)
+    argv = build_argv(settings, config, commit)
     if signed and "--flake" in argv:
         argv.append("--no-update-lock-file")  # an input that nobody locked is one that nobody signed
     with unchanged_lock(config / read_recipe(config, settings.host).directory):
@@ -4356,7 +4361,7 @@ def obtain(machine: Machine, pending: Pending, current: Current) -> Outcome | Pe
         result = Result.BUILD_FAILED
         with best_effort(machine.log):  # the download may have taken its time
             arm(machine, pending.token, "build", settings.build_timeout + WATCHDOG_MARGIN_S)
-        return pending._replace(new=build(settings, machine.log, signed=current.signer is not None))
+        return pending._replace(new=build(settings, machine.log, current.commit, signed=current.signer is not None))
     except Unreachable:
         raise
     except (BentoError, OSError) as error:

@@ -226,7 +226,7 @@ def build_as_the_host(site: Site, name: str, work: Path) -> str:
     work.mkdir()
     client.unpack(site.tar(name), work / "config")
     settings = client.Settings(server=("s",), host=name, state_dir=str(work))
-    done = subprocess.run(client.build_argv(settings, work / "config"), cwd=work, capture_output=True, text=True)
+    done = subprocess.run(client.build_argv(settings, work / "config", site.current(name).commit), cwd=work, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return os.path.realpath(work / "result")
 

@@ -68,7 +68,7 @@ def test_the_host_does_not_take_the_servers_word_for_it(tmp_path: Path) -> None:
     (tmp_path / "config/bento.json").write_text('{"format": 1, "options": ["--accept-flake-config"]}')
     settings = client.Settings(server=("s",), host="a", state_dir=str(tmp_path))
     with pytest.raises(BentoError, match=r"services\.bento\.allowOptions, in a release without it, has to allow each word"):
-        client.build(settings, client.Log(tmp_path / "log"))
+        client.build(settings, client.Log(tmp_path / "log"), None)
 
 
 @pytest.mark.parametrize(

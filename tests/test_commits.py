@@ -6,10 +6,23 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from fleet import CONFIGURATION, Site, commit, git, names, share
+from fleet import (
+    CONFIGURATION,
+    NOW_S,
+    Site,
+    build_as_the_host,
+    commit,
+    git,
+    last_data,
+    names,
+    report_data,
+    share,
+    write_program,
+)
 from test_signed import make_keys
 
 import bento
+import bento_client as client
 
 
 def head(where: Path, name: str = "HEAD") -> str:
@@ -290,3 +303,46 @@ def test_a_merge_is_not_tried(site: Site, how: str) -> None:
     assert ran.errors == [f"bento: error: {words}"] and not (site.chroots / "a/current.json").exists()
     site.publish("a")
     assert (site.tree() / "x").read_text() in ("1\n", "2\n")
+
+
+REV = 'derivation { name = "nixos-system-x"; system = "x86_64-linux"; builder = "/bin/sh"; args = [ "-c" "echo ${self.rev or "none"} > $out" ]; }'
+
+
+@pytest.mark.parametrize("directory", ["", "nix/"])
+def test_a_flake_sees_its_commit(directory: str, real_nix: None, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same on the server and on the host, locked or not; so a commit that changes nothing else is another system there."""
+    site.host("a", {
+        "bento.json": json.dumps({"format": 1, "directory": directory}), "README": "x",
+        f"{directory}flake.nix": f"{{ outputs = {{ self }}: {{ nixosConfigurations.a.config.system.build.toplevel = {REV}; }}; }}\n",
+    })  # fmt: skip
+    write_program(
+        site.top / "bin/nixos-rebuild",
+        'exec nix --extra-experimental-features "nix-command flakes" build --option sandbox false --option build-users-group ""'
+        ' --option substitute false --out-link result "${3%%#*}#nixosConfigurations.a.config.system.build.toplevel" $4 $5 $6\n',
+    )
+    monkeypatch.setenv("PATH", f"{site.top}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("HOME", str(site.top))
+    commit(site.fleet)
+    site.publish("--build")
+    before = site.current()
+    assert Path(before.system or "").read_text() == f"{head(site.fleet)}\n"
+    assert build_as_the_host(site, "a", site.top / "work") == before.system
+    site.host("a", {"README": "a typo\n"})
+    commit(site.fleet, "typo")
+    site.publish("--build")
+    assert Path(site.current().system or "").read_text() == f"{head(site.fleet)}\n"
+    site.host("a", {"README": "none\n"})
+    commit(site.fleet, "none")
+    site.publish()
+    assert site.run("build").code == 0
+    assert Path(site.current().system or "").read_text() == f"{head(site.fleet)}\n"
+
+
+def test_an_older_client_is_no_drift_for_a_commit(site: Site) -> None:
+    """It builds the same flake without it."""
+    current = client.Current("a", "a" * 64, 1, "2026-01-01T00:00:00Z", "/nix/store/x", commit="c" * 40)
+    last = last_data("a" * 64, system="/nix/store/y")
+    for version, made, drifts in (("1.1", "c" * 40, False), ("1.2", "c" * 40, True), ("1.1", None, True)):
+        data = report_data(client=version, release="a" * 64, system="/nix/store/y", last=last)
+        report = client.parse_report(json.dumps(data).encode(), "")
+        assert bento.judge(current._replace(commit=made), report, NOW_S, NOW_S, 60)[3] == drifts
