@@ -164,7 +164,7 @@ KEY_TYPES = {
 
 
 class Node(NamedTuple):
-    """What a commit has under a name: `mode` and `oid` as Git says them, and the size of a file."""
+    """What a commit has under a name: `mode` and `oid` as Git says them, and the size of a file; below 0 where it is lost."""
 
     mode: str
     oid: str
@@ -1118,7 +1118,8 @@ class Repository:
         for item in self.git.run("ls-tree", "-r", "-t", "-z", "-l", "--full-tree", tree).split(b"\0")[:-1]:
             head, _, raw = item.partition(b"\t")
             mode, _, oid, size = head.decode().split()
-            yield raw.decode("utf-8", "surrogateescape"), Node(mode, oid, 0 if size == "-" else int(size))
+            number = int(size) if size.isdigit() else -1 if size == "BAD" else 0
+            yield raw.decode("utf-8", "surrogateescape"), Node(mode, oid, number)
 
     @functools.cached_property
     def nodes(self) -> dict[str, Node]:
@@ -1132,6 +1133,8 @@ class Repository:
                 name = f"{inner}/{name}"
             if path in found or "/" in name or name in ("", ".", "..") or name.lower() == ".git":
                 self.bad[path] = "a name that no file can have"
+            if node.size < 0:
+                self.bad[path] = f"object {node.oid[:12]} is not here: 'git fetch' it, or 'git fsck' the repository"
             found[path] = node
             self.names[above].append(name)
             if node.mode == DIRECTORY:

@@ -346,3 +346,16 @@ def test_an_older_client_is_no_drift_for_a_commit(site: Site) -> None:
         data = report_data(client=version, release="a" * 64, system="/nix/store/y", last=last)
         report = client.parse_report(json.dumps(data).encode(), "")
         assert bento.judge(current._replace(commit=made), report, NOW_S, NOW_S, 60)[3] == drifts
+
+
+def test_an_object_that_is_lost(site: Site) -> None:
+    """Of a damaged repository, or a partial clone."""
+    site.host("a", CONFIGURATION | {"x": "lost\n"})
+    site.host("b")
+    commit(site.fleet)
+    lost = git(site.fleet, "rev-parse", "HEAD:hosts/a/x").strip()
+    (site.fleet / ".git/objects" / lost[:2] / lost[2:]).unlink()
+    ran = site.run("populate")
+    words = f"object {lost[:12]} is not here: 'git fetch' it, or 'git fsck' the repository"
+    assert (ran.code, ran.errors) == (1, [f"bento: error: a: hosts/a/x: {words}"])
+    assert (site.chroots / "b/current.json").exists()
