@@ -1115,11 +1115,11 @@ class Repository:
         return path
 
     def list_tree(self, tree: str) -> Iterator[tuple[str, Node]]:
-        for item in self.git.run("ls-tree", "-r", "-t", "-z", "-l", "--full-tree", tree).split(b"\0")[:-1]:
-            head, _, raw = item.partition(b"\t")
-            mode, _, oid, size = head.decode().split()
-            number = int(size) if size.isdigit() else -1 if size == "BAD" else 0
-            yield raw.decode("utf-8", "surrogateescape"), Node(mode, oid, number)
+        said = self.git.run("ls-tree", "-r", "-t", "-z", "-l", "--full-tree", tree).decode("utf-8", "surrogateescape")
+        for item in said.split("\0")[:-1]:
+            head, _, path = item.partition("\t")
+            mode, _, oid, size = head.split()
+            yield path, Node(mode, oid, int(size) if size.isdigit() else -1 if size == "BAD" else 0)
 
     @functools.cached_property
     def nodes(self) -> dict[str, Node]:
@@ -1505,7 +1505,7 @@ class Source:
         self.used.add(repository.root)
         for name in repository.names.get(where, ()):
             place = path = f"{directory}/{name}"
-            inner = f"{where}/{name}".lstrip("/")
+            inner, there = f"{where}/{name}" if where else name, repository
             if inner in repository.bad:
                 raise BentoError(f"{self.show(place)}: {repository.bad[inner]}")
             node: Node | None = repository.nodes[inner]
@@ -1517,15 +1517,16 @@ class Source:
                 if node is None or (directory == self.real_hosts and node.mode == DIRECTORY):
                     continue
                 self.seen.add(path)
-            if directory == self.real_hosts and OURS.fullmatch(name) and node.mode != DIRECTORY:
-                continue  # what a fleet says of its hosts is not part of what they are
-            self.check_name(name, place)
-            if len(members) >= MAX_MEMBERS:
-                raise BentoError(f"{self.show(place)}: with it, the release has more than {MAX_MEMBERS} files")
-            if node.mode not in (DIRECTORY, SUBMODULE):
                 there, rel = self.repository(path) or (repository, "")
                 if rel in there.bad:
                     raise BentoError(f"{self.show(place)}: {there.bad[rel]}")
+            if directory == self.real_hosts and OURS.fullmatch(name) and node.mode != DIRECTORY:
+                continue  # what a fleet says of its hosts is not part of what they are
+            if not name.isascii():
+                self.check_name(name, place)
+            if len(members) >= MAX_MEMBERS:
+                raise BentoError(f"{self.show(place)}: with it, the release has more than {MAX_MEMBERS} files")
+            if node.mode not in (DIRECTORY, SUBMODULE):
                 members.append(Member(f"{prefix}{name}", path, False, node.mode == "100755", node.size, node, there))
                 continue
             members.append(Member(f"{prefix}{name}", path, True))
