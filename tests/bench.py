@@ -4,7 +4,7 @@
     python3 tests/bench.py [--quick | --full] [--only SECTION] [--svg FILE]
 
 Every row is a ratio of medians on this machine, now: there is no absolute promise in it, and nothing is asserted. Needs
-rsync, sftp and sftp-server; the sections `line` and `load` need root and sshd, for chroots, and for accounts in an /etc
+Git, rsync, sftp and sftp-server; the sections `line` and `load` need root and sshd, for chroots, and for accounts in an /etc
 that only the bench can see; `pam` needs what the lab in tests/lab does, and boots a machine there. All network traffic
 stays on 127.0.0.1 and in that lab. Takes about six minutes on two cores; --quick less than two, with everything scaled
 down; --full goes to 10,000 hosts, and takes twenty minutes and 5 GB of disk. What else the machine does shows in the
@@ -89,6 +89,8 @@ class Scale:
     large_file: int = 50 * MB
     heavy: int = 300 * MB
     shared: int = 200 * MB
+    flake_files: int = 50_000
+    flake_hosts: int = 100
     load_s: float = 20
     burst: int = 300
     stock_steady: bool = False  # the steady load with sshd's own MaxStartups, too
@@ -848,6 +850,49 @@ def bench_shared(bench: Bench) -> None:
     bench.show(Row(f"{what}, room", f"{room:.0f} MB", "one such host", f"{other:.0f} MB", f"{room / other:.3g}", "≤ 1.1", good))
 
 
+def make_flake(top: Path, hosts: int, files: int) -> Site:
+    """Hosts that are links to one flake of many small files, in Git."""
+    fleet = top / "fleet"
+    (fleet / "hosts").mkdir(parents=True)
+    for number in range(100):
+        write_small_files(fleet / f"all/modules/{number}", files // 100)
+    (fleet / "all/flake.nix").write_text("{ }\n")
+    for number in range(hosts):
+        (fleet / f"hosts/h{number:03}").symlink_to("../all")
+    call("git", "-C", fleet, "init", "-q")
+    commit_all(fleet)
+    return Site(fleet, top / "chroot", hosts)
+
+
+def commit_all(fleet: Path) -> None:
+    git: Argv = ["git", "-C", fleet, "-c", "user.name=bench", "-c", "user.email=bench@example.org", "-c", "gc.auto=0"]
+    call(*git, "add", "-A")
+    call(*git, "commit", "-q", "-m", "a change")
+
+
+def bench_git(bench: Bench) -> None:
+    """What hosts cost that share a flake with many files: its bytes are few, and names and files are what is to be seen."""
+    files, hosts, rounds = bench.scale.flake_files, bench.scale.flake_hosts, max(2, bench.scale.rounds)
+    say(f"making a flake of {files} files for {hosts} hosts, in Git")
+    one, many = (make_flake(bench.top / f"flake-{count}", count, files) for count in (1, hosts))
+
+    def change(site: Site) -> float:
+        with open(site.fleet / "all/flake.nix", "a") as file:
+            file.write("# a line\n")
+        commit_all(site.fleet)
+        os.sync()
+        return site.populate().elapsed_s
+
+    what = f"populate of {hosts} hosts, a flake of {files:,} files, Git"
+    hows = (("new", Site.populate_new, None), ("one line", change, 1.2), ("unchanged", Site.populate_same, None))
+    for how, action, at_most in hows:
+        say(f"{what}, {how}")
+        ours, theirs = alternate(rounds, partial(action, many), partial(action, one))
+        bench.compare(f"{what}, {how}", ours, "one such host", theirs, at_most, judged=not bench.scale.small)
+    names = sum(len(directories) + len(found) for top, directories, found in os.walk(many.chroot) if "/.store" not in top)
+    bench.limit("the same, names on disk a host", names / hosts, "{:.1f}", 10)
+
+
 def bench_growth(bench: Bench) -> None:
     """How cost grows with hosts and files."""
     sites = [bench.site(hosts) for hosts in bench.scale.sizes]
@@ -900,7 +945,7 @@ def time_update(bench: Bench, files: int) -> float:
 
 def write_small_files(directory: Path, files: int) -> None:
     """A configuration of so many files, 1.2 kB each."""
-    dice = random.Random(files)
+    dice = random.Random(f"{directory.name} {files}")
     directory.mkdir(parents=True, exist_ok=True)
     for number in range(files - 1):
         (directory / f"part-{number:04}.nix").write_text(dice.randbytes(600).hex())
@@ -1524,6 +1569,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "poll": bench_poll,
     "populate": bench_populate,
     "shared": bench_shared,
+    "git": bench_git,
     "status": bench_status,
     "sign": bench_sign,
     "growth": bench_growth,
@@ -1549,7 +1595,8 @@ def make_scale(options: argparse.Namespace) -> Scale:
         return replace(found, file_sizes=(10, 100, 1000, 10_000), stock_steady=True)
     if options.quick:
         return replace(
-            found, delay_s=0.02, files=20, file_sizes=(10, 100), large_file=2 * MB, heavy=60 * MB, shared=20 * MB, small=True
+            found, delay_s=0.02, files=20, file_sizes=(10, 100), large_file=2 * MB, heavy=60 * MB, shared=20 * MB,
+            flake_files=2000, flake_hosts=20, small=True,
         )  # fmt: skip
     return found
 
@@ -1600,7 +1647,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.svg is not None and "growth" not in names:
         parser.error("--svg needs the section 'growth'")
     os.environ["PATH"] += ":/usr/sbin:/sbin"
-    for program in ("rsync", "sftp", "ssh-keygen"):
+    for program in ("git", "rsync", "sftp", "ssh-keygen"):
         if shutil.which(program) is None:
             print(f"bench: error: {program} is missing: install it", file=sys.stderr)
             return 1

@@ -18,6 +18,7 @@ ROWS = {
     "start": ["bento_client.py --version, CPU", "bento.py --version, CPU"],
     "poll": ["a poll with nothing new, loopback, CPU"],
     "populate": ["populate, everything new, durable", "populate, nothing changed"],
+    "git": ["hosts, a flake of 2,000 files, Git, one line", "names on disk a host"],
     "status": ["status --json"],
     "sign": ["sign, ", "verify, one host of"],
     "growth": ["populate, peak memory, 5 hosts", "the same at 5 hosts"],
