@@ -26,6 +26,7 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
 import argparse
 import base64
 import binascii
+import bisect
 import errno
 import fcntl
 import fnmatch
@@ -1764,15 +1765,22 @@ def read_release(
     return release, recipe
 
 
+def find_member(members: Sequence[Member], name: str) -> Member | None:
+    """A file of a release. They are sorted: of fifty thousand that a hundred hosts share, nobody looks at all."""
+    at = bisect.bisect_left(members, name, key=lambda member: member.name)
+    found = members[at] if at < len(members) else None
+    return found if found is not None and found.name == name and not found.is_directory else None
+
+
 def find_recipe(fleet: Fleet, members: Sequence[Member], name: str) -> Recipe:
     """How a release is built for a host. BentoError when there is nothing to build."""
-    raw = next((member.bytes() for member in members if member.name == "bento.json" and member.node), None)
-    recipe = Recipe(name) if raw is None else client.parse_recipe(raw, f"hosts/{name}/bento.json", name)
+    own = find_member(members, "bento.json")
+    recipe = Recipe(name) if own is None else client.parse_recipe(own.bytes(), f"hosts/{name}/bento.json", name)
     allowed = shlex.split(os.environ.get("BENTO_ALLOW_OPTIONS", ""))
     client.check_options(recipe, allowed, "services.bento-server.allowOptions (BENTO_ALLOW_OPTIONS)")
     files = (recipe.file,) if recipe.file else ("flake.nix", "configuration.nix")
     entries = [f"{recipe.directory}/{file}".lstrip("/") for file in files]
-    if any(member.name in entries and not member.is_directory for member in members):
+    if any(find_member(members, entry) for entry in entries):
         return recipe
     for entry in entries:
         if os.path.isfile(f"{fleet.source.top(name)}/{entry}") and not fleet.source.enter(fleet.source.top(name)).plain:
@@ -1784,16 +1792,13 @@ def find_recipe(fleet: Fleet, members: Sequence[Member], name: str) -> Recipe:
 
 def local_inputs(members: Sequence[Member], recipe: Recipe) -> list[str]:
     """The inputs of a locked flake that are files of this machine. What cannot be read, Nix will complain of."""
-    name = f"{recipe.directory}/flake.lock".lstrip("/")
-    found = []
-    for member in members:
-        if member.name == name and member.node:
-            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                for node, value in json.loads(member.bytes())["nodes"].items():
-                    locked = value.get("locked", {})
-                    place = str(locked.get("path") if locked.get("type") == "path" else locked.get("url"))
-                    if place.startswith(("/", "file:")) and not place.startswith("file:/dev/"):
-                        found.append(f"{node} ({place})")
+    lock, found = find_member(members, f"{recipe.directory}/flake.lock".lstrip("/")), []
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        for node, value in (json.loads(lock.bytes())["nodes"] if lock is not None else {}).items():
+            locked = value.get("locked", {})
+            place = str(locked.get("path") if locked.get("type") == "path" else locked.get("url"))
+            if place.startswith(("/", "file:")) and not place.startswith("file:/dev/"):
+                found.append(f"{node} ({place})")
     return found
 
 
@@ -1803,9 +1808,8 @@ NIX_TOKEN = re.compile(r"""#[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"|''.*?''|[A-Za-z_]
 def unlocked_inputs(members: Sequence[Member], recipe: Recipe) -> list[str]:
     """The inputs of a flake that its flake.lock lacks: which they are would be found out anew by each host."""
     files = {}
-    for member in members:
-        directory, _, name = member.name.rpartition("/")
-        if directory == recipe.directory and name in ("flake.nix", "flake.lock") and member.node:
+    for name in ("flake.nix", "flake.lock"):
+        if (member := find_member(members, f"{recipe.directory}/{name}".lstrip("/"))) is not None:
             files[name] = member.bytes()
     if recipe.file or "flake.nix" not in files:
         return []
@@ -4608,7 +4612,7 @@ def update_host(fleet: Fleet, host: str, name: str | None, work: Path, done: dic
     recipe = find_recipe(fleet, members, host)
     directory = os.path.join(fleet.source.top(host), recipe.directory).rstrip("/")
     entry = f"{recipe.directory}/flake.nix".lstrip("/")
-    if directory in done or not any(member.name == entry for member in members):
+    if directory in done or find_member(members, entry) is None:
         return ""
     tree = work / "config" / recipe.directory
     unpack_release(fleet.source, members, work / "config")
