@@ -815,6 +815,52 @@ def bench_populate(bench: Bench) -> None:
     bench.compare(what, same, "rsync and diff, a host at a time", [shell], 1 / 40, target="≤ 1/40")
 
 
+def git(where: Path, *words: str) -> None:
+    call("git", "-C", where, "-c", "user.name=bench", "-c", "user.email=bench@localhost", "-c", "gc.auto=0", *words)
+
+
+def make_commit(top: Path, hosts: int, files: int) -> Site:
+    """A fleet that is committed, as a person's is: of each host so many files."""
+    for number in range(hosts):
+        write_small_files(top / f"fleet/hosts/h{number:04}/modules", files - 1)
+        (top / f"fleet/hosts/h{number:04}/configuration.nix").write_text(f"# {number}\n")
+    git(top, "init", "-q", "fleet")
+    git(top / "fleet", "add", "-A")
+    git(top / "fleet", "commit", "-q", "-m", "all")
+    return Site(top / "fleet", top / "chroot", hosts)
+
+
+def bench_commit(bench: Bench) -> None:
+    """What is published of a commit, in processor time but for what has to be on disk: nobody waits for a timer."""
+    small = bench.scale.small
+    compare_commit(bench, min(60, bench.scale.hosts), 40 if small else 400, 0.6, 0.7)
+    compare_commit(bench, 1, 1000 if small else 50_000, None, 1.2)
+    if not small and bench.scale.hosts >= 1000:
+        compare_commit(bench, 1000, 400, 0.15, None)
+
+
+def compare_commit(bench: Bench, hosts: int, files: int, same_limit: float | None, changed_limit: float | None) -> None:
+    what, hashing = f"{hosts} × {files} files", "find | xargs sha256sum, CPU"
+    say(f"making a commit of {hosts} hosts with {files} files each")
+    site = make_commit(bench.top / f"commit-{hosts}-{files}", hosts, files)
+    trees, copied = site.fleet / "hosts", site.fleet.parent / "copy"
+    copy: Argv = ["sh", "-c", 'cp -rL "$1" "$2" && sync', "sh", trees, copied]
+    find: Argv = ["sh", "-c", 'find -L "$1" -type f -print0 | xargs -0 sha256sum', "sh", trees]
+
+    def change() -> float:
+        with open(trees / "h0000/modules/part-0001.nix", "a") as file:
+            file.write("# a line\n")
+        git(site.fleet, "commit", "-q", "-a", "-m", "a line")
+        return site.populate().cpu_s
+
+    new, copies = alternate(1, site.populate_new, lambda: measure(copy).elapsed_s)
+    bench.compare(f"a commit, everything new, {what}", new, "cp -rL of the same trees, and sync", copies, 1.5)
+    same, hashed = alternate(3, lambda: site.populate().cpu_s, cpu_of(find))
+    bench.compare(f"the same commit, {what}, CPU", same, hashing, hashed, same_limit)
+    changed, hashed = alternate(3, change, cpu_of(find))
+    bench.compare(f"a commit, one file changed, {what}, CPU", changed, hashing, hashed, changed_limit)
+
+
 def make_shared(top: Path, hosts: int, size: int) -> Site:
     """Hosts that are links to one tree: 500 small files, and twenty large ones."""
     fleet = top / "fleet"
@@ -1568,6 +1614,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "start": bench_start,
     "poll": bench_poll,
     "populate": bench_populate,
+    "commit": bench_commit,
     "shared": bench_shared,
     "git": bench_git,
     "status": bench_status,

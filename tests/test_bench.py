@@ -19,6 +19,7 @@ ROWS = {
     "poll": ["a poll with nothing new, loopback, CPU"],
     "populate": ["populate, everything new, durable", "populate, nothing changed"],
     "git": ["hosts, a flake of 2,000 files, Git, one line", "names on disk a host"],
+    "commit": ["a commit, everything new, 5", "the same commit, 5", "one file changed, 1 ×"],
     "status": ["status --json"],
     "sign": ["sign, ", "verify, one host of"],
     "growth": ["populate, peak memory, 5 hosts", "the same at 5 hosts"],
