@@ -593,7 +593,10 @@ class Job(NamedTuple):
 
 # --- hosts and keys ---
 
-NO_HOST_NAME = "no host name: letters, digits, _ and -, at most 25, a letter or digit first"
+NO_HOST_NAME = (
+    "no host name: letters, digits, _ and -, at most 25, a letter or digit first: give it such a one here and as"
+    ' services.bento.host, and its own as "attribute" in bento.json'
+)
 
 
 def read_own(fleet: Fleet, name: str, limit: int = client.MAX_JSON_BYTES) -> bytes:
@@ -4342,14 +4345,12 @@ def command_sign(fleet: Fleet, wanted: Sequence[str], oath: Oath) -> int:
         content = text + make_signature(text, oath) + "".join(f"{leaf}\n" for leaf in leaves.values())
         with acting_as(fleet.ruler):
             client.write_atomic(fleet.directory / "hosts/signed", content.encode(), 0o644)
+        fleet.source.make_known(fleet.directory / "hosts/signed")
         changed = [name for name, leaf in leaves.items() if before is None or before.leaves.get(name) != leaf]
         print(format_signed(client.parse_signed(text, ""), leaves, changed))
     if behind:
-        warn(
-            [
-                f"{who_of(behind)}: signed as before, which is another release than HEAD gives: 'bento.py sign' for these, too"
-            ]
-        )
+        what = "signed as before, which is another release than HEAD gives: 'bento.py sign' for these, too"
+        warn([f"{who_of(behind)}: {what}"])
     return complain([*errors, *group_failures(failures)])
 
 

@@ -827,6 +827,7 @@ def make_commit(top: Path, hosts: int, files: int) -> Site:
     git(top, "init", "-q", "fleet")
     git(top / "fleet", "add", "-A")
     git(top / "fleet", "commit", "-q", "-m", "all")
+    git(top / "fleet", "repack", "-a", "-d", "-q")  # as a clone, or a repository of some age, is
     return Site(top / "fleet", top / "chroot", hosts)
 
 

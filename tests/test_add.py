@@ -67,7 +67,8 @@ def test_add_a_bad_name(name: str, site: Site) -> None:
     assert ran.code == 2
     assert ran.err == (
         f"bento: error: {client.one_line(name)}: no host name:"
-        " letters, digits, _ and -, at most 25, a letter or digit first\n"
+        " letters, digits, _ and -, at most 25, a letter or digit first: give it such a one here and as services.bento.host,"
+        ' and its own as "attribute" in bento.json\n'
     )
     assert list((site.fleet / "hosts").iterdir()) == []
 

@@ -359,3 +359,13 @@ def test_an_object_that_is_lost(site: Site) -> None:
     words = f"object {lost[:12]} is not here: 'git fetch' it, or 'git fsck' the repository"
     assert (ran.code, ran.errors) == (1, [f"bento: error: a: hosts/a/x: {words}"])
     assert (site.chroots / "b/current.json").exists()
+
+
+def test_what_is_signed_goes_with_the_next_commit(site: Site) -> None:
+    """As `add`'s files do, whatever .gitignore says."""
+    site.host("a")
+    (site.fleet / ".gitignore").write_text("signed\n")
+    commit(site.fleet)
+    assert site.run("sign", "--key", str(make_keys(site.top / "keys") / "alice")).code == 0
+    git(site.fleet, "commit", "-q", "-a", "-m", "signed")
+    assert git(site.fleet, "show", "HEAD:hosts/signed") == (site.fleet / "hosts/signed").read_text()

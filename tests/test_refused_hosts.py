@@ -148,7 +148,8 @@ def test_a_bad_host_name(name: str, site: Site) -> None:
     assert ran.code == 1
     assert ran.errors == [
         f"bento: error: hosts/{client.one_line(name)}: no host name:"
-        " letters, digits, _ and -, at most 25, a letter or digit first"
+        " letters, digits, _ and -, at most 25, a letter or digit first: give it such a one here and as services.bento.host,"
+        ' and its own as "attribute" in bento.json'
     ]
     check_chroot(site.chroots / "good")
     assert set(os.listdir(site.chroots)) == {".lock", ".store", "good"}
