@@ -1027,12 +1027,12 @@ def failed_units(output: str) -> list[str]:
 
 
 def switch_words(output: str) -> str:
-    """What stopped a switch, by name: a check, an activation script, units, else its last error."""
+    """What stopped a switch, by name: a check, an activation script, units, else its last error; else how far it came."""
     if checks := re.findall(r"Pre-switch check '(.+?)' failed", output):
         own = output.partition("Pre-switch check '")[0].strip().split("\n")[-1].strip()
         return one_line(f"pre-switch check refuses: {', '.join(map(repr, checks))}" + (f" ({own})" if own else ""))
-    said = (line.strip() for line in output.splitlines())
-    lines = [line for line in said if line and not re.fullmatch(OF_A_SWITCH, line)]
+    said = [line.strip() for line in output.splitlines() if line.strip()]
+    lines = [line for line in said if not re.fullmatch(OF_A_SWITCH, line)] or said[-1:]
     if SCRIPT_FAILED in lines:
         return find_cause("\n".join(lines[: lines.index(SCRIPT_FAILED)] or [SCRIPT_FAILED]))
     for number, line in enumerate(lines):
@@ -2897,13 +2897,13 @@ class Machine:
 
     def reboot(self, *, force: bool = False) -> None:
         """A boot, whatever kernel somebody has loaded for kexec, or tree laid out for a soft reboot. `force`: whatever inhibits
-        it, and where there is no bus."""
+        it, and where there is no bus: logind, which a `systemctl reboot` asks first, for 25 s a question, may not be there.
+        """
         boot = ["env", "SYSTEMCTL_SKIP_AUTO_KEXEC=1", "SYSTEMCTL_SKIP_AUTO_SOFT_REBOOT=1", "systemctl", "reboot"]
-        try:
+        start = ["systemctl", "start", "--no-block", "--job-mode=replace-irreversibly", "reboot.target"]
+        if not force:
             run(boot, timeout=60)
-        except BentoError:
-            if not force:
-                raise
+        elif run(start, check=False, timeout=60).code != 0:
             run([*boot, "--force"], timeout=60)
 
     def hang_up(self) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,10 @@ def test_a_way_back_that_loses_the_bus_is_a_reboot_at_once(site: tuple[Lab, Syst
     """dbus-daemon.service is the new system's: the old one's switch stops it."""
     lab, systemd = site
     lab.publish("v1", **units(1, "dbus-daemon.service"), cut_network=True)
+    began = time.monotonic()
     systemd.run("run", code=1)
     assert systemd.reboots() == 1 and journal(lab)
+    assert time.monotonic() - began < 50, "who is asked first, is not there"
     systemd.boot()
     systemd.run("run")
     assert is_back(lab, systemd) and result(lab)[0] == Result.ROLLED_BACK
@@ -122,6 +125,14 @@ def test_a_forward_switch_that_loses_the_bus_is_not_ok(tmp_path: Path) -> None:
     systemd.boot()
     settled(lab, systemd)
     assert result(lab)[0] == Result.INTERRUPTED
+
+
+def test_a_switch_that_waits_for_a_bus_it_stopped_says_what_it_did(tmp_path: Path) -> None:
+    """That of 2024. Its last words are all there is: no job is in systemd's queue."""
+    lab, systemd = create(tmp_path, **units(0, "dbus.service"))
+    lab.publish("v1", **units(1), stc="2024")
+    systemd.run("run", "--activation-timeout", "2", code=1)
+    assert "no end in time: stopping the following units: dbus.service, web.service" in lab.last().reason
 
 
 def test_what_is_down_after_the_way_back_is_named(site: tuple[Lab, Systemd]) -> None:

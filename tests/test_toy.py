@@ -179,15 +179,15 @@ def test_units(simulated: ToyMachine, tmp_path: Path) -> None:
         assert switch(simulated, build(simulated, **behaviour), "test", PATH=path)[0] == 0
         return [call for call in calls.read_text().splitlines() if not call.startswith("show ")]
 
-    keep = "[Service]\n# X-RestartIfChanged=false\n"
+    keep = "[Service]\nX-RestartIfChanged=false\n"
     units = {"bento.timer": "1", "bento-boot.timer": "1", "bento.service": keep + "1"}
     assert calls_of(units=units) == ["daemon-reload", "start bento-boot.timer bento.timer"]
     installed = simulated.root / "etc/systemd/system/bento.timer"
     assert installed.read_text() == "1"
     assert os.readlink(installed) == str(simulated.root / "etc/static/systemd/system/bento.timer")
     changed = units | {"bento.timer": "2", "bento.service": keep + "2"}
-    stopped = ["stop bento.timer", "daemon-reload", "start bento-boot.timer bento.timer"]
-    assert calls_of(units=changed) == stopped
+    again = ["daemon-reload", "restart bento.timer", "start bento-boot.timer bento.timer"]
+    assert calls_of(units=changed) == again
     assert installed.read_text() == "2"
     assert calls_of(units=units, no_timer=True) == ["stop bento-boot.timer bento.timer", "daemon-reload"]
     assert not installed.is_symlink()

@@ -172,6 +172,16 @@ def _(machine: ToyMachine) -> None:
     assert units_of(machine) == {"web.service"} and not (machine.root / "run/nixos/start-list").exists()
 
 
+@fact("stc's own units: X-RestartIfChanged stands in [Service], and says nothing elsewhere")
+def _(machine: ToyMachine) -> None:
+    texts = {"a.service": "[Unit]\nX-RestartIfChanged=false\n[Service]\nN={}\n", "b.service": "[Service]\nX-RestartIfChanged=false\nN={}\n"}
+    for number in (1, 2):
+        units = {name: text.format(number) for name, text in texts.items()}
+        code, said = switch(machine, build(machine, label=f"v{number}", units=units, starts=[*texts]), "test")
+        assert code == 0
+    assert "stopping the following units: a.service\n" in said
+
+
 @fact("what a broken switch leaves: logind or a session goes away, exit 11 or 1 with NEW, and nothing is started")
 def _(machine: ToyMachine) -> None:
     old, new = build(machine, **WEB), build(machine, **NEWER)
@@ -197,6 +207,20 @@ def _(machine: ToyMachine) -> None:
         assert (code, machine.current_label(), units_of(machine)) == (1, "v1", set())
         assert ("stopping the following units" in said) == begun
     assert "web.service" in (machine.root / "run/nixos/start-list").read_text()
+
+
+@fact("what a broken switch leaves: that of 2024 that stops the bus never ends, and logind does not answer afterwards")
+def _(machine: ToyMachine) -> None:
+    bus = {"dbus.service": ""}
+    assert switch(machine, build(machine, units=WEB["units"] | bus, starts=[*WEB["starts"], *bus]), "test")[0] == 0
+    program = build(machine, stc="2024", **NEWER) / "bin/switch-to-configuration"
+    process = subprocess.Popen([program, "test"], env=machine.env(), stderr=subprocess.DEVNULL)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.kill()
+    process.wait()
+    assert machine.current_label() == "v1" and not units_of(machine)
+    assert "Unable to list users" in switch(machine, build(machine, label="v3"), "test")[1]
 
 
 @fact("whose pre-switch checks: those of the system that is activated, on the way back, too")

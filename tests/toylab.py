@@ -282,7 +282,7 @@ open("{top}/units/" + unit, "w").write(str(process.pid))
 """
 SYSTEMCTL = """\
 #!{python}
-import fnmatch, os, signal, sys
+import fnmatch, os, signal, sys, time
 verb, *units = [word for word in sys.argv[1:] if not word.startswith("-")]
 open("{top}/said", "a").write(" ".join((verb, *units)) + "\\n")
 table = os.environ["TOY_ROOT"] + "/run/toy-units"
@@ -321,6 +321,8 @@ if verb == "stop":
             sys.exit(5)  # not loaded: gone with the boot, or with its client
         for name in filter(alive, fnmatch.filter(os.listdir("{top}/units"), unit.removesuffix(".service"))):
             os.killpg(int(open("{top}/units/" + name).read()), signal.SIGKILL)
+elif units == ["reboot.target"]:
+    open("{top}/reboots", "a").write("x")
 elif verb in ("start", "restart"):
     for unit in units:
         open(table + "/" + unit, "w").close()
@@ -338,6 +340,9 @@ elif verb == "reboot":
     if os.path.exists("{top}/no-reboot") and "--force" not in sys.argv:
         print("Operation inhibited")
         sys.exit(1)
+    gone = [name for name in ("toy-logind", "toy-no-bus") if os.path.exists(os.environ["TOY_ROOT"] + "/run/" + name)]
+    if gone and "--force" not in sys.argv:
+        time.sleep(50)  # it asks logind first, for 25 s a question
     open("{top}/reboots", "a").write("x")
 """
 BUSCTL = '#!/bin/sh\n[ ! -e "$TOY_ROOT/run/toy-no-bus" ]\n'

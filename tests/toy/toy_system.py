@@ -8,7 +8,8 @@ As switch-to-configuration it finds its machine below TOY_ROOT (default /):
 
     run/current-system  run/booted-system  run/toy-network ("up", "down")  run/systemd/system (systemctl is used)
     run/toy-booting (while it is there, the boot has not ended)  run/nixos/{switch-to-configuration.lock,start-list}
-    run/toy-units/UNIT (it is active, where no systemd runs)  run/toy-no-bus (there is no D-Bus until the next boot)
+    run/toy-units/UNIT (it is active, where no systemd runs)
+    run/toy-no-bus (there is no D-Bus until the next boot; a whole machine is asked for its own)
     run/toy-logind ("silent": it does not answer; "session NAME": this user's session goes away, once)
     etc/toy  etc/static -> TOPLEVEL/etc  etc/bento/{client.json,left}  etc/systemd/system/UNIT
     boot/ (the ESP: written by `boot` and `switch`, as nixpkgs' builder for systemd-boot does)
@@ -566,16 +567,23 @@ def run_activation_script(root: Path, top: Path, toy: Toy) -> bool:
     return not command or subprocess.run(command, shell=True, env=os.environ | {"TOY_NETWORK": state}).returncode == 0
 
 
+def denies(text: str, section: str, key: str) -> bool:
+    """Fact: stc's own units. What a unit says of a switch counts in its own section only."""
+    here = re.search(rf"(?ms)^\[{section}\]$(.*?)(?=^\[|\Z)", text)
+    return here is not None and f"{key}=false" in here[1]
+
+
 class Plan:
     """What a switch does to units. A changed one is stopped and started, unless it is to be restarted, or left."""
 
     def __init__(self, root: Path, top: Path, toy: Toy) -> None:
         old, new = unit_texts(root / "etc/systemd/system", root / "etc/static"), unit_texts(top / "etc/systemd/system")
         self.units, self.list = Units(root), root / "run/nixos/start-list"
-        gone = [name for name in sorted(old.keys() - new.keys()) if "X-StopOnRemoval=false" not in old[name]]
-        changed = [name for name in sorted(old.keys() & new.keys()) if old[name] != new[name]]
-        changed = [name for name in changed if "X-RestartIfChanged=false" not in new[name] and self.units.is_active(name)]
-        self.restart = [name for name in changed if "X-StopIfChanged=false" in new[name]]
+        gone = [name for name in sorted(old.keys() - new.keys()) if not denies(old[name], "Unit", "X-StopOnRemoval")]
+        changed = [name for name in sorted(old.keys() & new.keys()) if old[name] != new[name] and self.units.is_active(name)]
+        changed = [name for name in changed if not denies(new[name], "Service", "X-RestartIfChanged")]
+        # Fact: stc's own units. Only a service has something to do when it stops.
+        self.restart = [name for name in changed if denies(new[name], "Service", "X-StopIfChanged") or Path(name).suffix != ".service"]
         again = [name for name in changed if name not in self.restart]
         self.stop = [name for name in gone if self.units.is_active(name)] + again
         timers = [name for name in sorted(new) if name.endswith(".timer")]
@@ -594,21 +602,21 @@ class Plan:
 
 def activate(root: Path, top: Path, toy: Toy) -> int:
     """What is running becomes this system: stop, activate, ask logind, start. Fact: exit codes; 4 overrides 2."""
-    if (root / "run/toy-no-bus").exists():
+    if not answers(root, "org.freedesktop.DBus", "GetId"):
         raise Refused(1, "Error: Failed to open dbus connection")
     plan = Plan(root, top, toy)
     plan.record()
     if plan.stop:
         say(f"stopping the following units: {', '.join(plan.stop)}")
         plan.units.do("stop", *plan.stop)
-    if any(name.startswith("dbus") for name in plan.stop):
-        (root / "run/toy-no-bus").touch()
-    if (root / "run/toy-no-bus").exists():  # Fact: what a broken switch leaves
-        raise Refused(1, "Error: Failed to process dbus messages")
+    if any(name.startswith("dbus") for name in plan.stop):  # Fact: what a broken switch leaves
+        lose_bus(root, toy)
     code = 0
     if not run_activation_script(root, top, toy):
         say("Failed to run activate script")
         code = 2
+    if not answers(root, "org.freedesktop.DBus", "GetId"):
+        raise Refused(1, "Error: Failed to reset failed units")
     if plan.units.live:
         if toy.get("reexec"):  # Fact: needs. Whoever waits for a job at that moment loses its bus
             systemctl("daemon-reexec")
@@ -632,11 +640,30 @@ def activate(root: Path, top: Path, toy: Toy) -> int:
     return code
 
 
+def answers(root: Path, name: str, method: str) -> bool:
+    """Whether the bus, or who has a name there, does so in time."""
+    if root != Path("/"):
+        return not (root / "run/toy-no-bus").exists()
+    place = f"/{name.replace('.', '/')}"
+    interface = name if name == "org.freedesktop.DBus" else f"{name}.Manager"
+    argv = ["busctl", "--system", "--timeout=5", "call", name, place, interface, method]
+    return subprocess.run(argv, capture_output=True, check=False).returncode == 0
+
+
+def lose_bus(root: Path, toy: Toy) -> None:
+    """Fact: what a broken switch leaves. That of 2024 waits for ever; who wants the bus gets it back, but for logind."""
+    if is_old(toy):
+        (root / "run/toy-logind").write_text("silent", encoding="utf-8")
+        time.sleep(FOREVER_S)
+    (root / "run/toy-no-bus").touch()
+    raise Refused(1, "Error: Failed to process dbus messages")
+
+
 def ask_logind(root: Path, toy: Toy) -> bool:
     """Whether a user's activation failed. Fact: exit 1 and 11 after the activation."""
     path = root / "run/toy-logind"
     word, _, name = (path.read_text(encoding="utf-8").strip() if path.exists() else "").partition(" ")
-    if word == "silent":
+    if word == "silent" or not answers(root, "org.freedesktop.login1", "ListUsers"):
         raise Refused(errno.EAGAIN, "Unable to list users with logind: Did not receive a reply")
     if word == "session":
         path.unlink()
