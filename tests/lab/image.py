@@ -29,7 +29,7 @@ MASKED = """
     sys-kernel-debug.mount sys-kernel-tracing.mount systemd-ask-password-console.path
     systemd-ask-password-wall.path systemd-binfmt.service systemd-creds.socket systemd-firstboot.service
     systemd-hibernate-clear.service systemd-hostnamed.socket systemd-initctl.socket
-    systemd-journal-catalog-update.service systemd-journal-flush.service systemd-logind.service
+    systemd-journal-catalog-update.service systemd-journal-flush.service
     systemd-machine-id-commit.service systemd-modules-load.service systemd-pcrextend.socket systemd-pcrlock.socket
     systemd-pcrmachine.service systemd-random-seed.service systemd-sysctl.service systemd-sysext.socket
     systemd-sysusers.service systemd-tmpfiles-clean.timer systemd-tmpfiles-setup-dev-early.service
@@ -150,8 +150,6 @@ mkdir -p "$target/bento" "$target/opt/lab/bin" "$target/etc/lab" "$target/boot"
 mkdir -p "$target/nix/var/nix/profiles" "$target/nix/store"
 ln -s /bento/tests/toy/nixos-rebuild "$target/opt/lab/bin/nixos-rebuild"
 ln -s /bento/tests/toy/bootctl "$target/opt/lab/bin/bootctl"
-# Whoever logs in has no session manager here.
-rm -f "$target/usr/share/dbus-1/system-services/org.freedesktop.login1.service"
 umount "$target/proc"
 """
 

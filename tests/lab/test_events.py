@@ -17,7 +17,23 @@ from toynixos import write_config
 
 from lab.conftest import name_event
 from lab.lab import TESTS, TRIAL, Host, Lab, Layer, Server
-from lab.test_matrix import behaviour, by_force, installed, last, publish, reports, server, settled, wait
+from lab.test_matrix import (
+    SLOT_S,
+    WEB,
+    at_rest,
+    behaviour,
+    by_force,
+    installed,
+    is_active,
+    is_well,
+    labels,
+    last,
+    publish,
+    reports,
+    server,
+    settled,
+    wait,
+)
 
 __all__ = ["installed", "server"]  # fixtures
 
@@ -72,10 +88,6 @@ def told(host: Host, server: Server, release: str) -> tuple[Any, ...]:
     return reports(server, release), last(server), which(host) if host.is_on else "off", host.console_tail(60)
 
 
-def is_active(host: Host, unit: str) -> bool:
-    return host.run("systemctl", "is-active", unit, check=False).stdout.strip() == "active"
-
-
 def activations(host: Host) -> list[str]:
     """The labels of the systems that were activated, by a switch or at a boot."""
     return host.read("/var/toy-activations").split()
@@ -109,6 +121,101 @@ def test_a_switch_that_is_refused_for_a_while(host: Host, server: Server, kind: 
     by_force(host)
     settled(host, server, "v2")
     assert set(reports(server, release)) == {"postponed", "ok"}
+
+
+# --- switches that break ---
+
+
+BUS = "/usr/lib/systemd/system/dbus.service"
+# A way back stops what only the new system has, and this takes the bus along.
+HOLDS_BUS = "[Service]\nExecStart=sleep infinity\nExecStopPost=systemctl --no-block stop dbus.socket dbus.service\n"
+NO_BUS = "systemctl mask --runtime dbus.socket dbus.service; systemctl stop dbus.socket dbus.service"
+DEAF = "kill -STOP $(systemctl show --property=MainPID --value systemd-logind)"
+
+
+def back_to(host: Host, server: Server, release: str, label: str, result: str, timeout_s: float) -> None:
+    """All as before: system, profile, boot default, what was up, and the right verdict."""
+    done = lambda: is_well(host) and labels(host) == (label,) * 3 and result in reports(server, release)  # noqa: E731
+    assert wait(done, timeout_s), told(host, server, release)
+    assert not host.exists("/run/nixos/start-list") and is_active(host, WEB) and is_active(host, "systemd-logind")
+    assert host.client("probe").stdout.startswith("the server is reached")
+
+
+@pytest.mark.parametrize("kind", ["changed", "gone"])
+def test_a_switch_that_loses_the_bus(host: Host, server: Server, kind: str) -> None:
+    """It has stopped units by then, and starts none: nor may that be taken for a machine that is well."""
+    units = behaviour(host)["units"]
+    bus = host.read(BUS)
+    publish(server, host, "old", units=units | {"dbus.service": bus})
+    settled(host, server, "old")
+    changed = bus.replace("[Service]", "[Service]\nEnvironment=N=2") if kind == "changed" else bus
+    more: dict[str, Any] = {}
+    if kind == "gone":
+        more = {"activation_command": f"[ -e /root/lost ] || {{ touch /root/lost; {NO_BUS}; }}"}
+    release = publish(server, host, "v2", units=units | {"dbus.service": changed}, **more)
+    assert wait(lambda: "interrupted" in reports(server, release), 150), told(host, server, release)
+    assert set(reports(server, release)) <= {"interrupted", "rollback-failed"}, told(host, server, release)
+    if kind == "changed":  # it would lose it at each of its three tries
+        publish(server, host, "v3", units=units | {"dbus.service": bus})
+    settled(host, server, "v3" if kind == "changed" else "v2", 200)
+    assert is_active(host, "systemd-logind") and not host.exists("/run/nixos/start-list")
+
+
+def test_a_way_back_that_loses_the_bus(host: Host, server: Server) -> None:
+    """A reboot at once: no switch comes to its end without one."""
+    boots = host.boots
+    units = behaviour(host)["units"] | {"dbus-daemon.service": HOLDS_BUS}
+    starts = [TRIAL, "dbus-daemon.service"]
+    release = publish(server, host, "v2", units=units, starts=starts, settings={"health_checks": ["false"]})
+    back_to(host, server, release, "v1", "rolled-back", 90)
+    assert host.boots == boots + 1, told(host, server, release)
+
+
+@pytest.mark.parametrize("kind", ["for a while", "for good", "a session"])
+def test_logind_does_not_answer(host: Host, server: Server, kind: str) -> None:
+    """For good: the way back has one deadline, however many runs there are meanwhile, and then the machine reboots."""
+    boots, words = host.boots, {"a session": "echo session git >/run/toy-logind"}.get(kind, DEAF)
+    release = publish(server, host, "v2", activation_command=f"[ -e /root/once ] || {{ touch /root/once; {words}; }}")
+    if kind == "for a while":
+        assert wait(lambda: "rollback-failed" in reports(server, release), 60), told(host, server, release)
+        assert not is_active(host, WEB), "nothing was started"
+        host.run("sh", "-c", DEAF.replace("STOP", "CONT"))
+    assert wait(lambda: "interrupted" in reports(server, release), 240), told(host, server, release)
+    settled(host, server, "v2", 90)
+    assert host.boots - boots == (kind == "for good"), told(host, server, release)
+    assert set(reports(server, release)) <= {"rollback-failed", "interrupted", "ok"}
+
+
+def test_a_check_of_the_old_system_that_refuses_the_way_back(host: Host, server: Server) -> None:
+    publish(server, host, "old", pre_switch={"reachable": "grep -q up /run/toy-network"})
+    settled(host, server, "old")
+    release = publish(server, host, "v2", cut_network=True)
+    back_to(host, server, release, "old", "rolled-back", 90)
+
+
+def test_a_check_that_hangs(host: Host, server: Server) -> None:
+    release = publish(server, host, "v2", pre_switch={"hangs": "[ -e /root/go ] || sleep 600"})
+    assert wait(lambda: last(server).get("release") == release, 90), told(host, server, release)
+    assert last(server)["result"] == "postponed" and "no end in time" in last(server)["reason"], told(host, server, release)
+    assert which(host) == ("v1", "v1") and is_active(host, WEB)
+    host.write("/root/go", "")
+    settled(host, server, "v2", 90)
+
+
+def test_a_person_who_switches_during_the_proof(host: Host, server: Server) -> None:
+    check = "touch /root/at-prove; for i in $(seq 50); do [ -e /root/go ] && exit 0; sleep 0.1; done"
+    settings = {"health_checks": [check], "confirm_timeout": 30}
+    release = publish(server, host, "v2", settings=settings)
+    assert wait(lambda: host.exists("/root/at-prove"), 60), told(host, server, release)
+    write_config(host.path("/etc/nixos"), flake=True, host="h1", **{"label": "mine"} | behaviour(host))
+    host.run("nixos-rebuild", "switch", "--flake", "path:/etc/nixos#h1")
+    host.write("/root/go", "")
+    assert wait(lambda: reports(server, release) == ["ok"] and at_rest(host), 60), told(host, server, release)
+    assert "somebody has switched this machine meanwhile" in last(server)["reason"]
+    time.sleep(3 * SLOT_S)
+    assert labels(host) == ("mine",) * 3, told(host, server, release)
+    publish(server, host, "v3")
+    settled(host, server, "v3")
 
 
 # --- emergency mode ---

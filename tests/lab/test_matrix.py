@@ -26,6 +26,9 @@ from toynixos import write_config
 from lab.lab import TESTS, Host, Lab, LabError, Layer, Server
 
 SLOT_S = 3
+# What each release changes: a switch stops it first and starts it last.
+WEB = "web.service"
+WEB_TEXT = "[Service]\nEnvironment=RELEASE={}\nExecStart=sleep infinity\n"
 EVENTS = ("kill", "hang", "power", "server", "link", "var-full", "boot-full", "clock")
 PHASES = ("fetch", "build", "before", "activate", "prove", "commit", "report")
 CELLS = [(event, phase) for event in EVENTS for phase in PHASES]
@@ -122,7 +125,11 @@ def publish(server: Server, host: Host, label: str, extra: bytes = b"", **more: 
     """The release's name, or nothing while the server does not know the host."""
     settings = more.pop("settings", {})
     config = server.path("/srv/fleet/hosts/h1")
-    write_config(config, flake=True, host="h1", **{"label": label} | behaviour(host, **settings) | more)
+    made = {"label": label} | behaviour(host, **settings) | more
+    if made["units"]:
+        made["units"] = {WEB: WEB_TEXT.format(label)} | made["units"]
+        made["starts"] = [*made["starts"], WEB]
+    write_config(config, flake=True, host="h1", **made)
     (config / "extra").write_bytes(extra)
     if not server.exists("/home/chroot/h1"):
         return ""
@@ -168,8 +175,17 @@ def at_rest(host: Host) -> bool:
     return done.stdout.strip() in ("inactive", "failed")
 
 
+def is_active(host: Host, unit: str) -> bool:
+    return host.run("systemctl", "is-active", unit, check=False).stdout.strip() == "active"
+
+
+def is_well(host: Host) -> bool:
+    """At rest, and what its system is to run is up: each release stops it, and starts it."""
+    return at_rest(host) and (not host.exists(f"/etc/systemd/system/{WEB}") or is_active(host, WEB))
+
+
 def settled(host: Host, server: Server, label: str, timeout_s: float = 60) -> None:
-    good = wait(lambda: at_rest(host) and labels(host)[0] == label and last(server).get("result") == "ok", timeout_s)
+    good = wait(lambda: is_well(host) and labels(host)[0] == label and last(server).get("result") == "ok", timeout_s)
     assert good, (labels(host), last(server), host.console_tail(40))
 
 
@@ -292,7 +308,7 @@ def test_matrix(host: Host, server: Server, event: str, phase: str) -> None:
         by_force(host)
     # A hung client holds its lock until the watchdog ends it, at the phase's own limit.
     limit_s = 3 * SLOT_S + 30 + (60 if event == "hang" else 0)
-    assert wait(lambda: at_rest(host) and last(server).get("release") == release and reports(server, release)[-1] == "ok", limit_s), (
+    assert wait(lambda: is_well(host) and last(server).get("release") == release and reports(server, release)[-1] == "ok", limit_s), (
         labels(host), reports(server, release), last(server), host.console_tail(60),
     )  # fmt: skip
     took_s = time.monotonic() - began
@@ -326,7 +342,7 @@ def test_power_cuts(host: Host, server: Server, request: pytest.FixtureRequest) 
 def single(host: Host, server: Server, expected: str, words: str, **release: Any) -> None:
     """A release that must not stay, and the next one that must."""
     publish(server, host, "v2", **release)
-    assert wait(lambda: at_rest(host) and last(server).get("result") == expected, 70), (
+    assert wait(lambda: is_well(host) and last(server).get("result") == expected, 70), (
         labels(host), last(server), host.console_tail(60),
     )  # fmt: skip
     assert words in last(server)["reason"], last(server)
