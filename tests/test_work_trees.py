@@ -310,6 +310,26 @@ def test_root_reads_what_the_trees_ruler_may_read(as_root: Site) -> None:
     assert os.geteuid() == 0
 
 
+def test_root_looks_at_edits_as_the_trees_ruler(as_root: Site) -> None:
+    """What is edited is said, and tried, without root's reading what they could not, or leaving a file in their tree."""
+    site = as_root
+    secret = site.top / "secret"
+    secret.write_text("root's own\n")
+    secret.chmod(0o600)
+    site.host("a", CONFIGURATION | {"x": "old\n", "y": "y\n"})
+    commit(site.fleet)
+    give(site.fleet)
+    site.host("a", {"x": "new\n"})
+    assert "1 file differs from the commit (hosts/a/x)" in site.run("populate", "a").out
+    assert site.run("populate", "--dirty", "a").errors == []
+    assert (site.tree() / "x").read_text() == "new\n" and "+ first" in (site.current().revision or "")
+    (site.fleet / "hosts/a/y").unlink()
+    os.link(secret, site.fleet / "hosts/a/y")
+    ran = site.run("populate", "--dirty", "a")
+    assert ran.code == 1 and "Permission denied" in ran.err
+    assert not [path for path in site.fleet.rglob("*") if path.stat().st_uid == 0 and path.name not in "yx"]
+
+
 def test_a_tree_that_others_may_write_is_nobodys(as_root: Site) -> None:
     site = as_root
     site.host("a")
