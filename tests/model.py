@@ -637,7 +637,7 @@ def make_doors(world: Callable[[], World]) -> dict[str, Any]:
         "check_health": check_health, "scratch": scratch, "lock": lock, "heartbeat": heartbeat, "arm": arm, "disarm": nothing,
         "report": say_report, "tell_bug": bug, "deliver": say_report, "announce": nothing, "keep_log": nothing,
         "refuse_volatile": nothing, "name_holder": nothing, "wait_for_units": nothing, "fetch": nothing,
-        "is_untouched": lambda tree: True, "adopt": nothing, "build": lambda settings, log, signed: world().path(world().published),
+        "is_untouched": lambda tree: True, "adopt": nothing, "build": lambda settings, log, commit, signed: world().path(world().published),
         "unfit_for_boot": nothing, "free_bytes": lambda path: 1 << 40, "sync_directory": nothing, "print": nothing,
         "Path": functools.lru_cache(None)(Path), "run_hooks": nothing,  # both for speed: nothing here has a hook
         "run": lambda argv, **more: Done(0, ""), "signal": type("Signal", (), {"alarm": staticmethod(lambda s: None)}),
