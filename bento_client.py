@@ -2009,6 +2009,8 @@ LOADER_VERBS = {
 }  # fmt: skip
 # What tells a boot that it is a trial: the system, for how many seconds, and whether a passphrase may be asked for.
 TRIAL_VARIABLE = "/sys/firmware/efi/efivars/BentoTrial-6e3a4a5c-0d0b-4f4e-9d5e-6b656e746f21"
+# What the end of a trial leaves behind, where the deadline was it.
+OVER_VARIABLE = "/sys/firmware/efi/efivars/BentoTrialOver-6e3a4a5c-0d0b-4f4e-9d5e-6b656e746f21"
 EFI_ATTRIBUTES = b"\x07\0\0\0"  # kept, and there for the firmware and for us
 FS_IOC_SETFLAGS = 0x40086602
 # utils/bento.nix writes it into grub.cfg, above the lines that follow what we write into grubenv.
@@ -2162,6 +2164,13 @@ class Loader:
             if os.stat(place).st_dev != flushed:
                 run(["sync", "--file-system", str(place)], timeout=LOADER_LIMIT_S)
 
+    def ran_out(self) -> bool:
+        """Whether it was its deadline that ended the last trial, as far as there are EFI variables to say so."""
+        return self.settings.system_path(OVER_VARIABLE).exists()
+
+    def forget_end(self) -> None:
+        write_variable(self.settings.system_path(OVER_VARIABLE), b"")
+
     def armed(self) -> Armed:
         return Armed()
 
@@ -2184,6 +2193,21 @@ def same_beginning(original: Path, copy: Path) -> bool:
             if second.read(len(block)) != block:
                 return False
     return True
+
+
+def write_variable(path: Path, value: bytes) -> None:
+    """An EFI variable of ours; without a value it goes."""
+    try:
+        if path.exists():  # the kernel makes variables that it does not know immutable
+            with suppress(OSError), open(path, "rb") as file:
+                fcntl.ioctl(file, FS_IOC_SETFLAGS, (0).to_bytes(8, "little"))
+        if value:
+            with open(path, "wb", buffering=0) as file:
+                file.write(EFI_ATTRIBUTES + value)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise BentoError(f"EFI variable {path.name.partition('-')[0]}: {error.strerror}") from None
 
 
 class SystemdBoot(Loader):
@@ -2249,20 +2273,8 @@ class SystemdBoot(Loader):
             raise BentoError(f"EFI variable BentoTrial: {error.strerror}") from None
 
     def write_mark(self, mark: str) -> None:
-        path = self.settings.system_path(TRIAL_VARIABLE)
-        if self.read_mark() == mark:
-            return
-        try:
-            if path.exists():  # the kernel makes variables that it does not know immutable
-                with suppress(OSError), open(path, "rb") as file:
-                    fcntl.ioctl(file, FS_IOC_SETFLAGS, (0).to_bytes(8, "little"))
-            if mark:
-                with open(path, "wb", buffering=0) as file:
-                    file.write(EFI_ATTRIBUTES + mark.encode())
-            else:
-                path.unlink(missing_ok=True)
-        except OSError as error:
-            raise BentoError(f"EFI variable BentoTrial: {error.strerror}") from None
+        if self.read_mark() != mark:
+            write_variable(self.settings.system_path(TRIAL_VARIABLE), mark.encode())
 
     def prefer(self, system: str, mark: str) -> None:
         name = self.entry_of(system).name
@@ -2364,7 +2376,7 @@ class Grub(Loader):
         return Armed(max((each.get(GRUB_GOOD, "") for each in told), default=""), min(once, default=""), mark)
 
     def prefer(self, system: str, mark: str) -> None:
-        self.tell({GRUB_GOOD: self.entry_of(system).name, GRUB_DEADLINE: mark.split()[1]})
+        self.tell({GRUB_GOOD: self.entry_of(system).name, GRUB_DEADLINE: ",".join(mark.split()[1:])})
 
     def try_once(self, system: str) -> None:
         self.tell({GRUB_TRY: system and self.entry_of(system).name})
@@ -2854,6 +2866,7 @@ class Machine:
             with best_effort(self.log):
                 told = self.loader.armed()
                 self.loader.clear(self.state.set_before, told.once if self.is_ours(told) else "")
+                self.loader.forget_end()
                 self.remember(armed=False, set_before="", once="")
         if tell_trial(self.settings, "proven") and self.has_systemd:
             run(["systemctl", "stop", "bento-proof.timer"], check=False, timeout=60)
@@ -2872,6 +2885,11 @@ class Machine:
     def trial_s(self) -> int:
         """For how long a boot may go without a proof, before what ends a trial ends this one."""
         return (self.settings.offline_after or TRIAL_S) if runs_bento(self.good) else FIRST_TRIAL_S
+
+    @property
+    def patience_s(self) -> float:
+        """For how long what need not be decided at once may wait: less than that, for our own way back is the gentle one."""
+        return max(self.trial_s / 2, self.trial_s - 600 - self.settings.confirm_timeout)
 
     def trial_age_s(self) -> float:
         """For how long the client has tried to prove this boot, without what the machine has slept. With the first try it tells
@@ -2893,7 +2911,31 @@ class Machine:
         basic = ["systemctl", "show", "--property=ActiveEnterTimestampMonotonic", "--value", "basic.target"]
         took_us = run(basic, check=False, timeout=30).output.strip() if self.has_systemd else ""
         seconds = max(TRIAL_BOOT_S, 3 * int(took_us) // 10**6 if took_us.isdigit() else 0)
-        return f"{new} {seconds}" + (" asks" if settings_of(self.good).get("asks") else "")
+        asks = settings_of(self.good).get("asks") and not self.asked_nobody()
+        return f"{new} {seconds}" + (" asks" if asks else "")
+
+    def asked_nobody(self) -> bool:
+        """Whether this boot is known to have asked for no passphrase, as where a chip has it: where systemd's initrd keeps its
+        questions, nothing ever was. Another initrd leaves no trace."""
+        questions = self.settings.system_path("/run/systemd/ask-password")
+        initrd = ["systemctl", "show", "--property=InitRDTimestampMonotonic", "--value"]
+        if not self.has_systemd or run(initrd, check=False, timeout=30).output.strip() in ("", "0"):
+            return False
+        said = run(["stat", "--format=%.9W %.9Y", str(questions)], check=False, timeout=30).output.split()
+        return len(said) == 2 and float(said[0]) > 0 and said[0] == said[1]
+
+    def sitting(self) -> str:
+        """Who is logged in at a seat of this machine: not over the network, and not the login screen."""
+        if not self.has_systemd:
+            return ""
+        listed = run(["loginctl", "list-sessions", "--no-legend", "--no-pager"], check=False, timeout=30).output
+        if not (sessions := [words[0] for line in listed.splitlines() if (words := line.split())]):
+            return ""
+        argv = ["loginctl", "show-session", "--property=Name,Seat,Class,State", *sessions]
+        said = run(argv, check=False, timeout=30).output
+        each = [dict(line.partition("=")[::2] for line in block.splitlines()) for block in said.split("\n\n")]
+        there = [found for found in each if found.get("Seat") and found.get("Class") == "user"]
+        return ", ".join(sorted({found.get("Name", "") for found in there if found.get("State") != "closing"}))
 
     def reboot(self, *, force: bool = False) -> None:
         """A boot, whatever kernel somebody has loaded for kexec, or tree laid out for a soft reboot. `force`: whatever inhibits
@@ -4007,6 +4049,8 @@ def go_back_by_boot(machine: Machine, pending: Pending, outcome: Outcome, *, for
     """Once, and whatever the setting `reboot` says: no other way is left. A person decides for themselves."""
     if pending.by_hand or pending.rebooting not in ("", machine.boot_id) or not machine.has_systemd:
         return outcome._replace(reason=f"{outcome.reason}; the old system takes effect at the next reboot")
+    if pending.trial and machine.trial_age_s() < machine.patience_s and (who := machine.sitting()):
+        raise BentoError(f"the way back waits for its reboot: {who} is at this machine: {outcome.reason}")
     machine.log.say("a reboot is to lead back")
     with best_effort(machine.log):
         save_pending(machine, pending._replace(rebooting=machine.boot_id))
@@ -4186,6 +4230,7 @@ def lead_back_to(machine: Machine, good: str, new: str) -> None:
     # Before it is changed: what a person had set is put back. What is marked as ours, of a lost state, is not.
     if not machine.state.armed:
         before = "" if told.mark or told.default == ours else told.default
+        loader.forget_end()
         machine.remember(armed=True, set_before=before)
     loader.prefer(good, told.mark if told.mark.split()[:1] == [new] else machine.trial_mark(new))
 
@@ -4215,8 +4260,7 @@ def judge_boot(machine: Machine, pending: Pending) -> Outcome | None:
     if failure is None:
         machine.end_trial()  # before it is written down: a cut in between leads back, and is one of the tries
         return Outcome(Result.OK, "", pending.new)
-    patience_s = max(machine.trial_s / 2, machine.trial_s - 600 - machine.settings.confirm_timeout)  # ours ends before
-    if age_s < patience_s and (failure.unreachable or machine.is_booting()):
+    if age_s < machine.patience_s and (failure.unreachable or machine.is_booting()):
         words = f"after the boot, {failure.reason}: tried again at the next run"
         raise Unreachable(words) if failure.unreachable else BentoError(words)
     return go_back(machine, pending, Outcome(Result.ROLLED_BACK, f"after the boot, {failure.reason}"))
@@ -4263,7 +4307,8 @@ def carry_out(machine: Machine, pending: Pending, move: Move) -> Outcome | None:
             machine.end_switches(pending)  # lest one that has not begun begins now
             pending = pending._replace(switched=pending.switched and machine.start_list() is not None)
         return go_back(machine, pending, outcome)
-    return go_back(machine, pending, Outcome(Result.ROLLED_BACK, "it did not come up, the boot loader went back"))
+    why = "its deadline ended the trial" if machine.loader.ran_out() else "the boot loader went back"
+    return go_back(machine, pending, Outcome(Result.ROLLED_BACK, f"it did not come up, {why}"))
 
 
 # --- commands ---

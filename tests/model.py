@@ -91,6 +91,7 @@ class World:
     lies: bool = False  # the boot loader's builder says 0, and half of the kernel is there
     nvram_full: str = ""  # what the boot loader cannot be told: "mark", "default", "once", or "both"
     lock_held: bool = False
+    seated: bool = False  # somebody is at the machine
     refusal: bool = False  # a user's own pre-switch check, of each system
     breaks: str = ""  # a switch: "session", once; "logind", each; "bus", which is gone then
     bus: bool = True
@@ -382,6 +383,12 @@ class ModelLoader(Loader):
     def unmounted(self) -> str | None:
         return None
 
+    def ran_out(self) -> bool:
+        return False
+
+    def forget_end(self) -> None:
+        pass
+
     def altered(self, system: str, good: str) -> list[Path]:
         return []
 
@@ -483,6 +490,9 @@ class ModelMachine(Machine):
 
     def has_bus(self) -> bool:
         return self.world.bus
+
+    def sitting(self) -> str:
+        return "alice" if self.world.seated else ""
 
     def note_active(self) -> None:
         pass

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,12 @@ from toynixos import need
 
 from bento_client import Machine, make_settings
 
+SESSIONS = {
+    "c1": "Id=c1\nName=gdm\nSeat=seat0\nClass=greeter\nState=online\n",
+    "2": "Id=2\nName=alice\nSeat=seat0\nClass=user\nState=active\n",
+    "3": "Id=3\nName=bob\nSeat=\nClass=user\nState=active\n",
+    "4": "Id=4\nName=carol\nSeat=seat0\nClass=user\nState=closing\n",
+}
 LISTED = """\
  338 hang.service   start running
  489 bad.service    start waiting
@@ -53,3 +60,54 @@ def test_jobs(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert machine.jobs() == [489, 1314, 338]
     assert machine.waits_for() == "systemd waits for hang.service (start)"
+
+
+def program(directory: Path, name: str, text: str) -> None:
+    (directory / name).write_text(f"#!/bin/sh\n{text}")
+    (directory / name).chmod(0o755)
+
+
+@pytest.mark.parametrize(("sessions", "who"), [("", ""), ("c1", ""), ("3", ""), ("4", ""), ("c1 2 3", "alice")])
+def test_who_is_at_a_seat(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sessions: str, who: str) -> None:
+    """Nobody who has come over the network, nor the login screen."""
+    (tmp_path / "run/systemd/system").mkdir(parents=True)
+    said = "\n".join(SESSIONS[name] for name in sessions.split())
+    listed = "".join(f"{name:>6} 1000 somebody seat0\n" for name in sessions.split())
+    (tmp_path / "said").write_text(said)
+    (tmp_path / "listed").write_text(listed)
+    program(tmp_path, "loginctl", f'if [ "$1" = list-sessions ]; then cat {tmp_path}/listed; else cat {tmp_path}/said; fi\n')
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert machine.sitting() == who
+
+
+def test_a_reboot_is_one(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever kernel somebody has loaded for kexec, or tree laid out for a soft reboot: systemctl would take it."""
+    program(tmp_path, "systemctl", f'echo "$*" $SYSTEMCTL_SKIP_AUTO_KEXEC $SYSTEMCTL_SKIP_AUTO_SOFT_REBOOT >>{tmp_path}/said\n'
+            'case $* in *--force*) ;; *) exit 1 ;; esac\n')  # fmt: skip
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    machine.reboot(force=True)
+    assert (tmp_path / "said").read_text().splitlines() == ["reboot 1 1", "reboot --force 1 1"]
+
+
+@pytest.mark.parametrize(
+    ("initrd", "asked", "mark"),
+    [("123", True, "/new 900 asks"), ("123", False, "/new 900"), ("0", False, "/new 900 asks"), ("0", True, "/new 900 asks")],
+)
+def test_whether_the_last_boot_has_asked(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, initrd: str, asked: bool, mark: str
+) -> None:
+    """A chip may have had the passphrase, whatever the configuration says. Of an initrd without systemd that cannot be seen."""
+    (tmp_path / "run/systemd/system").mkdir(parents=True)
+    questions = tmp_path / "run/systemd/ask-password"
+    questions.mkdir()
+    if asked:
+        time.sleep(0.02)
+        (questions / "ask.x").touch()
+        (questions / "ask.x").unlink()
+    settings = tmp_path / "good/etc/bento/client.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text('{"asks": true}')
+    machine.state = machine.state._replace(good=str(tmp_path / "good"))
+    program(tmp_path, "systemctl", f'case $* in *InitRD*) echo {initrd} ;; *) echo 1000000 ;; esac\n')
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert machine.trial_mark("/new") == mark

@@ -183,7 +183,7 @@ EVENTS = (
     "full", "full to the last block", "room", "lie", "truth", "reboot", "reboot", "lock", "unlock", "refuse", "allow",
     "rollback", "nixos-rebuild", "menu", "garbage", "channels", "pause", "nvram", "nvram", "nvram has room",
     "state lost", "hibernate",
-    "session", "logind", "bus", "well", "person",
+    "session", "logind", "bus", "well", "person", "sit", "stand",
 )  # fmt: skip
 
 
@@ -253,8 +253,8 @@ class Walk:
         world.boot_full = 2 if event == "full to the last block" else world.boot_full
         if event.startswith("nvram"):
             world.nvram_full = self.chance.choice(("mark", "default", "once", "both")) if event == "nvram" else ""
-        names = {"down": "server_down", "full": "boot_full", "lie": "lies", "lock": "lock_held", "refuse": "refusal"}
-        ends = {"up": "down", "room": "full", "truth": "lie", "unlock": "lock", "allow": "refuse"}
+        names = {"down": "server_down", "full": "boot_full", "lie": "lies", "lock": "lock_held", "refuse": "refusal", "sit": "seated"}
+        ends = {"up": "down", "room": "full", "truth": "lie", "unlock": "lock", "allow": "refuse", "stand": "sit"}
         # Without a way back, a power cut between a lie and its discovery takes a person at the boot menu.
         can_lie = world.trials and len(world.generations) > 1
         if name := names.get(ends.get(event, event)):

@@ -23,6 +23,7 @@ from boot.initrd import trial_ends
 from toynixos import PYTHON_FLAGS, need
 
 import bento_client
+from bento_client import Settings, find_loader
 
 TESTS = Path(__file__).resolve().parent
 REPO = TESTS.parent
@@ -882,7 +883,8 @@ def start_trial(tmp_path: Path, cmdline: str, variable: str) -> "subprocess.Pope
     if variable:
         path = tmp_path / bento_client.TRIAL_VARIABLE.lstrip("/")
         path.write_bytes(bento_client.EFI_ATTRIBUTES + variable.encode())
-    text = re.sub(r"(?<![\w.])/(proc|sys|run|dev)\b", rf"{tmp_path}/\1", text).replace("-t 10", "-t 0.1").replace("echo -1000 >", "echo 1000 >")
+    text = re.sub(r"(?<![\w.])/(proc|sys|run|dev)\b", rf"{tmp_path}/\1", text)
+    text = text.replace("-t 10", "-t 0.1").replace("-t 5", "-t 0.5").replace("echo -1000 >", "echo 1000 >")
     (tmp_path / "proc/self").symlink_to("/proc/self")
     return subprocess.Popen(["bash", "-c", text], cwd=tmp_path)
 
@@ -900,15 +902,20 @@ def start_trial(tmp_path: Path, cmdline: str, variable: str) -> "subprocess.Pope
         ("init=/s/new/init", "/s/new 600", "2", "reboots"),
         ("init=/s/new/init", "/s/new 30 asks", "asked", "goes on"),
         ("init=/s/new/init", "/s/new 30", "asked", "reboots"),
+        ("init=/s/new/init bento.trial=30,asks", "", "asked", "goes on"),
+        ("init=/s/new/init bento.trial=30", "", "asked", "reboots"),
+        ("init=/s/new/init", "/s/new 30 asks", "asked in a script", "goes on"),
     ],
 )
 def test_a_trial_ends(tmp_path: Path, cmdline: str, variable: str, word: str, ends: str) -> None:
-    if word == "asked":
-        (tmp_path / "run/systemd/ask-password").mkdir(parents=True)
-        (tmp_path / "run/systemd/ask-password/ask.x").touch()
+    """And where there are EFI variables, it says that it has."""
+    if word.startswith("asked"):
+        question = tmp_path / ("crypt-ramfs/device" if "script" in word else "run/systemd/ask-password/ask.x")
+        question.parent.mkdir(parents=True)
+        question.touch()
     process = start_trial(tmp_path, cmdline, variable)
     try:
-        if word not in ("", "asked"):
+        if word and not word.startswith("asked"):
             while not bento_client.tell_trial(bento_client.Settings(root=str(tmp_path)), word):
                 time.sleep(0.02)
         if ends == "goes on":
@@ -918,6 +925,7 @@ def test_a_trial_ends(tmp_path: Path, cmdline: str, variable: str, word: str, en
         process.wait(60)
         trigger = tmp_path / "proc/sysrq-trigger"
         assert (trigger.exists() and trigger.read_text() == "b\n") == (ends == "reboots")
+        assert find_loader(Settings(root=str(tmp_path))).ran_out() == (ends == "reboots")
     finally:
         process.kill()
         process.wait()

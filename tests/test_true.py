@@ -820,6 +820,43 @@ def test_a_boot_that_goes_on_has_time(booting: tuple[Lab, Systemd]) -> None:
     assert lab.labels() == ("v1", "v1", "v1") and set(results(lab, release)) == {Result.OK}
 
 
+def test_a_way_back_waits_for_who_is_at_the_machine(booting: tuple[Lab, Systemd]) -> None:
+    """Until the trial's deadline, and with its reboot only: what is to be started next is the old system already."""
+    lab, systemd = booting
+    lab.publish("old", kernel="6.12.1", inhibitors="dbus 1")
+    settle(lab, systemd)
+    release = lab.publish("v1", kernel="6.13", inhibitors="dbus 2", settings={"health_checks": [f"! [ -e {lab.file('ill')} ]"]})
+    run(lab, PATH=systemd.path)
+    assert systemd.boot() == ["boots v1"]
+    Path(lab.file("ill")).touch()
+    sits = 'case $1 in list-sessions) echo "2 1000 alice seat0";; *) printf "Name=alice\\nSeat=seat0\\nClass=user\\nState=active\\n";; esac\n'
+    path = fake_program(lab, "loginctl", "#!/bin/sh\n" + sits).replace(":", f":{systemd.path}:", 1)
+    for _ in range(2):
+        code, said = run(lab, doomed=True, PATH=path)
+        assert code == 1 and "waits for its reboot: alice is at this machine" in said
+        assert not systemd.is_to_boot() and everything(lab) == ("v1", "old")
+    be_patient(lab)
+    run(lab, doomed=True, PATH=path)
+    assert systemd.is_to_boot() and systemd.boot() == ["boots old"]
+    run(lab, PATH=systemd.path)
+    assert everything(lab) == ("old", "old") and results(lab, release)[-1] == Result.ROLLED_BACK
+
+
+@pytest.mark.parametrize("ran_out", [True, False])
+def test_a_fall_back_that_the_deadline_made_says_so(booting: tuple[Lab, Systemd], ran_out: bool) -> None:
+    """Once: the next trial's end is its own."""
+    lab, systemd = booting
+    lab.publish("v1", kernel="panic")
+    run(lab, PATH=systemd.path)
+    over = lab.machine.root / bento_client.OVER_VARIABLE.lstrip("/")
+    assert systemd.boot()[-1] == "boots v0"
+    if ran_out:
+        over.write_bytes(bento_client.EFI_ATTRIBUTES + b"over")
+    run(lab, PATH=systemd.path)
+    assert lab.last().result == Result.ROLLED_BACK and ("its deadline" in lab.last().reason) == ran_out
+    assert not over.exists()
+
+
 def test_a_release_may_forbid_its_own_reboot(booting: tuple[Lab, Systemd]) -> None:
     """Its settings count from its activation on, not from the next run on."""
     lab, systemd = booting

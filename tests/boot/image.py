@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lab.image import PATH, ImageError, base_root, cache_dir, image_path, locked, write
 
-from boot.initrd import BTRFS, MODULES, in_order, make_initrd
+from boot.initrd import BTRFS, LIBRARIES, MODULES, in_order, make_initrd
 
 TESTS = Path(__file__).resolve().parents[1]
 REPO = TESTS.parent
@@ -276,9 +276,9 @@ def copy_repository(extra: Path) -> None:
 
 
 def take_bash(root: Path) -> list[tuple[str, bytes]]:
-    """With its libraries, all where its loader looks first."""
+    """With its libraries, where its loader looks for them."""
     found = [("bin/bash", root / "usr/bin/bash"), ("lib64/ld-linux-x86-64.so.2", root / "usr/lib64/ld-linux-x86-64.so.2")]
-    found += [(f"lib64/{name}", root / "usr/lib/x86_64-linux-gnu" / name) for name in ("libtinfo.so.6", "libc.so.6")]
+    found += [(f"{LIBRARIES}/{name}", root / "usr/lib/x86_64-linux-gnu" / name) for name in ("libtinfo.so.6", "libc.so.6")]
     return [(name, (path.parent / os.readlink(path) if path.is_symlink() else path).read_bytes()) for name, path in found]
 
 

@@ -14,6 +14,8 @@ MODULES = """
     virtio_pci virtio_blk virtio_net crc32c_generic ext4 vfat nls_cp437 nls_ascii nls_iso8859-1 efivarfs i6300esb
     btrfs
 """
+# Where the loader of Debian's programs looks.
+LIBRARIES = "lib/x86_64-linux-gnu"
 # What takes a second, and is needed only where there is btrfs.
 BTRFS = ("xor", "raid6_pq", "libcrc32c", "btrfs")
 
@@ -98,12 +100,12 @@ def trial_ends(module: Path = MODULE) -> str:
 def make_initrd(busybox: bytes, modules: Iterable[tuple[str, bytes]], bash: Iterable[tuple[str, bytes]]) -> bytes:
     """`bash`: with its libraries, by their paths."""
     directory = stat.S_IFDIR | 0o755
-    files = [(name, directory, b"") for name in ("bin", "dev", "proc", "sys", "run", "modules", "mnt", "lib64")]
+    files = [(name, directory, b"") for name in ("bin", "dev", "proc", "sys", "run", "modules", "mnt", "lib64", "lib", LIBRARIES)]
     files += [(path, stat.S_IFREG | 0o755, content) for path, content in bash]
     files.append(("bento-trial", stat.S_IFREG | 0o644, trial_ends().encode()))
     files.append(("dev/console", stat.S_IFCHR | 0o600, b""))
     files.append(("bin/busybox", stat.S_IFREG | 0o755, busybox))
-    for name in ["sh", "mount", "mkdir", "cat", "echo", "sleep", "insmod", "switch_root"]:
+    for name in ["sh", "mount", "mkdir", "mkfifo", "cat", "echo", "sleep", "insmod", "switch_root"]:
         files.append((f"bin/{name}", stat.S_IFLNK | 0o777, b"busybox"))
     found = list(modules)
     files += [(f"modules/{name}", stat.S_IFREG | 0o644, content) for name, content in found]

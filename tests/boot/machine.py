@@ -80,6 +80,7 @@ class Machine:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.console.unlink(missing_ok=True)
         self.boots.clear()
+        self.watchdog, self.extra = True, ()
         if disk is not None and nvram is not None:
             shutil.copyfile(disk, self.disk)
             shutil.copyfile(nvram, self.nvram)
@@ -184,16 +185,22 @@ class Machine:
             stub.connect(str(self.directory / "gdb"))
             stub.settimeout(10)
 
+            received = b""
+
             def receive() -> bytes:
-                data = b""
-                while not (found := re.search(rb"\$([^#]*)#..", data)):
-                    data += stub.recv(4096)
+                nonlocal received
+                while not (found := re.search(rb"\$([^#]*)#..", received)):
+                    received += stub.recv(4096)
+                received = received[found.end() :]
                 stub.sendall(b"+")
                 return found[1]
 
             def ask(command: bytes, *, waits: bool = True) -> bytes:
                 stub.sendall(b"$%s#%02x" % (command, sum(command) % 256))
-                return receive() if waits else b""
+                answer = receive() if waits else b""
+                while command == b"g" and answer[:1] in b"TS":  # that it has stopped, once more
+                    answer = receive()
+                return answer
 
             ask(b"?")
             for _ in range(200):
