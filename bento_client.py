@@ -2004,6 +2004,8 @@ def poll(
 LOADER_VARIABLES = "/sys/firmware/efi/efivars/{}-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
 # Of LoaderFeatures: it follows LoaderEntryDefault, and LoaderEntryOneShot.
 LOADER_NEEDS = 1 << 2 | 1 << 3
+# And what LoaderEntryPreferred, or loader.conf's line `preferred`, says, before any default (systemd 260).
+LOADER_PREFERS = 1 << 19
 LOADER_VERBS = {
     "set-default": "LoaderEntryDefault", "set-oneshot": "LoaderEntryOneShot", "set-preferred": "LoaderEntryPreferred",
 }  # fmt: skip
@@ -2036,7 +2038,8 @@ class Armed(NamedTuple):
 
 
 class BootEntry(NamedTuple):
-    """An entry of a boot loader's menu. `system` is empty for what is not NixOS; kernel, initrd and title as written."""
+    """An entry of a boot loader's menu. `system` is empty for what is not NixOS; kernel, initrd and title as written. `uki`: the
+    file that is both, and has the command line, too."""
 
     name: str
     system: str = ""
@@ -2044,10 +2047,13 @@ class BootEntry(NamedTuple):
     initrd: str = ""
     title: str = ""
     top: bool = False
+    uki: str = ""
 
 
 class Loader:
     """A boot loader that nothing can be told, or that we know nothing of."""
+
+    lists_profiles = True  # each of NixOS' system profiles has entries
 
     def __init__(self, settings: Settings, places: Sequence[Path] = ()) -> None:
         self.settings = settings
@@ -2150,10 +2156,10 @@ class Loader:
         return False
 
     def lasts(self, system: str) -> bool:
-        """Whether the system's entry is that of the profile to fall back to."""
+        """Whether the system's entry is that of the profile to fall back to; any, where that has none."""
         with suppress(BentoError):
             entry = self.entry_of(system)
-            return bool(OF_WAY_BACK.search(entry.title or entry.name))
+            return not self.lists_profiles or bool(OF_WAY_BACK.search(entry.title or entry.name))
         return False
 
     def flush(self) -> None:
@@ -2241,8 +2247,28 @@ class SystemdBoot(Loader):
 
     def entries(self, place: Path) -> list[BootEntry]:
         # The newest first: of several of a system, a limit of entries removes the older ones.
-        found = sorted((place / "loader/entries").glob("*.conf"), key=lambda path: (len(path.name), path.name))
-        return [parse_loader_entry(path.name, path.read_text("utf-8", "replace")) for path in reversed(found)]
+        def newest(directory: Path, pattern: str) -> list[Path]:
+            return sorted(directory.glob(pattern), key=lambda path: (len(path.name), path.name), reverse=True)
+
+        found = [
+            parse_loader_entry(path.name, path.read_text("utf-8", "replace"))
+            for path in newest(place / "loader/entries", "*.conf")
+        ]
+        found += [
+            BootEntry(uncounted(path.name), uki=f"/EFI/Linux/{path.name}")
+            for path in newest(place / "EFI/Linux", "*.efi")
+        ]
+        return [
+            entry._replace(system=system_of(read_uki(self.locate(place, entry.uki, place))[0])) if entry.uki else entry
+            for entry in found
+        ]
+
+    def file_fault(self, place: Path, entry: BootEntry) -> str | None:
+        if not entry.uki:
+            return super().file_fault(place, entry)
+        file = self.locate(place, entry.uki, place)
+        wanted, found = read_uki(file)[1], file.stat().st_size
+        return f"{file} has {found} bytes, by its own head {wanted}" if found < wanted else None
 
     def default_of(self, place: Path) -> str:
         patterns = self.conf(place, "preferred") or self.conf(place, "default")
@@ -2252,7 +2278,8 @@ class SystemdBoot(Loader):
     def conf(self, place: Path, key: str) -> list[str]:
         """What loader.conf says: on the ESP, wherever the entries are. `preferred` (systemd 260) goes before `default`."""
         esp = self.settings.system_path(self.settings.esp) if self.settings.esp else place
-        return re.findall(rf"(?m)^{key}\s+(\S+)", (esp / "loader/loader.conf").read_text("utf-8", "replace"))
+        conf = esp / "loader/loader.conf"
+        return re.findall(rf"(?m)^{key}\s+(\S+)", conf.read_text("utf-8", "replace")) if conf.exists() else []
 
     def locate(self, place: Path, written: str, original: Path) -> Path:
         return place / written.lstrip("/")
@@ -2280,7 +2307,8 @@ class SystemdBoot(Loader):
         name = self.entry_of(system).name
         self.write_mark(mark)
         self.tell("set-default", name)
-        if any(self.conf(place, "preferred") for place in self.places if (place / "loader/loader.conf").exists()):
+        features = int.from_bytes(self.read("LoaderFeatures"), "little")
+        if features & LOADER_PREFERS and any(self.conf(place, "preferred") for place in self.places):
             self.tell("set-preferred", name)  # the line beats a default
 
     def try_once(self, system: str) -> None:
@@ -2306,7 +2334,7 @@ class SystemdBoot(Loader):
 
 
 def parse_loader_entry(file: str, text: str) -> BootEntry:
-    """An entry of systemd-boot's. Its name is the file's, without the count of boots that the loader keeps in it."""
+    """An entry of systemd-boot's, from its file of text."""
     fields: dict[str, str] = {}
     for line in text.splitlines():
         key, _, value = line.strip().partition(" ")
@@ -2315,15 +2343,47 @@ def parse_loader_entry(file: str, text: str) -> BootEntry:
         elif key in fields:  # of several lines `initrd` the first is the system's
             continue
         fields[key] = value.strip()
-    name = re.sub(r"\+[0-9]+(-[0-9]+)?\.conf$", ".conf", file)
     paths = fields.get("linux", ""), fields.get("initrd", "")
-    return BootEntry(name, system_of(fields.get("options", "")), *paths, fields.get("title", ""))
+    system, title = system_of(fields.get("options", "")), fields.get("title", "")
+    return BootEntry(uncounted(file), system, *paths, title, uki=fields.get("uki", ""))
+
+
+def uncounted(file: str) -> str:
+    """An entry's name: its file's, without the count of boots that the loader keeps in it."""
+    return re.sub(r"\+[0-9]+(-[0-9]+)?(\.conf|\.efi)$", r"\2", file)
+
+
+def read_uki(path: Path) -> tuple[str, int]:
+    """The command line in a unified kernel image, and how long the file has to be, by the table of its sections (PE/COFF)."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(1 << 16)
+            start = int.from_bytes(head[0x3C:0x40], "little")
+            if head[:2] != b"MZ" or head[start : start + 4] != b"PE\0\0":
+                return "", 0
+            number, optional = (int.from_bytes(head[start + at : start + at + 2], "little") for at in (6, 20))
+            cmdline, end = "", 0
+            for at in range(start + 24 + optional, start + 24 + optional + 40 * number, 40):
+                size, _, stored, place = (int.from_bytes(head[at + 8 + 4 * each :][:4], "little") for each in range(4))
+                end = max(end, place + stored)
+                if head[at : at + 8].rstrip(b"\0") == b".cmdline" and not cmdline:
+                    file.seek(place)
+                    cmdline = file.read(min(size, stored, 1 << 16)).decode(errors="replace").rstrip("\0")
+    except OSError:
+        return "", 0
+    return cmdline, end
 
 
 def system_of(options: str) -> str:
     """The system that a kernel's command line starts; empty when it starts none."""
     found = [word for word in options.split() if word.startswith("init=") and word.endswith("/init")]
     return found[-1].removeprefix("init=").removesuffix("/init") if found else ""
+
+
+class Lanzaboote(SystemdBoot):
+    """systemd-boot with files that are signed, by a builder that lists the system's own generations, and no other profile's."""
+
+    lists_profiles = False
 
 
 class Grub(Loader):
@@ -2483,7 +2543,7 @@ def write_grubenv(path: Path, values: Mapping[str, str]) -> None:
 
 def find_loader(settings: Settings) -> Loader:
     kind, *places = settings.boot_loader or ("",)
-    kinds = {"systemd-boot": SystemdBoot, "grub": Grub}
+    kinds = {"systemd-boot": SystemdBoot, "lanzaboote": Lanzaboote, "grub": Grub}
     if kind not in kinds or not places:
         return Loader(settings)
     return kinds[kind](settings, [settings.system_path(place) for place in places])
@@ -3915,11 +3975,10 @@ def make_default(machine: Machine, system: str, pending: Pending) -> str | None:
     as_it_was = not forward and fault is None and machine.loader_of(pending.new).starts(system)
     if done.code != 0 and not as_it_was:
         return f"the boot loader could not be written ({how_ended(done.code)}): {switch_words(done.output)}"
-    if fault is None and trial and not machine.loader.trial_way().startswith("none"):  # as it is written now
+    wanted = wants_trial(machine, system, good)  # as it is written now
+    if fault is None and trial and wanted:
         fault = begin_trial(machine, system, good, must=forward)
-    elif fault is None and not wants_trial(
-        machine, system, good
-    ):  # else what the boot loader has been told leads back still
+    elif fault is None and not wanted:  # else what the boot loader has been told leads back still
         machine.end_trial()
     return fault
 
@@ -4218,7 +4277,11 @@ def prepare_trial(machine: Machine, system: str, good: str, *, must: bool) -> bo
 
 
 def wants_trial(machine: Machine, system: str, good: str) -> bool:
-    return system != good and runs_bento(system) and not machine.loader.trial_way().startswith("none")
+    """Where only the limit of entries decides what there is to fall back to, and that is not there, it goes without."""
+    loader = machine.loader
+    if system == good or not runs_bento(system) or loader.trial_way().startswith("none"):
+        return False
+    return loader.lists_profiles or loader.entry_fault(good) is None
 
 
 def lead_back_to(machine: Machine, good: str, new: str) -> None:

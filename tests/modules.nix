@@ -84,6 +84,7 @@ let
           };
         };
         kernelParams = option (types.listOf types.str) [ ];
+        lanzaboote.enable = option types.bool false;
         loader = {
           efi.efiSysMountPoint = option types.str "/boot";
           grub = {
@@ -92,6 +93,12 @@ let
             mirroredBoots = option (types.listOf types.anything) [ ];
             users = attrs;
           };
+          external.enable = option types.bool false;
+          generationsDir.enable = option types.bool false;
+          generic-extlinux-compatible.enable = option types.bool false;
+          initScript.enable = option types.bool false;
+          limine.enable = option types.bool false;
+          refind.enable = option types.bool false;
           systemd-boot = {
             enable = option types.bool false;
           }

@@ -63,6 +63,23 @@ def write_systemd_boot(esp: Path, systems: Iterable[str], *, names: str = "nixos
         )
 
 
+def make_uki(path: Path, system: str, cmdline: str = "") -> None:
+    """A unified kernel image as ukify makes one, as far as its head and its sections go."""
+    cmdline = cmdline or f"init={system}/init loglevel=4"
+    contents = {".osrel": b"ID=nixos\n", ".cmdline": cmdline.encode(), ".linux": b"kernel" * 100, ".initrd": b"initrd" * 100}
+    head = b"MZ".ljust(0x3C, b"\0") + (0x80).to_bytes(4, "little")
+    head = head.ljust(0x80, b"\0") + b"PE\0\0" + b"\x64\x86" + len(contents).to_bytes(2, "little") + bytes(12)
+    head += (240).to_bytes(2, "little") + bytes(2 + 240)
+    table, data, start = b"", b"", 0x400
+    for name, content in contents.items():
+        stored = content.ljust(-(-len(content) // 512) * 512, b"\0")
+        numbers = (len(content), 0x1000, len(stored), start + len(data))
+        table += name.encode().ljust(8, b"\0") + b"".join(number.to_bytes(4, "little") for number in numbers) + bytes(16)
+        data += stored
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes((head + table).ljust(start, b"\0") + data)
+
+
 def grub_entry(boot: Path, title: str, system: str, *, copy: bool, options: str = "") -> str:
     files = []
     for part in ("kernel", "initrd"):
@@ -302,14 +319,58 @@ def test_loader_conf_lies_on_the_esp(tmp_path: Path) -> None:
     assert [loader.starts(system) for system in systems] == [True, False]
 
 
-def test_a_preferred_line_is_told_of_the_trial(tmp_path: Path, bootctl: Path) -> None:
-    """systemd 260's line goes before what set-default sets, so the way back is preferred as well."""
+@pytest.mark.parametrize("kind", ["type 2", "a line `uki`"])
+@pytest.mark.parametrize("count", ["", "+3", "+1-2"])
+def test_unified_kernel_images(tmp_path: Path, kind: str, count: str) -> None:
+    """Their system is in the command line that they have in them; and so is how long they have to be."""
+    old, new = (make_system(tmp_path, name) for name in ("old", "new"))
+    boot = tmp_path / "boot"
+    (boot / "loader/entries").mkdir(parents=True)
+    for number, system in enumerate((old, new), 1):
+        own = count if number == 2 else ""
+        if kind == "type 2":
+            make_uki(boot / f"EFI/Linux/nixos-generation-{number}-ab{own}.efi", system)
+        else:
+            make_uki(boot / f"EFI/nixos/{number}.efi", system)
+            text = f"title NixOS\nuki /EFI/nixos/{number}.efi\n"
+            (boot / f"loader/entries/nixos-generation-{number}-ab{own}.conf").write_text(text)
+    suffix = "efi" if kind == "type 2" else "conf"
+    (boot / "EFI/Linux").mkdir(parents=True, exist_ok=True)
+    (boot / "EFI/Linux/memtest.efi").write_bytes(b"MZ no image of ours")
+    (boot / "loader/loader.conf").write_text("default nixos-*\n")
+    loader = make_loader(tmp_path, "systemd-boot", "/boot")
+    assert [loader.entry_of(system).name for system in (old, new)] == [f"nixos-generation-{n}-ab.{suffix}" for n in (1, 2)]
+    assert [loader.entry_fault(system) for system in (old, new)] == [None, None]
+    assert loader.starts(new) and loader.altered(new, old) == []
+    [file] = [path for path in boot.rglob("*.efi") if path.name in ("2.efi", f"nixos-generation-2-ab{count}.efi")]
+    os.truncate(file, file.stat().st_size - 1)
+    assert re.search(r"has \d+ bytes, by its own head \d+", str(loader.entry_fault(new)))
+    os.truncate(file, 0x90)
+    assert "no entry for" in str(loader.entry_fault(new))
+
+
+@pytest.mark.parametrize("loader_kind", ["systemd-boot", "lanzaboote"])
+def test_lanzaboote_has_no_entries_for_profiles(tmp_path: Path, loader_kind: str) -> None:
+    """So any entry of a system is one that lasts, as long as the limit of entries leaves it."""
+    old, new = (make_system(tmp_path, name) for name in ("old", "new"))
+    make_uki(tmp_path / "boot/EFI/Linux/nixos-generation-1-ab.efi", old)
+    make_firmware(tmp_path)
+    loader = make_loader(tmp_path, loader_kind, "/boot")
+    assert loader.trial_way() == "systemd-boot"
+    assert (loader.lasts(old), loader.lasts(new)) == (loader_kind == "lanzaboote", False)
+
+
+@pytest.mark.parametrize("knows", [False, True])
+def test_a_preferred_line_is_told_of_the_trial(tmp_path: Path, bootctl: Path, knows: bool) -> None:
+    """systemd 260's line goes before what set-default sets, so the way back is preferred as well; an older loader, whose bootctl
+    has no such verb, does not know the line."""
+    make_firmware(tmp_path, features=SYSTEMD_BOOT_FEATURES | (bento_client.LOADER_PREFERS if knows else 0))
     old, new = (make_system(tmp_path, name) for name in ("old", "new"))
     write_systemd_boot(tmp_path / "boot", [old, new])
     (tmp_path / "boot/loader/loader.conf").write_text("preferred nixos-generation-2.conf\ndefault nixos-*\n")
     loader = make_loader(tmp_path, "systemd-boot", "/boot")
     loader.prefer(old, f"{new} 900")
-    assert "set-preferred nixos-generation-1.conf" in bootctl.read_text().splitlines()
+    assert ("set-preferred nixos-generation-1.conf" in bootctl.read_text().splitlines()) == knows
     loader.clear("", "")
     assert loader.armed() == Armed()
 

@@ -401,6 +401,37 @@ def test_boot_loader(definitions: str, loader: list[str], old: bool) -> None:
     assert evaluate_boot(definitions, old)["loader"] == loader
 
 
+LOADERS = {
+    "systemd-boot": (SYSTEMD_BOOT, "systemd-boot"),
+    "lanzaboote": ("boot.lanzaboote.enable = true;", "systemd-boot"),
+    "grub": (GRUB, "grub"),
+} | {
+    name: (f"boot.loader.{name}.enable = true;", "none")
+    for name in ("limine", "refind", "generic-extlinux-compatible", "generationsDir", "initScript", "external")
+}  # fmt: skip
+
+
+def test_the_manual_names_all_boot_loaders() -> None:
+    text = (REPO / "utils/manual.md").read_text(encoding="utf-8").partition("### Which boot loaders")[2].partition("\n##")[0]
+    assert re.findall(r"(?m)^\| `boot\.(?:loader\.)?([^`]+)` \|", text) == list(LOADERS)
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_what_each_boot_loader_is_to_the_client(name: str, tmp_path: Path) -> None:
+    """As the manual's table has it: what can be told, and else the boot loader's name."""
+    definitions, way = LOADERS[name]
+    boot = evaluate_boot(definitions)
+    assert boot["loader"][0] == name and (boot["ends"] is not None) == (way != "none")
+    said = find_loader(Settings(root=str(tmp_path), boot_loader=tuple(boot["loader"]))).trial_way()
+    if way == "none":
+        assert boot["loader"] == [name] and said == f"none: {name} cannot be told to start a system just once"
+    else:
+        assert len(boot["loader"]) > 1 and "cannot be told" not in said
+    text = (REPO / "utils/manual.md").read_text(encoding="utf-8")
+    [row] = re.findall(rf"(?m)^\| `boot\.(?:loader\.)?{name}` \| ([^|]+) \|", text)
+    assert row.startswith("no") == (way == "none")
+
+
 def test_boot_loader_with_its_own_partition() -> None:
     definitions = SYSTEMD_BOOT + 'boot.loader.systemd-boot.xbootldrMountPoint = "/xboot";'
     assert evaluate_boot(definitions)["loader"] == ["systemd-boot", "/xboot"]

@@ -716,6 +716,33 @@ def test_what_was_not_started_is_not_blamed(booting: tuple[Lab, Systemd]) -> Non
     assert lab.labels() == ("v1", "v1", "v1") and lab.machine.fallback_label() == "v1"
 
 
+@pytest.mark.parametrize("limit", [1, 8])
+def test_lanzaboote(booting: tuple[Lab, Systemd], limit: int) -> None:
+    """It gives a profile no entry: a trial as long as the system to fall back to has one of its own; else none, and nothing is
+    postponed for that. The default is never what has no entry."""
+    lab, systemd = booting
+    lab.settings |= {"boot_loader": ["lanzaboote", "/boot"], "reboot": "never"}
+    with_lanzaboote: dict[str, Any] = {"loader": "lanzaboote", "configuration_limit": limit}
+    lab.publish("v1", **with_lanzaboote)  # which has not booted either, and leads nowhere back
+    run(lab, PATH=systemd.path)
+    assert lab.last().result == Result.OK
+    release = lab.publish("v2", kernel="panic" if limit == 8 else "6.13", **with_lanzaboote)
+    run(lab, PATH=systemd.path)
+    assert results(lab, release) == [Result.OK] and lab.labels() == ("v2", "v2", "v2")
+    told = [lab.machine.efi_variable(f"LoaderEntry{name}") for name in ("Default", "OneShot")]
+    words = "none: systemd-boot has no entry to fall back to, or could not be told"
+    assert (words in lab.client("status", PATH=systemd.path)) == (limit == 1)
+    assert all(told) == (limit == 8) and any(told) == (limit == 8) and (mark(lab) is None) == (limit == 1)
+    if limit == 8:
+        assert systemd.boot() == ["panics v2", "boots v0"]
+        run(lab, PATH=systemd.path)
+        assert lab.labels() == ("v0", "v0", "v0") and lab.last().result == Result.ROLLED_BACK
+    else:
+        assert systemd.boot() == ["boots v2"]
+        run(lab, PATH=systemd.path)
+        assert lab.labels() == ("v2", "v2", "v2") and lab.machine.fallback_label() == "v2"
+
+
 @pytest.mark.parametrize("allowed", [True, False])
 def test_no_reboot_without_a_trial(booting: tuple[Lab, Systemd], allowed: bool) -> None:
     """Where the boot loader cannot be told at all, its owner says whether Bento may reboot into what has never booted."""

@@ -97,7 +97,7 @@ BEHAVIOURS = {
     "reload_fails": "list of units that cannot be reloaded: exit 4, without a list of failed units",
     "user_activation_fails": "list of users whose activation fails: exit 4, without such a list",
     # the boot loader: boot, switch
-    "loader": '"systemd-boot" (default) or "extlinux"',
+    "loader": '"systemd-boot" (default), "lanzaboote" or "extlinux"',
     "entry_names": '"sha256": entries are named by their content',
     "configuration_limit": "how many generations get an entry (default 0: all)",
     "builder": '"old": writes kernels to their final name, never again; "lies": and exits 0 if that fails; default: today\'s',

@@ -76,7 +76,12 @@ let
   systemdBoot = config.boot.loader.systemd-boot;
   inherit (config.boot.loader) grub;
   bootLoader =
-    if systemdBoot.enable then
+    if config.boot.lanzaboote.enable or false then
+      [
+        "lanzaboote"
+        config.boot.loader.efi.efiSysMountPoint
+      ]
+    else if systemdBoot.enable then
       let
         xbootldr = systemdBoot.xbootldrMountPoint or null;
       in
@@ -88,6 +93,16 @@ let
       [ "grub" ] ++ map (mirror: "${mirror.path}/grub") grub.mirroredBoots
     else
       [ ];
+
+  # Of these its name is all that the client can make use of.
+  otherLoader = builtins.filter (name: config.boot.loader.${name}.enable or false) [
+    "limine"
+    "refind"
+    "generic-extlinux-compatible"
+    "generationsDir"
+    "initScript"
+    "external"
+  ];
 
   # In grub.cfg before the entries, when `default` is set and `grub-reboot` has had its turn. The client names entries
   # in grubenv: bento_good, the system that is known to boot, and bento_try, which is to be started once. Only if GRUB
@@ -249,10 +264,10 @@ let
     allow_options = cfg.allowOptions;
     rebuild_every = cfg.rebuildEvery;
     after_deployment = cfg.afterDeployment;
-    boot_loader = bootLoader;
+    boot_loader = if bootLoader != [ ] then bootLoader else otherLoader;
     reboot_without_trial = cfg.rebootWithoutTrial;
     inherit asks;
-    esp = if systemdBoot.enable then config.boot.loader.efi.efiSysMountPoint else "";
+    esp = if systemdBoot.enable || (config.boot.lanzaboote.enable or false) then config.boot.loader.efi.efiSysMountPoint else "";
   }
   // lib.optionalAttrs (cfg.knownHosts != null) { known_hosts = cfg.knownHosts; }
   // lib.optionalAttrs (pollSeconds != null) { interval = pollSeconds; }

@@ -401,7 +401,9 @@ class Esp:
         for directory in (self.entries, self.kernels):
             directory.mkdir(parents=True, exist_ok=True)
         limit = int(self.toy.get("configuration_limit", 0))
-        kept = [(each, number) for each in profiles(self.root) for number in generations(self.root, each)[-limit:]]
+        # Fact: lanzaboote. It lists system-*-link only.
+        listed = ["system"] if self.toy.get("loader") == "lanzaboote" else profiles(self.root)
+        kept = [(each, number) for each in listed for number in generations(self.root, each)[-limit:]]
         self.remove_old(kept)
         written: set[str] = set()
         for profile, number in kept:
@@ -451,7 +453,7 @@ def install_boot_loader(root: Path, top: Path, toy: Toy) -> None:
     pause(toy, "boot")
     code = int(toy.get("boot_exit", 0))
     try:
-        if code == 0 and toy.get("loader", "systemd-boot") == "systemd-boot":
+        if code == 0 and toy.get("loader", "systemd-boot") in ("systemd-boot", "lanzaboote"):
             try:
                 Esp(root, toy).install(top)
             finally:
