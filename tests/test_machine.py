@@ -83,10 +83,13 @@ def test_who_is_at_a_seat(machine: Machine, tmp_path: Path, monkeypatch: pytest.
 def test_a_reboot_is_one(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever kernel somebody has loaded for kexec, or tree laid out for a soft reboot: systemctl would take it."""
     program(tmp_path, "systemctl", f'echo "$*" $SYSTEMCTL_SKIP_AUTO_KEXEC $SYSTEMCTL_SKIP_AUTO_SOFT_REBOOT >>{tmp_path}/said\n'
-            'case $* in *--force*) ;; *) exit 1 ;; esac\n')  # fmt: skip
+            'case $* in reboot*) ;; *) exit 1 ;; esac\n')  # fmt: skip
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    machine.reboot()
     machine.reboot(force=True)
-    assert (tmp_path / "said").read_text().splitlines() == ["reboot 1 1", "reboot --force 1 1"]
+    said = (tmp_path / "said").read_text().splitlines()
+    assert [words for words in said if words.startswith("reboot")] == ["reboot 1 1", "reboot --force 1 1"]
+    assert [words.split()[-1] for words in said if not words.startswith("reboot")] == ["reboot.target"]
 
 
 @pytest.mark.parametrize(
