@@ -383,7 +383,7 @@ def test_new_kernel_is_booted_and_proven(host: Host, server: Server) -> None:
 
 
 def test_kernel_without_network_is_left_again(host: Host, server: Server) -> None:
-    publish(server, host, "v2", kernel="broken", settings={"reboot": "when-needed"})
+    publish(server, host, "v2", kernel="broken", settings={"reboot": "when-needed", "offline_after": 60})  # else it has 45 minutes
     boots = host.boots
     assert wait(lambda: host.boots >= boots + 2 and at_rest(host) and last(server)["result"] == "rolled-back", 90), (
         host.boots - boots, labels(host), last(server), host.console_tail(80),
@@ -395,7 +395,7 @@ def test_kernel_without_network_is_left_again(host: Host, server: Server) -> Non
 
 def test_kernel_without_network_is_left_again_after_a_power_cut(host: Host, server: Server) -> None:
     """It went live on the old kernel and proved itself there; reboot = "never". Then the power goes."""
-    publish(server, host, "v2", kernel="broken")
+    publish(server, host, "v2", kernel="broken", settings={"offline_after": 60})
     settled(host, server, "v2")
     host.power_cut()
     host.boot()
