@@ -122,7 +122,10 @@ def words_of(error: Exception) -> str:
     """What went wrong: of the system's errors without the number that Python puts in front."""
     if not isinstance(error, OSError) or not error.strerror:
         return str(error)
-    return f"{error.filename}: {error.strerror}" if isinstance(error.filename, str | os.PathLike) else error.strerror
+    if not isinstance(error.filename, str | os.PathLike):
+        return error.strerror
+    # A name that is too long leaves room for these words.
+    return f"{one_line(str(error.filename), 200)}: {error.strerror}"
 
 
 class UsageError(BentoError):
