@@ -120,7 +120,8 @@ BATCH = 256
 MEMBER_BYTES, MAX_MEMBERS = 512, 1_000_000
 # So many blobs are asked for at once; so many links are followed on one way; Git has so long for an answer.
 WINDOW, MAX_HOPS, GIT_LIMIT_S = 256, 40, 120.0
-# What changes the bytes of a file when it is checked out, and what it begins with where the key, or the server, is not here.
+# The attributes that change a file's bytes when it is checked out. LOCKED: how a file begins that could not be changed
+# back, because the key or the server is missing here.
 CHANGED_BY = ("filter", "ident", "working-tree-encoding", "eol")
 LOCKED = {
     b"\0GITCRYPT\0": "it is locked: 'git-crypt unlock' here",
@@ -128,7 +129,7 @@ LOCKED = {
 }
 # What Git leaves in its directory while it waits for somebody.
 UNDER_WAY = ("MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD", "rebase-merge", "rebase-apply")
-# What lies in a directory that is no work tree of Git's, and is nobody's configuration.
+# Where there is no Git: what is in a directory and is nobody's configuration.
 DROPPINGS = (".jj", ".hg", ".svn", ".direnv", ".#*", "*.swp", "*~")
 # What a fleet says of its hosts, in hosts/.
 OURS = re.compile(r".*\.(pub|sig|absent)|waves|signed", re.DOTALL)
@@ -870,7 +871,7 @@ def find_tree_ruler(root: str) -> Ruler:
 
 @contextmanager
 def acting_as(ruler: Ruler) -> Iterator[None]:
-    """What root opens by a path in somebody's tree it opens as they would. Nothing else may be going on meanwhile."""
+    """Root opens what lies in somebody's tree with their rights. No other thread may run meanwhile."""
     if ruler is None or os.geteuid() != 0:
         yield
         return
@@ -1525,7 +1526,7 @@ class Source:
                 if rel in there.bad:
                     raise BentoError(f"{self.show(place)}: {there.bad[rel]}")
             if directory == self.real_hosts and OURS.fullmatch(name) and node.mode != DIRECTORY:
-                continue  # what a fleet says of its hosts is not part of what they are
+                continue  # NAME.pub, waves and their like are for the server, and no part of a host's configuration
             if not name.isascii():
                 self.check_name(name, place)
             if len(members) >= MAX_MEMBERS:
@@ -1581,7 +1582,8 @@ class Source:
                 repository.close()
 
     def trees(self) -> dict[str, str]:
-        """What was just collected is made of: with the same trees it is the same again. Nothing, if that cannot be told."""
+        """The trees that were just read, by repository: as long as they are the same, so is the release. Empty where that
+        cannot be told."""
         found = [self.repositories[root] for root in sorted(self.used)]
         if not self.fixed or any(each.plain or each.spooled for each in found):
             return {}
@@ -1720,7 +1722,7 @@ def find_ignore(directory: str) -> str | None:
 
 
 def key_of(members: Sequence[Member]) -> str:
-    """The same for the same content; known without reading it."""
+    """The same for the same content, and known without reading it: from names, modes and object ids."""
     digest = hashlib.sha256(b"1\n")
     for member in members:
         oid = member.node.oid if member.node is not None else ""
@@ -2834,8 +2836,8 @@ def read_waves(fleet: Fleet, hosts: Sequence[str], known: Collection[str]) -> tu
 def note_run(runs: tuple[Run, ...], found: Found, log_s: float | None) -> tuple[Run, ...]:
     """What a host has run without a verdict, with what it reports now. `log_s`: when the log came that tells of it.
 
-    The same system under another name goes on. No time lies behind the report: a clock that was wrong costs no more than it
-    was wrong.
+    The same system under another name goes on. No time is later than the report: a clock that was ahead holds nobody for
+    longer than it was ahead.
     """
     report, current, seen_s = found.report, found.current, found.seen_s
     if report is None or seen_s is None or report.release is None:
@@ -3046,8 +3048,8 @@ def name_candidate(wanted: Mapping[str, Current | None], before: Candidate | Non
 
 
 def read_rollout(chroot_dir: Path, now_s: float) -> Rollout:
-    """What the last `populate` left; what is damaged is written anew. Whatever it says of a time to come is of now: the clock
-    was wrong."""
+    """What the last `populate` left; what is damaged is written anew. A time in the future counts as now: the clock was
+    wrong."""
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, BentoError):
         data = json.loads((chroot_dir / ".rollout.json").read_bytes())
         candidates, wanted = [], dict[str, Current | None]()
@@ -3081,7 +3083,7 @@ def read_wanted(host: str, data: dict[str, Any]) -> Current:
 
 
 def write_rollout(chroot_dir: Path, rollout: Rollout) -> None:
-    """Of each candidate only what differs from the one before. Where there is nothing to remember, there is no file."""
+    """Writes of each candidate only what differs from the one before. Where there is nothing to remember, there is no file."""
     if rollout == NO_ROLLOUT:
         client.remove(chroot_dir / ".rollout.json")
         return
@@ -3259,7 +3261,7 @@ class Store:
         return release, size
 
     def settle(self) -> None:
-        """All that was added is on disk by now."""
+        """Moves what was added to its place: all of it is on disk by now."""
         with suppress(FileNotFoundError):
             # Its .json last: without it a release is none.
             for name in sorted(os.listdir(self.new), key=lambda name: name.endswith(".json")):
@@ -3281,7 +3283,7 @@ class Store:
                 self.drop(self.directory, release)
 
     def drop(self, directory: Path, release: str) -> None:
-        """Gives the room of a release back, if nobody has it: on a full disk, it is the next host's."""
+        """Removes a release that nobody has any more: on a full disk the next host needs its room."""
         try:
             unused = os.stat(directory / f"{release}.tar").st_nlink == 1 and release not in self.kept
         except FileNotFoundError:
@@ -3369,7 +3371,7 @@ def read_history(chroot: Path | str, limit: int = MAX_HISTORY_BYTES) -> list[Pub
 
 
 def publisher() -> str:
-    """Who publishes: the person behind sudo, if that was it."""
+    """Who publishes: with sudo, the person who called it."""
     with suppress(KeyError):
         return one_line(os.environ.get("SUDO_USER") or pwd.getpwuid(os.getuid()).pw_name, 40)
     return str(os.getuid())

@@ -767,8 +767,8 @@ def pause_s(result: str, cost: Cost, state: State) -> float:
 
 
 def left_s(state: State, now_s: float) -> float:
-    """How long an attempt has to wait still. A wait longer than the longest pause means that the clock was set back: then it
-    says nothing."""
+    """How long an attempt has to wait still. A wait that is longer than the longest pause does not count: the clock was set
+    back."""
     wait_s = parse_time(state.not_before) - now_s if state.not_before else 0.0
     return wait_s if 0 < wait_s <= LONGEST_PAUSE_S else 0.0
 
@@ -825,7 +825,8 @@ def is_ahead(published: str, now_s: float) -> bool:
 
 
 def age(current: Current, now_s: float) -> tuple[int, str]:
-    """The higher, the newer: by its serial, where it is signed, and else by its publication, unless that is in the future."""
+    """To compare releases, the newer is the higher: by its serial where it is signed, else by its publication, unless that
+    is in the future."""
     if current.signer is not None and current.vow is not None:
         return parse_signed(current.vow.text, "signed text").serial, ""
     return int(not is_ahead(current.published, now_s)), current.published
@@ -881,7 +882,7 @@ SSH_FAILURES = [
 ]  # fmt: skip
 
 
-# Of ssh's: what stands above them may be the server's banner, which says what it likes.
+# So many of ssh's last lines count: what stands above them may be the server's banner, which can say anything.
 LAST_LINES = 6
 
 
@@ -1070,7 +1071,8 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
 
 
 def replace_link(link: Path, target: str) -> None:
-    """Makes `link` a symbolic link to `target`, whatever it was before but a directory; never is there none."""
+    """Makes `link` a symbolic link to `target`, in place of whatever was there but a directory. At no moment is there no
+    link."""
     aside = link.with_name(f".{link.name}.new")
     remove(aside)
     aside.symlink_to(target)
@@ -1275,8 +1277,8 @@ def run(
 
 
 def sync_disk(*paths: Path) -> None:
-    """To disk, all that was written on these file systems. On no other, where that can be: one that hangs, of a network or a
-    USB disk, would keep us for ever."""
+    """Flushes these file systems to disk, and if possible no others: one that hangs (a network's, a USB disk's) would keep
+    us for ever."""
     if run(["sync", "--file-system", *map(str, paths)], check=False).code != 0:
         os.sync()
 
@@ -1408,7 +1410,7 @@ def parse_leaf(text: str, what: str) -> Leaf:
     if len(words) % 2:
         raise BentoError(f"{what}: it is no pairs of names and values")
     fields = read_pairs(list(zip(words[::2], words[1::2], strict=True)), ("size", "again"), what)
-    for name in ("system", "commit"):  # what there is none of has its place all the same
+    for name in ("system", "commit"):  # what is missing keeps its line
         fields[name] = None if fields.get(name) == "-" else fields.get(name, "")
     return read_record(Leaf, fields | {"unsign": fields.get("unsign") == "yes"}, what)
 
@@ -2001,13 +2003,13 @@ def poll(
 
 # --- boot loaders ---
 #
-# What a boot loader can be told: these systems by name, one of them for the next boot only. In what it reads itself:
-# entries and variables, never in what a program says of them.
+# Tells a boot loader which system to start, and which one at the next boot only. What we know of it comes from what it
+# reads itself, its entries and variables, never from what a program says of them.
 
 LOADER_VARIABLES = "/sys/firmware/efi/efivars/{}-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
-# Of LoaderFeatures: it follows LoaderEntryDefault, and LoaderEntryOneShot.
+# Bits of LoaderFeatures: this boot loader follows LoaderEntryDefault and LoaderEntryOneShot.
 LOADER_NEEDS = 1 << 2 | 1 << 3
-# And what LoaderEntryPreferred, or loader.conf's line `preferred`, says, before any default (systemd 260).
+# It also follows LoaderEntryPreferred and loader.conf's line `preferred`, before any default (systemd 260).
 LOADER_PREFERS = 1 << 19
 LOADER_VERBS = {
     "set-default": "LoaderEntryDefault", "set-oneshot": "LoaderEntryOneShot", "set-preferred": "LoaderEntryPreferred",
@@ -2026,14 +2028,15 @@ GRUBENV_HEAD, GRUBENV_BYTES = b"# GRUB Environment Block\n", 1024
 GRUB_BLOCK = r"""\s*(menuentry|submenu)\s+(["'])(.*?)\2"""
 LOADER_LIMIT_S = 60
 # A profile of the system to fall back to: NixOS gives each profile its own entries in the boot menu, whatever the limit of
-# entries, and no garbage collection takes what a profile names. What such an entry's title, or GRUB's name, has of it.
+# entries, and no garbage collection takes what a profile names. Such an entry is known by its title, or in GRUB by its
+# name.
 WAY_BACK = "/nix/var/nix/profiles/system-profiles/bento"
 OF_WAY_BACK = re.compile(r"\[bento\]|Profile 'bento'")
 
 
 class Armed(NamedTuple):
-    """What a boot loader was told: the entry that it starts, and the one that it starts next, once. By their names. `mark`:
-    whose trial that is for, and for how long, as the boot itself is to know it."""
+    """What a boot loader was told, by the names of entries: which one it starts, and which one it starts at the next boot
+    only. `mark`: which system is on trial, and for how long, for the boot itself to read."""
 
     default: str = ""
     once: str = ""
@@ -2166,8 +2169,8 @@ class Loader:
         return False
 
     def flush(self) -> None:
-        """To disk, what a `boot` has written: before a variable names it, and a power cut finds half of it, on FAT less. For
-        install-grub.pl flushes nothing, and switch-to-configuration the store's file system only."""
+        """Flushes what a `boot` has written, before a variable names an entry in it: a power cut would leave half of it, or
+        on FAT nothing. install-grub.pl flushes nothing, and switch-to-configuration only the store's file system."""
         flushed = os.stat(self.settings.system_path("/nix/store")).st_dev
         for place in self.places:
             if os.stat(place).st_dev != flushed:
@@ -2184,16 +2187,17 @@ class Loader:
         return Armed()
 
     def prefer(self, system: str, mark: str) -> None:
-        """Makes the system the one that is started, until `clear`; whatever is made the default meanwhile. What `armed`
-        said before is to be written down, and given to `clear` in the end. Marks it first, as ours."""
+        """Makes the boot loader start this system until `clear`, whatever becomes the default meanwhile. The mark comes
+        first: it says that this is ours. The caller writes down what `armed` said before, and gives it to `clear`."""
         raise BentoError(self.trial_way())
 
     def try_once(self, system: str) -> None:
-        """The next boot starts this system, and those after it the preferred one; so does the next, where it is none."""
+        """The next boot starts this system, the boots after it the preferred one. Without a system, the next one does, too."""
         raise BentoError(self.trial_way())
 
     def clear(self, before: str, once: str) -> None:
-        """Takes back what `prefer` and `try_once` did. `once`: the one shot that is ours. Again and again is fine."""
+        """Takes back what `prefer` and `try_once` did. `once`: the one shot that is ours. May be called any number of
+        times."""
 
 
 def same_beginning(original: Path, copy: Path) -> bool:
@@ -2397,7 +2401,8 @@ class Grub(Loader):
         return next((f"none: {reason}" for reason in reasons if reason), "grub")
 
     def trouble(self, place: Path) -> str | None:
-        """Why GRUB there would not follow us. Where it cannot write, each boot would be the one trial."""
+        """Why GRUB there would not do what we tell it. It has to write to its directory: else every boot would be the
+        trial."""
         try:
             text, env = (place / "grub.cfg").read_text("utf-8", "replace"), (place / "grubenv")
             # An empty one is fine, too.
@@ -2431,8 +2436,9 @@ class Grub(Loader):
         return original if direct else place.parent / "kernels" / os.path.basename(written)
 
     def armed(self) -> Armed:
-        """With mirrors: what is preferred in one is; the one shot is left only if it is in all. What is preferred is ours, and
-        so the mark: the rest of it, which GRUB gives to the kernel."""
+        """With mirrors, what any of them prefers is preferred, and the one shot is still to come only if all of them have
+        it. Nobody else writes these variables, so they mark the trial as ours; the deadline is what GRUB gives to the
+        kernel."""
         told = [read_grubenv(place / "grubenv") for place in self.places]
         once = [each.get(GRUB_TRY, "") for each in told]
         mark = max((each.get(GRUB_DEADLINE, "") for each in told), default="")
@@ -2689,8 +2695,8 @@ class Machine:
         return find_loader(self.settings._replace(boot_loader=asked)) if ours and asked != ours else self.loader
 
     def notice_forgotten(self) -> None:
-        """Looks after a boot what it left of what the boot loader was told. It takes the one shot before it starts the system,
-        and nothing else: a one shot that is still there says that the system was not started, nor tried."""
+        """After a boot: what is left of what the boot loader was told. It removes the one shot before it starts the system,
+        and nothing else. So where the one shot is still there, the system was not started, and not tried."""
         state = self.state
         if self.on_trial is not None and state.armed and state.boot != self.boot_id:
             with best_effort(self.log):
@@ -2946,17 +2952,19 @@ class Machine:
 
     @property
     def trial_s(self) -> int:
-        """For how long a boot may go without a proof, before what ends a trial ends this one."""
+        """For how many seconds a boot may go without a proof, until the process that ends a trial reboots."""
         return (self.settings.offline_after or TRIAL_S) if runs_bento(self.good) else FIRST_TRIAL_S
 
     @property
     def patience_s(self) -> float:
-        """For how long what need not be decided at once may wait: less than that, for our own way back is the gentle one."""
+        """For how many seconds a decision may wait that need not be made at once. Less than the trial: our own way back is
+        the gentler one."""
         return max(self.trial_s / 2, self.trial_s - 600 - self.settings.confirm_timeout)
 
     def trial_age_s(self) -> float:
-        """For how long the client has tried to prove this boot, without what the machine has slept. With the first try it tells
-        what ends a trial. In /run: it is of one boot, and a full disk must not keep a machine from counting."""
+        """For how many seconds the client has tried to prove this boot, without those that the machine slept. The first try
+        tells the process that ends a trial how much longer to wait. In /run: it is of one boot, and a full disk must not
+        keep a machine from counting."""
         path, now_s = self.settings.system_path("/run/bento-proofs"), time.monotonic()
         try:
             return now_s - float(path.read_text())
@@ -3109,8 +3117,8 @@ def call_later(settings: Settings, unit: str, delay_s: float, *words: str) -> No
 
 
 def inhibited(before: str, system: str) -> bool:
-    """Whether a switch between these would break what runs. No check that may refuse for a while: it is left out on the way
-    back with those, and still holds."""
+    """Whether a live switch between these systems would break what runs (NixOS' switch inhibitors). The way back asks this,
+    too, though it leaves out the pre-switch checks: those may refuse for a while, this holds."""
     said = []
     for each in (before, system):
         with suppress(OSError, ValueError):
@@ -3353,7 +3361,7 @@ def record(machine: Machine, pending: Pending, outcome: Outcome) -> None:
     if release is not None and not older:
         before = state if same and not is_meant_again(state, pending.published) else State()
         wait_s = pause_s(outcome.result, outcome.costs, before)
-        # Not each failure of a way back that is owed is a verdict: the first was.
+        # A way back that fails once more is no further verdict: its first failure was one.
         owed = before.tried is not None and before.tried.result == Result.ROLLBACK_FAILED
         given_up = MOST_VERDICTS * (outcome.costs == Cost.GIVEN_UP)
         doubts = given_up or before.doubts + (outcome.costs == Cost.VERDICT and not owed)
@@ -3779,7 +3787,7 @@ def build(settings: Settings, log: Log, commit: str | None, *, signed: bool = Fa
 def realise(settings: Settings, log: Log, current: Current, cache_key: str = "") -> str:
     """Fetches the system that was built elsewhere from this machine's substituters, and returns its store path. Nothing is
     evaluated or built here, and Nix checks what comes: by the keys that it trusts, or, of a signed release, by the signer's
-    alone. A signed text names a path, and what lies there is whose key Nix trusts."""
+    alone. A signed text names only a path; what may lie there is decided by the keys that Nix trusts."""
     if current.system is None:
         missing = "what is signed of it names no system: 'bento.py sign --build'"
         missing = missing if current.signer else "the server has not built it: 'bento.py populate --build'"
@@ -3958,8 +3966,6 @@ def make_default(machine: Machine, system: str, pending: Pending) -> str | None:
     order, a cut leaves no default that has never booted.
     """
     good, forward = machine.good, system == pending.new
-    if forward and (point := machine.loader.unmounted()) is not None:
-        return f"{point} is not mounted: the boot loader would not see what is written"
     try:
         if machine.default != system and not forward:
             machine.undo_default(system, pending.new)
@@ -3987,7 +3993,8 @@ def make_default(machine: Machine, system: str, pending: Pending) -> str | None:
 
 
 def write_again(machine: Machine, system: str, good: str) -> str | None:
-    """Neither builder rewrites a copy that is there, whatever is in it. Other bytes once more are its owner's doing, and well."""
+    """NixOS' builders leave a copy that is there as it is, so one with other bytes is removed, and the menu written once
+    more. If its bytes differ again, the owner wants it so (a signature), and that is accepted."""
     loader = machine.loader_of(system)
     try:
         copies = loader.altered(system, good)
@@ -4012,6 +4019,9 @@ def begin_trial(machine: Machine, system: str, good: str, *, must: bool) -> str 
 
 
 def commit(machine: Machine, pending: Pending, note: str = "") -> Outcome | None:
+    if (point := machine.loader.unmounted()) is not None:
+        words = f"{point} is not mounted: the boot loader would not see what is written"
+        return go_back(machine, pending, Outcome(Result.POSTPONED, words))
     pending = pending._replace(step=Step.COMMITTING, committed=True)
     pending = advance(machine, pending, pending.step, 2 * machine.settings.activation_timeout)
     machine.keep(machine.good)

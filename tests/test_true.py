@@ -293,6 +293,28 @@ def test_a_full_boot_is_paced_from_the_first_failure_on(tmp_path: Path) -> None:
     assert run(lab)[0] == 0 and lab.labels() == ("v1", "v1", "v1")
 
 
+def test_a_boot_partition_that_is_not_mounted_is_waited_for(tmp_path: Path) -> None:
+    """What is written then lies in the directory below, where no boot loader looks. Nothing was written, so nothing is to be
+    written back."""
+    lab = create(tmp_path)
+    root = lab.machine.root
+    (root / "etc/fstab").write_text("/dev/vda1 /boot vfat defaults\n")
+    mounts = root / "proc/self/mountinfo"
+    mounts.write_text("".join(line for line in mounts.read_text().splitlines(True) if " /boot " not in line))
+    (root / "boot").rename(root / "partition")
+    (root / "boot").mkdir()
+    lab.publish("v1")
+    assert run(lab)[0] == 1
+    assert lab.last().result == Result.POSTPONED and "/boot is not mounted" in lab.last().reason
+    assert list((root / "boot").iterdir()) == []
+    (root / "boot").rmdir()
+    (root / "partition").rename(root / "boot")
+    lab.machine.set_mounts({})
+    assert lab.labels() == ("v0", "v0", "v0")
+    lab.age_attempts(DAY_S)
+    assert run(lab)[0] == 0 and lab.labels() == ("v1", "v1", "v1")
+
+
 def test_never_up_to_date_while_another_system_runs(tmp_path: Path) -> None:
     lab = create(tmp_path)
     release = lab.publish("v1", kernel="6.13")

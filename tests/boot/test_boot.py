@@ -262,20 +262,6 @@ def test_full_esp(bed: Bed, builder: str) -> None:
     assert bed.booted() == "v0"
 
 
-@on(GRUB_VFAT)
-def test_boot_is_not_mounted(bed: Bed) -> None:
-    """What is written then lies in the directory below, where GRUB never looks: no trial is wasted on it."""
-    bed.boot()
-    bed.machine.run("echo '/dev/vda1 /boot vfat noauto' >/etc/fstab; umount /boot")
-    bed.publish("v1", kernel="6.13")
-    bed.wait_report(lambda report: (report.get("last") or {}).get("result") == "postponed", "postponed")
-    assert "/boot is not mounted" in bed.result()[1]
-    assert bed.machine.run("ls /boot").split() == []
-    bed.machine.run("mount /boot")
-    bed.machine.order("/run/current-system/sw/bin/bento-client run --force")
-    bed.wait(rests(bed, "v1", "ok"), "v1 at rest")
-
-
 @on(SYSTEMD_BOOT, GRUB_EXT4, GRUB_VFAT)
 def test_limit_of_two_entries(bed: Bed) -> None:
     """The second release that waits for a boot would take the entry of the system that is known to boot."""
