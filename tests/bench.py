@@ -310,6 +310,15 @@ def make_fleet(top: Path, names: Iterable[str]) -> None:
             (host / f"part-{part}.nix").write_text(dice.randbytes(600).hex())
 
 
+def commit_all(fleet: Path) -> None:
+    """Commits what lies there, packed at first as a clone, or a repository of some age, is."""
+    new = not (fleet / ".git").exists()
+    git: Argv = ["git", "-C", fleet, "-c", "user.name=bench", "-c", "user.email=bench@example.org", "-c", "gc.auto=0"]
+    for words in (["init", "-q"] if new else [], ["add", "-A"], ["commit", "-q", "-m", "a change"], ["repack", "-adq"] if new else []):
+        if words:
+            call(*git, *words)
+
+
 def write_random(path: Path, size: int) -> None:
     """A file that no compression makes smaller."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -332,6 +341,7 @@ class Site:
     @classmethod
     def create(cls, top: Path, names: Sequence[str]) -> "Site":
         make_fleet(top / "fleet", names)
+        commit_all(top / "fleet")
         return cls(top / "fleet", top / "chroot", len(names))
 
     def populate(self) -> Cost:
@@ -815,19 +825,12 @@ def bench_populate(bench: Bench) -> None:
     bench.compare(what, same, "rsync and diff, a host at a time", [shell], 1 / 40, target="≤ 1/40")
 
 
-def git(where: Path, *words: str) -> None:
-    call("git", "-C", where, "-c", "user.name=bench", "-c", "user.email=bench@localhost", "-c", "gc.auto=0", *words)
-
-
 def make_commit(top: Path, hosts: int, files: int) -> Site:
     """A fleet that is committed, as a person's is: of each host so many files."""
     for number in range(hosts):
         write_small_files(top / f"fleet/hosts/h{number:04}/modules", files - 1)
         (top / f"fleet/hosts/h{number:04}/configuration.nix").write_text(f"# {number}\n")
-    git(top, "init", "-q", "fleet")
-    git(top / "fleet", "add", "-A")
-    git(top / "fleet", "commit", "-q", "-m", "all")
-    git(top / "fleet", "repack", "-a", "-d", "-q")  # as a clone, or a repository of some age, is
+    commit_all(top / "fleet")
     return Site(top / "fleet", top / "chroot", hosts)
 
 
@@ -851,7 +854,7 @@ def compare_commit(bench: Bench, hosts: int, files: int, same_limit: float | Non
     def change() -> float:
         with open(trees / "h0000/modules/part-0001.nix", "a") as file:
             file.write("# a line\n")
-        git(site.fleet, "commit", "-q", "-a", "-m", "a line")
+        commit_all(site.fleet)
         return site.populate().cpu_s
 
     new, copies = alternate(1, site.populate_new, lambda: measure(copy).elapsed_s)
@@ -860,6 +863,15 @@ def compare_commit(bench: Bench, hosts: int, files: int, same_limit: float | Non
     bench.compare(f"the same commit, {what}, CPU", same, hashing, hashed, same_limit)
     changed, hashed = alternate(3, change, cpu_of(find))
     bench.compare(f"a commit, one file changed, {what}, CPU", changed, hashing, hashed, changed_limit)
+
+
+def change_shared(site: Site) -> float:
+    """Commits one line more in the tree that all hosts share, and publishes that: in how many seconds."""
+    with open(site.fleet / "all/flake.nix", "a") as file:
+        file.write("# a line\n")
+    commit_all(site.fleet)
+    os.sync()
+    return site.populate().elapsed_s
 
 
 def make_shared(top: Path, hosts: int, size: int) -> Site:
@@ -872,6 +884,7 @@ def make_shared(top: Path, hosts: int, size: int) -> Site:
         write_random(fleet / f"all/firmware/{number}", size // 20)
     for number in range(hosts):
         (fleet / f"hosts/h{number:02}").symlink_to("../all")
+    commit_all(fleet)
     return Site(fleet, top / "chroot", hosts)
 
 
@@ -880,15 +893,9 @@ def bench_shared(bench: Bench) -> None:
     say("making a tree that 30 hosts share")
     one, many = (make_shared(bench.top / f"shared-{hosts}", hosts, bench.scale.shared) for hosts in (1, 30))
 
-    def change(site: Site) -> float:
-        with open(site.fleet / "all/flake.nix", "a") as file:
-            file.write("# a line\n")
-        os.sync()
-        return site.populate().elapsed_s
-
     what = f"populate of 30 hosts, one tree of {bench.scale.shared / MB:.0f} MB"
     rounds = max(2, bench.scale.rounds)
-    for how, action in (("new", Site.populate_new), ("unchanged", Site.populate_same), ("a line changed", change)):
+    for how, action in (("new", Site.populate_new), ("unchanged", Site.populate_same), ("a line changed", change_shared)):
         say(f"{what}, {how}")
         ours, theirs = alternate(rounds, partial(action, many), partial(action, one))
         bench.compare(f"{what}, {how}", ours, "one such host", theirs, 1.5)
@@ -906,15 +913,8 @@ def make_flake(top: Path, hosts: int, files: int) -> Site:
     (fleet / "all/flake.nix").write_text("{ }\n")
     for number in range(hosts):
         (fleet / f"hosts/h{number:03}").symlink_to("../all")
-    call("git", "-C", fleet, "init", "-q")
     commit_all(fleet)
     return Site(fleet, top / "chroot", hosts)
-
-
-def commit_all(fleet: Path) -> None:
-    git: Argv = ["git", "-C", fleet, "-c", "user.name=bench", "-c", "user.email=bench@example.org", "-c", "gc.auto=0"]
-    call(*git, "add", "-A")
-    call(*git, "commit", "-q", "-m", "a change")
 
 
 def bench_git(bench: Bench) -> None:
@@ -923,15 +923,8 @@ def bench_git(bench: Bench) -> None:
     say(f"making a flake of {files} files for {hosts} hosts, in Git")
     one, many = (make_flake(bench.top / f"flake-{count}", count, files) for count in (1, hosts))
 
-    def change(site: Site) -> float:
-        with open(site.fleet / "all/flake.nix", "a") as file:
-            file.write("# a line\n")
-        commit_all(site.fleet)
-        os.sync()
-        return site.populate().elapsed_s
-
     what = f"populate of {hosts} hosts, a flake of {files:,} files, Git"
-    hows = (("new", Site.populate_new, None), ("one line", change, 1.2), ("unchanged", Site.populate_same, None))
+    hows = (("new", Site.populate_new, None), ("one line", change_shared, 1.2), ("unchanged", Site.populate_same, None))
     for how, action, at_most in hows:
         say(f"{what}, {how}")
         ours, theirs = alternate(rounds, partial(action, many), partial(action, one))

@@ -386,7 +386,7 @@ def test_variables_that_forget(bed: Bed) -> None:
 @on(GRUB_BTRFS)
 def test_grub_cannot_write(bed: Bed) -> None:
     """It would start the one trial again and again: there is none, and it is said."""
-    bed.publish("v1", kernel="6.13")
+    bed.publish("v1", kernel="6.13", settings={"reboot_without_trial": True})
     bed.boot()
     seen = bed.wait(rests(bed, "v1", "ok"), "v1 at rest")
     assert seen.way == "none: GRUB cannot write to /boot/grub (btrfs)"
@@ -398,5 +398,5 @@ def test_no_efi_variables(bed: Bed) -> None:
     bed.boot()
     seen = bed.wait(rests(bed, "v1", "ok"), "v1 at rest")
     assert seen.way == "none: this machine was booted without EFI variables"
-    bed.publish("v2", kernel="6.14", more_params=["efi=noruntime"])
+    bed.publish("v2", kernel="6.14", more_params=["efi=noruntime"], settings={"reboot_without_trial": True})
     bed.wait(rests(bed, "v2", "ok"), "v2 at rest")
